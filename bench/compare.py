@@ -1,0 +1,238 @@
+"""Supervised-only against CAC: same data, seeds, lists, iterations; a table, a curve, a JSON file.
+
+    python bench/compare.py --name camvid --dataset folder --data-dir DIR --shares 1/16 -- \\
+        --backbone mobilenet_v2 --weights FILE --iterations 1500
+
+What follows ``--`` goes to ``train/main.py`` as it is. A run that is already finished is not
+repeated, and one that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("supervised", "cac")
+COLOURS = {"supervised": "tab:gray", "cac": "tab:blue"}
+
+
+def shrink(source: Path, target: Path, factor: int) -> Path:
+    """Copy a ``folder`` data set at 1/``factor`` of its size: images by area, masks by nearest."""
+    files = [
+        path
+        for path in source.rglob("*")
+        if path.is_file() and path.suffix in {".png", ".jpg", ".txt"}
+    ]
+    for path in files:
+        copy = target / path.relative_to(source)
+        if copy.exists():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".txt":
+            copy.write_text(path.read_text())
+            continue
+        image = Image.open(path)
+        size = (image.width // factor, image.height // factor)
+        if path.relative_to(source).parts[0] == "masks":
+            image.resize(size, Image.Resampling.NEAREST).save(copy)
+        else:
+            image.resize(size, Image.Resampling.BOX).save(copy, quality=95)
+    return target
+
+
+def run(command: list[str], threads: int) -> None:
+    """Run one command of the project to its end; its output goes to this terminal."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
+
+
+def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> dict:
+    """Train one method once, evaluate its last and best state on every split asked for."""
+    folder = options.runs / f"{method}-{share.replace('/', '_')}-seed{seed}"
+    data = options.data
+    lists = [] if share == "lists" else ["--labeled-share", share, "--data-list", str(seed)]
+    run(
+        [
+            "train/main.py",
+            "--method",
+            method,
+            *lists,
+            "--seed",
+            str(seed),
+            "--output",
+            str(folder),
+            *data,
+            *options.rest,
+        ],
+        options.threads,
+    )
+    result: dict = {"method": method, "share": share, "seed": seed, "scores": {}}
+    for split in options.splits.split(","):
+        for state in ("last", "best"):
+            scores = folder / f"{state}-{split}.json"
+            where = ["--checkpoint", str(folder / f"{state}.pt"), "--split", split]
+            run(["train/evaluate.py", *where, *data, "--json", str(scores)], options.threads)
+            result["scores"][f"{split}_{state}"] = json.loads(scores.read_text())["miou"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result["curve"] = [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"]
+    return result
+
+
+def table(results: list[dict]) -> str:
+    """Mean and spread over the seeds in points of mIoU, and CAC's gain, as Markdown."""
+    columns = list(results[0]["scores"])
+    rows = ["| share | method | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for share in dict.fromkeys(result["share"] for result in results):
+        means: dict[str, list[float]] = {}
+        for method in METHODS:
+            chosen = [
+                item for item in results if item["share"] == share and item["method"] == method
+            ]
+            if not chosen:
+                continue
+            cells = []
+            means[method] = []
+            for column in columns:
+                values = [100 * item["scores"][column] for item in chosen]
+                means[method].append(statistics.mean(values))
+                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{means[method][-1]:.1f}{spread}")
+            rows.append(f"| {share} | {method} | " + " | ".join(cells) + " |")
+        if len(means) == len(METHODS):
+            gains = [
+                f"{b - a:+.1f}" for a, b in zip(means["supervised"], means["cac"], strict=True)
+            ]
+            rows.append(f"| {share} | gain | " + " | ".join(gains) + " |")
+    return "\n".join(rows)
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Validation mIoU against the iteration: a thin line a run, a thick one for the mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shares = list(dict.fromkeys(result["share"] for result in results))
+    figure, axes = pyplot.subplots(
+        1, len(shares), figsize=(6 * len(shares), 4), squeeze=False, layout="constrained"
+    )
+    for axis, share in zip(axes[0], shares, strict=True):
+        for method in METHODS:
+            curves = [
+                item["curve"]
+                for item in results
+                if item["share"] == share and item["method"] == method
+            ]
+            if not curves or not curves[0]:
+                continue
+            for curve in curves:
+                axis.plot(*zip(*curve, strict=True), color=COLOURS[method], alpha=0.3, linewidth=1)
+            iterations = [point[0] for point in curves[0]]
+            mean = [
+                statistics.mean(curve[index][1] for curve in curves)
+                for index in range(len(iterations))
+            ]
+            axis.plot(
+                iterations, mean, color=COLOURS[method], label=f"{method} (mean of {len(curves)})"
+            )
+        axis.set(title=f"{share} of the masks", xlabel="iteration", ylabel="val mIoU")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were measured with."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    )
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device,
+        "commit": commit,
+    }
+
+
+def compare(options: argparse.Namespace) -> list[dict]:
+    """Run every method, share and seed; write JSON, table and plot below ``options.results``."""
+    jobs = [
+        (method, share, seed)
+        for seed in options.seeds.split(",")
+        for share in options.shares.split(",")
+        for method in METHODS
+    ]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda job: one_run(job[0], job[1], int(job[2]), options), jobs))
+    target = options.results / options.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": "python bench/compare.py " + " ".join(options.command),
+        **versions(),
+        "runs": results,
+    }
+    target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    target.with_suffix(".md").write_text(table(results) + "\n")
+    plot(results, target.with_suffix(".png"))
+    print(table(results))
+    print(f"written: {target}.json, .md, .png")
+    return results
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the arguments before ``--``; keep the rest for ``train/main.py``."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--name", default="compare", help="name of the result files")
+    parser.add_argument("--dataset", required=True, help="as train/main.py's")
+    parser.add_argument("--data-dir", help="as train/main.py's")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--shares", default="1/8", help="labelled shares, or 'lists' for the data set's own lists"
+    )
+    parser.add_argument("--splits", default="val", help="splits to evaluate, as val,test")
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="train on a copy of the data at 1/N of its size"
+    )
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/NAME)")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads a run")
+    options = parser.parse_args(arguments[:cut])
+    options.command, options.rest = arguments, arguments[cut + 1 :]
+    options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
+    options.data = ["--dataset", options.dataset]
+    if options.data_dir:
+        folder = Path(options.data_dir).resolve()
+        if options.shrink > 1:
+            copy = ROOT / "data" / f"{folder.name}-shrunk{options.shrink}"
+            folder = shrink(folder, copy, options.shrink)
+        options.data += ["--data-dir", str(folder)]
+    return options
+
+
+if __name__ == "__main__":
+    compare(parse(sys.argv[1:]))

@@ -1,0 +1,52 @@
+"""Supervised-only against CAC on the embedded toy city: a table, a curve and pictures, in minutes.
+
+make demo        (or: python bench/demo.py)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import compare
+import numpy as np
+from PIL import Image
+
+from cac_fast.train import load
+from cac_fast.train.data.images import read_image
+from cac_fast.train.data.layouts import open_data
+from cac_fast.train.samples import colourise
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "runs" / "demo"
+DATA = ROOT / "data" / "toycity"
+SCENES = 4
+
+
+def pictures(path: Path) -> None:
+    """Validation scenes: image, truth, supervised-only, CAC, a row each."""
+    data = open_data("toycity", DATA)
+    networks = [load(OUTPUT / f"{method}-lists-seed0" / "last.pt") for method in compare.METHODS]
+    rows = []
+    for sample in data.splits["val"][:: max(1, len(data.splits["val"]) // SCENES)][:SCENES]:
+        image = read_image(sample.image)
+        maps = [data.read_mask(sample.mask), *(network.predict(image) for network in networks)]
+        row = [np.asarray(image), *(colourise(labels, data.palette) for labels in maps)]
+        rows.append(np.concatenate(row, axis=1))
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def main() -> None:
+    """Train both methods side by side, one thread each, then show what they learnt."""
+    compare.compare(
+        compare.parse(
+            f"--name toycity --dataset toycity --data-dir {DATA} --shares lists --seeds 0 "
+            f"--splits val,test --runs {OUTPUT} --results {OUTPUT} --jobs 2 --threads 1".split()
+        )
+    )
+    pictures(OUTPUT / "scenes.png")
+    print(f"pictures (image, truth, supervised, cac): {OUTPUT / 'scenes.png'}")
+    print(f"curve: {OUTPUT / 'toycity.png'}")
+
+
+if __name__ == "__main__":
+    main()

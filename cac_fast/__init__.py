@@ -1,0 +1,26 @@
+"""The directional contrastive loss of "Semi-supervised Semantic Segmentation with Directional
+Context-aware Consistency" (Lai et al., CVPR 2021), with its feature bank and crop geometry."""
+
+from __future__ import annotations
+
+from cac_fast.bank import FeatureBank
+from cac_fast.loss import (
+    DCLossOutput,
+    DirectionalContrastiveLoss,
+    directional_contrastive_loss,
+)
+from cac_fast.ops import backends
+from cac_fast.overlap import Overlap, overlap_from_crops
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DCLossOutput",
+    "DirectionalContrastiveLoss",
+    "FeatureBank",
+    "Overlap",
+    "__version__",
+    "backends",
+    "directional_contrastive_loss",
+    "overlap_from_crops",
+]

@@ -1,0 +1,154 @@
+"""The memory bank: features of past batches as further negatives (Sec. 3.3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class FeatureBank:
+    """A ring of the last `steps` pushes, the current one included, gathered from all ranks.
+
+    The ring is allocated at the first push, on the device of what is pushed; its size is fixed from
+    then on. Later pushes may be shorter (the rest of their place counts as empty), not longer.
+    Empty places have label -1, which no anchor admits.
+
+    steps: pushes kept. dim: channels. dtype: of the stored features.
+    """
+
+    def __init__(self, steps: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, not {steps}")
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, not {dim}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, not {dtype}")
+        self.steps = steps
+        self.dim = dim
+        self.dtype = dtype
+        self.pushes = 0
+        self._features = torch.zeros(steps, 0, dim, dtype=dtype)
+        self._labels = torch.zeros(steps, 0, dtype=torch.int64)
+        self._rows_per_rank: int | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """(steps * rows, dim): a view of the ring, unordered; the next push changes it."""
+        return self._features.flatten(0, 1)
+
+    @property
+    def labels(self) -> Tensor:
+        """(steps * rows,) int64, -1 where the ring is empty."""
+        return self._labels.flatten()
+
+    @property
+    def push_id(self) -> int:
+        """A number by which this rank's next push differs from all others it will meet here."""
+        rank = dist.get_rank() if _world_size() > 1 else 0
+        return ((self.pushes % self.steps) << 16) + rank
+
+    @torch.no_grad()
+    def push(self, features: Tensor, labels: Tensor) -> None:
+        """Store one batch of every rank over the oldest one. All ranks must call this together.
+
+        features: (M, dim) floating point. labels: (M,) integer. Both are detached; nothing that is
+        pushed ever receives a gradient.
+
+        Raises ValueError for a wrong shape or dtype and for more rows than the ring has room for.
+        """
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(
+                f"features must have shape (M, {self.dim}), not {tuple(features.shape)}"
+            )
+        if labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"labels must have shape ({len(features)},), not {tuple(labels.shape)}"
+            )
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be integers, not {labels.dtype}")
+        room = self._make_room(features)
+        if len(features) > room:
+            raise ValueError(
+                f"features has {len(features)} rows but this bank keeps {room} per rank and push: "
+                "make the first push the largest"
+            )
+        features, labels = _gather(
+            _pad(features.detach().to(self.dtype), room, 0.0),
+            _pad(labels.detach().to(torch.int64), room, -1),
+        )
+        slot = self.pushes % self.steps
+        self._features[slot, : len(features)] = features
+        self._labels[slot, : len(labels)] = labels
+        self._labels[slot, len(labels) :] = -1
+        self.pushes += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ring and the number of pushes, as plain tensors and numbers (not copies)."""
+        return {"features": self._features, "labels": self._labels, "pushes": self.pushes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved ring, whatever number of ranks wrote it.
+
+        Raises ValueError if its steps or channels are not those of this bank.
+        """
+        features, labels = state["features"], state["labels"]
+        if features.shape[0] != self.steps or features.shape[2] != self.dim:
+            raise ValueError(
+                f"the saved bank keeps {features.shape[0]} steps of {features.shape[2]} channels, "
+                f"this one {self.steps} steps of {self.dim}"
+            )
+        self._features = features.to(self.dtype, copy=True)
+        self._labels = labels.to(torch.int64, copy=True)
+        self.pushes = int(state["pushes"])
+        self._rows_per_rank = None
+
+    def _make_room(self, features: Tensor) -> int:
+        """Rows per rank and push; allocates the ring (or widens a loaded one) at the first push."""
+        if self._rows_per_rank is None:
+            world = _world_size()
+            # Ranks may hold unequal shares of the batch: the largest decides for all.
+            most = torch.tensor(len(features), device=features.device)
+            if world > 1:
+                dist.all_reduce(most, dist.ReduceOp.MAX)
+            self._rows_per_rank = max(int(most), self._labels.shape[1] // world)
+            missing = max(0, self._rows_per_rank * world - self._labels.shape[1])
+            ring = torch.nn.functional.pad(self._features, (0, 0, 0, missing))
+            self._features = ring.to(features.device)
+            labels = torch.nn.functional.pad(self._labels, (0, missing), value=-1)
+            self._labels = labels.to(features.device)
+        return self._rows_per_rank
+
+
+def _pad(tensor: Tensor, rows: int, value: float) -> Tensor:
+    missing = rows - tensor.shape[0]
+    if missing == 0:
+        return tensor
+    return torch.cat((tensor, tensor.new_full((missing, *tensor.shape[1:]), value)))
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gather(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Concatenate all ranks' rows.
+
+    Features and labels travel as the bytes of one tensor: a push costs one collective's latency,
+    and int64 labels arrive exactly, whatever the dtype of the features.
+    """
+    world = _world_size()
+    if world == 1:
+        return features, labels
+    split = features.shape[1] * features.element_size()
+    packed = torch.cat(
+        (features.contiguous().view(torch.uint8), labels.unsqueeze(1).view(torch.uint8)), dim=1
+    )
+    gathered = packed.new_empty(world * packed.shape[0], packed.shape[1])
+    dist.all_gather_into_tensor(gathered, packed)
+    return (
+        gathered[:, :split].contiguous().view(features.dtype),
+        gathered[:, split:].contiguous().view(torch.int64).squeeze(1),
+    )

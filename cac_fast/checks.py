@@ -1,0 +1,106 @@
+"""Argument checks of the loss; each raises a ValueError that names the argument."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cac_fast.overlap import Overlap
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_temperature(temperature: float) -> None:
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a positive number, not {temperature}")
+
+
+def check_threshold(threshold: float) -> None:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must lie in [0, 1], not {threshold}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+
+
+def check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, not {tensor.dtype}")
+
+
+def check_rows(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    anchor_confidence: Tensor,
+    positive_confidence: Tensor,
+) -> None:
+    if anchors.ndim != 2:
+        raise ValueError(f"anchors must have shape (A, D), not {tuple(anchors.shape)}")
+    check_shape("positives", positives, tuple(anchors.shape))
+    if negatives.ndim != 2 or negatives.shape[1] != anchors.shape[1]:
+        raise ValueError(
+            f"negatives must have shape (M, {anchors.shape[1]}), not {tuple(negatives.shape)}"
+        )
+    for name, tensor in (("anchors", anchors), ("positives", positives), ("negatives", negatives)):
+        check_float(name, tensor)
+    for name, tensor, rows in (
+        ("anchor_labels", anchor_labels, len(anchors)),
+        ("negative_labels", negative_labels, len(negatives)),
+    ):
+        check_shape(name, tensor, (rows,))
+        check_integers(name, tensor)
+    for name, tensor in (
+        ("anchor_confidence", anchor_confidence),
+        ("positive_confidence", positive_confidence),
+    ):
+        check_shape(name, tensor, (len(anchors),))
+        check_float(name, tensor)
+    if negatives.requires_grad:
+        raise ValueError(
+            "negatives must not require grad, as no gradient reaches them: pass negatives.detach()"
+        )
+
+
+def check_views(
+    features1: Tensor,
+    features2: Tensor,
+    logits1: Tensor,
+    logits2: Tensor,
+    overlap: Overlap,
+    truth: tuple[Tensor, Tensor] | None,
+) -> None:
+    if features1.ndim != 4:
+        raise ValueError(f"features1 must have shape (B, D, h, w), not {tuple(features1.shape)}")
+    batch, _, h, w = features1.shape
+    check_shape("features2", features2, tuple(features1.shape))
+    if logits1.ndim != 4:
+        raise ValueError(f"logits1 must have shape (B, K, h, w), not {tuple(logits1.shape)}")
+    check_shape("logits1", logits1, (batch, logits1.shape[1], h, w))
+    check_shape("logits2", logits2, tuple(logits1.shape))
+    for name, tensor in (
+        ("features1", features1),
+        ("features2", features2),
+        ("logits1", logits1),
+        ("logits2", logits2),
+    ):
+        check_float(name, tensor)
+    for name in ("partner1", "partner2", "valid1", "valid2"):
+        check_shape(f"overlap.{name}", getattr(overlap, name), (batch, h * w))
+    for number, labels in enumerate(truth or (), start=1):
+        check_shape(f"truth{number}", labels, (batch, h, w))
+        check_integers(f"truth{number}", labels)

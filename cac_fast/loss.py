@@ -1,0 +1,295 @@
+"""The directional contrastive loss (Eq. 1-8): cosine, masks and reduction above the operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cac_fast.bank import FeatureBank
+from cac_fast.checks import (
+    check_choice,
+    check_rows,
+    check_temperature,
+    check_threshold,
+    check_views,
+)
+from cac_fast.ops import dc_loss_rows, find_backend
+from cac_fast.overlap import Overlap
+
+_REDUCTIONS = ("mean", "active_mean", "sum", "none")
+_NORMALIZATIONS = ("image", "active")
+_UNKNOWN = 255  # truth label
+
+
+def directional_contrastive_loss(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    anchor_confidence: Tensor,
+    positive_confidence: Tensor,
+    temperature: float = 0.1,
+    threshold: float = 0.75,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Loss of A anchors against their positives and M shared negatives (Eq. 7, one direction).
+
+    anchors, positives: (A, D), negatives: (M, D), raw features; the cosine is taken here.
+    anchor_labels (A,), negative_labels (M,): integers; negatives of the anchor's own label are
+        left out, and those with a label below 0 always.
+    anchor_confidence, positive_confidence: (A,) in [0, 1]. An anchor is active if its positive is
+        more confident than itself and than `threshold`, both strictly; the others have loss 0.
+    reduction: "mean" over all A, "active_mean" over the active ones (0 if none), "sum", or "none".
+    backend: "auto" or a name from `cac_fast.backends()`.
+
+    Returns a scalar, or (A,) for "none", in float32 (float64 for float64 anchors). The gradient
+    goes to `anchors` alone; positives and confidences are taken as constants.
+
+    Raises ValueError for wrong shapes, dtypes and choices and for negatives that require grad.
+    """
+    check_choice("reduction", reduction, _REDUCTIONS)
+    check_temperature(temperature)
+    check_threshold(threshold)
+    find_backend(backend)
+    labels = (anchor_labels, negative_labels)
+    confidences = (anchor_confidence, positive_confidence)
+    check_rows(anchors, positives, negatives, *labels, *confidences)
+    active = _active(*confidences, threshold, directional=True)
+    dtype = torch.promote_types(anchors.dtype, torch.float32)
+    features = (_unit(x.to(dtype)) for x in (anchors, positives.detach(), negatives))
+    loss, _ = dc_loss_rows(*features, *labels, active, temperature, backend)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "active_mean":
+        return loss.sum() / active.sum().clamp_min(1)
+    return loss.sum() / max(1, len(loss))
+
+
+@dataclass(frozen=True)
+class DCLossOutput:
+    """What `DirectionalContrastiveLoss` returns; scalar tensors on the features' device.
+
+    loss: with a graph, even if no anchor is active. active: number of active anchors, both
+    directions. pairs: overlap locations. negatives: those that can be admitted, over all ranks and
+    steps that the bank holds. positive_cosine: mean cosine of the pairs, 0 without pairs.
+    false_negatives: share, among the admitted pairs of active anchor and negative of this rank and
+    step, of those of one true class (Fig. 6); None without truth.
+    """
+
+    loss: Tensor
+    active: Tensor
+    pairs: Tensor
+    negatives: Tensor
+    positive_cosine: Tensor
+    false_negatives: Tensor | None
+
+
+class DirectionalContrastiveLoss(nn.Module):
+    """Both directions of the loss over the two views of a batch of images (Eq. 8).
+
+    temperature: tau. threshold: gamma; 0 switches positive filtering off.
+    normalization: "image" divides each image's loss by its overlap locations and takes the mean
+        over all images (the paper); "active" divides each direction by the active anchors
+        of the batch (the authors' code).
+    bank: negatives of past steps and other ranks; without one, those of this batch and rank.
+    directional, contrastive, negative_sampling: switches of Table 3. Off, they mean: both
+        directions are always active; squared l2 distance of each active pair instead of the
+        contrast; all negatives but those of the anchor's own image location.
+    negatives_per_view: so many random locations of each view are negatives (all if there are
+        fewer); None: all.
+    backend: "auto" or a name from `cac_fast.backends()`.
+
+    Raises ValueError for bad choices.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        threshold: float = 0.75,
+        normalization: str = "image",
+        bank: FeatureBank | None = None,
+        directional: bool = True,
+        contrastive: bool = True,
+        negative_sampling: bool = True,
+        negatives_per_view: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        check_threshold(threshold)
+        check_choice("normalization", normalization, _NORMALIZATIONS)
+        if negatives_per_view is not None and negatives_per_view < 1:
+            raise ValueError(f"negatives_per_view must be at least 1, not {negatives_per_view}")
+        find_backend(backend)
+        self.temperature = temperature
+        self.threshold = threshold
+        self.normalization = normalization
+        self.bank = bank
+        self.directional = directional
+        self.contrastive = contrastive
+        self.negative_sampling = negative_sampling
+        self.negatives_per_view = negatives_per_view
+        self.backend = backend
+
+    def forward(
+        self,
+        features1: Tensor,
+        features2: Tensor,
+        logits1: Tensor,
+        logits2: Tensor,
+        overlap: Overlap,
+        truth: tuple[Tensor, Tensor] | None = None,
+    ) -> DCLossOutput:
+        """Loss of one batch.
+
+        features1, features2: (B, D, h, w) raw projector outputs of the two views. logits1, logits2:
+        (B, K, h, w) class logits, constants here. overlap: which cells pair. truth: two (B, h, w)
+        int64 true labels in [0, 255], 255 where unknown, for `false_negatives` alone.
+
+        The loss is computed in float32 (float64 for float64 features), under autocast too. With a
+        bank all ranks must call this together.
+
+        Raises ValueError for wrong shapes or dtypes.
+        """
+        check_views(features1, features2, logits1, logits2, overlap, truth)
+        # One row per cell: view 1's B*h*w, then view 2's. Rows without a partner are inactive, so
+        # that shapes never depend on the data.
+        anchors = _unit(torch.cat((_cells(features1), _cells(features2))))
+        confidence, labels = _confidence(torch.cat((_cells(logits1), _cells(logits2))))
+        partner, paired = _partner_rows(overlap)
+        constants = anchors.detach()
+        positives = constants[partner]
+        active = paired & _active(confidence, confidence[partner], self.threshold, self.directional)
+
+        negatives = active.new_zeros((), dtype=torch.int64)
+        false_negatives = None
+        if self.contrastive:
+            chosen, usable = self._choose(overlap)
+            if not self.negative_sampling:
+                labels = _location_ids(partner, paired)
+            if truth is not None:
+                true = torch.cat([t.flatten() for t in truth]).long()
+                false_negatives = _false_negatives(true, labels, active, chosen, usable)
+            if not self.negative_sampling and self.bank is not None:
+                # Ids of other ranks and steps meet these in the bank.
+                labels = labels + (self.bank.push_id << 32)
+            pool, pool_labels = constants[chosen], labels[chosen].masked_fill(~usable, -1)
+            if self.bank is not None:
+                self.bank.push(pool, pool_labels)
+                pool, pool_labels = self.bank.features, self.bank.labels
+            negatives = (pool_labels >= 0).sum()
+            loss, _ = dc_loss_rows(
+                anchors,
+                positives,
+                pool,
+                labels,
+                pool_labels,
+                active,
+                self.temperature,
+                self.backend,
+            )
+        else:
+            loss = (anchors - positives).square().sum(1) * active
+
+        first = paired[: len(paired) // 2]
+        cosine = (constants * positives).sum(1)[: len(first)] * first
+        return DCLossOutput(
+            loss=(loss / self._divisors(active, overlap)).sum(),
+            active=active.sum(),
+            pairs=first.sum(),
+            negatives=negatives,
+            positive_cosine=cosine.sum() / first.sum().clamp_min(1),
+            false_negatives=false_negatives,
+        )
+
+    def _divisors(self, active: Tensor, overlap: Overlap) -> Tensor:
+        """(2*B*h*w,) integers that divide the rows' losses."""
+        batch, cells = overlap.partner1.shape
+        if self.normalization == "image":
+            # Images without an overlap have no active row; they still count as images.
+            per_image = batch * overlap.counts.clamp_min(1)
+            return per_image.repeat(2).unsqueeze(1).expand(-1, cells).flatten()
+        per_direction = active.view(2, -1).sum(1, keepdim=True).clamp_min(1)
+        return per_direction.expand(-1, batch * cells).flatten()
+
+    def _choose(self, overlap: Overlap) -> tuple[Tensor, Tensor]:
+        """Rows that serve as negatives, and whether each lies on the image."""
+        valid = torch.cat((overlap.valid1.flatten(), overlap.valid2.flatten()))
+        cells = len(valid) // 2
+        if self.negatives_per_view is None or self.negatives_per_view >= cells:
+            rows = torch.arange(len(valid), device=valid.device)
+        else:
+            rows = torch.cat(
+                [
+                    view * cells
+                    + torch.randperm(cells, device=valid.device)[: self.negatives_per_view]
+                    for view in range(2)
+                ]
+            )
+        return rows, valid[rows]
+
+
+def _location_ids(partner: Tensor, paired: Tensor) -> Tensor:
+    """(2*B*h*w,) one number per image location of the batch, shared by the two cells of a pair."""
+    rows = torch.arange(len(partner), device=partner.device)
+    return torch.where(paired, torch.minimum(rows, partner), rows)
+
+
+def _cells(maps: Tensor) -> Tensor:
+    """(B, C, h, w) to (B*h*w, C) in at least float32."""
+    flat = maps.permute(0, 2, 3, 1).flatten(0, 2)
+    return flat.to(torch.promote_types(maps.dtype, torch.float32))
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Rows of unit norm. A row of zeros has no direction: it stays 0 and gets no gradient."""
+    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    return features / norm.masked_fill(norm < 1e-12, torch.inf)
+
+
+@torch.no_grad()
+def _confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest softmax probability and its class, per row."""
+    return torch.softmax(logits, dim=1).max(dim=1)
+
+
+def _active(
+    confidence: Tensor, positive_confidence: Tensor, threshold: float, directional: bool
+) -> Tensor:
+    """The mask of Eq. 7, M_d,pf."""
+    active = positive_confidence > threshold
+    return active & (confidence < positive_confidence) if directional else active
+
+
+def _partner_rows(overlap: Overlap) -> tuple[Tensor, Tensor]:
+    """Row of each row's partner in the other view (0 if none), and whether there is one."""
+    batch, cells = overlap.partner1.shape
+    partner = torch.cat((overlap.partner1, overlap.partner2))
+    image = torch.arange(batch, device=partner.device)
+    start = torch.cat((image + batch, image)).unsqueeze(1) * cells
+    paired = partner >= 0
+    return torch.where(paired, start + partner, 0).flatten(), paired.flatten()
+
+
+def _false_negatives(
+    truth: Tensor, labels: Tensor, active: Tensor, chosen: Tensor, usable: Tensor
+) -> Tensor:
+    """Share of one true class among the admitted pairs of active anchor and chosen negative."""
+    anchors = active & (truth < _UNKNOWN)
+    negatives = usable & (truth[chosen] < _UNKNOWN)
+
+    def equal_pairs(keys: Tensor) -> Tensor:
+        pool = keys[chosen].masked_fill(~negatives, -1).sort().values
+        equal = torch.searchsorted(pool, keys, right=True) - torch.searchsorted(pool, keys)
+        return (equal * anchors).sum()
+
+    # Pairs of one label are not admitted: taken off both counts.
+    admitted = anchors.sum() * negatives.sum() - equal_pairs(labels)
+    same_class = equal_pairs(truth) - equal_pairs(labels * (_UNKNOWN + 1) + truth)
+    return same_class / admitted.clamp_min(1)

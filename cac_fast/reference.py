@@ -1,0 +1,36 @@
+"""The operator as the paper writes it: dense, in any floating-point dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dc_loss_rows(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    active: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss (A,) and its gradient by the anchors (A, D), Eq. 5; makes tensors of A x M.
+
+    Arguments as for `cac_fast.ops.dc_loss_rows`.
+    """
+    positives, negatives = positives.to(anchors.dtype), negatives.to(anchors.dtype)
+    admitted = (negative_labels >= 0) & (negative_labels != anchor_labels.unsqueeze(1))
+    positive_logit = (anchors * positives).sum(1, keepdim=True) / temperature
+    negative_logits = (anchors @ negatives.T / temperature).masked_fill(~admitted, -torch.inf)
+
+    # -log(e^p / (e^p + sum e^n)) = log(1 + e^x) with x = log(sum e^n) - p: exact for a small loss.
+    x = torch.logsumexp(negative_logits, dim=1) - positive_logit.squeeze(1)
+    loss = torch.logaddexp(x, torch.zeros_like(x))
+    weights = torch.softmax(torch.cat((positive_logit, negative_logits), dim=1), dim=1)[:, 1:]
+    pull = weights.sum(1, keepdim=True)
+    gradient = (weights @ negatives - pull * positives) / temperature
+    return (
+        loss.masked_fill(~active, 0.0),
+        gradient.masked_fill(~active.unsqueeze(1), 0.0),
+    )

@@ -1,0 +1,1 @@
+"""Place of the Triton back end of the directional contrastive loss operator."""

@@ -1,0 +1,126 @@
+"""Settings: sources, precedence, types, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from cac_fast.train import config
+from cac_fast.train.errors import InputError
+
+BASE = ["--dataset", "folder", "--data-dir", "somewhere"]
+
+
+def test_later_sources_win(tmp_path):
+    toml = tmp_path / "run.toml"
+    toml.write_text(
+        "batch_size = 6\ncrop_size = 64\nlearning_rate = 0.5\nlabeled_scale = [0.5, 1.5]\n"
+    )
+    settings = config.parse(
+        [
+            *BASE,
+            "--config",
+            str(toml),
+            "--set",
+            "crop_size=128",
+            "--set",
+            "seed=3",
+            "--learning-rate",
+            "0.25",
+        ]
+    )
+    assert (settings.batch_size, settings.crop_size, settings.seed) == (6, 128, 3)
+    assert settings.learning_rate == 0.25
+    assert settings.labeled_scale == (0.5, 1.5)
+    assert settings.network == "deeplabv3plus"
+
+
+def test_flag_wins_over_set_whatever_the_order():
+    assert config.parse([*BASE, "--seed", "1", "--set", "seed=2"]).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("dataset", "crop", "rate", "past"), [("voc", 320, 0.001, 1), ("cityscapes", 720, 0.01, 0)]
+)
+def test_paper_settings(dataset, crop, rate, past):
+    settings = config.parse(["--dataset", dataset, "--data-dir", "d"])
+    assert settings.crop_size == crop
+    assert settings.learning_rate == rate
+    assert settings.learning_rate * settings.head_learning_rate_factor == pytest.approx(10 * rate)
+    assert settings.bank_past_steps == past
+    assert (settings.batch_size, settings.iterations, settings.num_warmup) == (8, 92_560, 5785)
+    assert (settings.dc_weight, settings.temperature, settings.threshold) == (0.1, 0.1, 0.75)
+    assert settings.normalization == "image" and settings.negatives_per_view is None
+    assert (settings.momentum, settings.weight_decay, settings.poly_power) == (0.9, 1e-4, 0.9)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "projector",
+        "context",
+        "contrastive",
+        "directional",
+        "negative_sampling",
+        "positive_filtering",
+    ],
+)
+def test_ablation_switches_are_one_flag_each(switch):
+    assert getattr(config.parse(BASE), switch) is True
+    assert getattr(config.parse([*BASE, f"--no-{switch.replace('_', '-')}"]), switch) is False
+    assert getattr(config.parse([*BASE, "--set", f"{switch}=off"]), switch) is False
+
+
+def test_round_trip_through_json():
+    settings = config.parse([*BASE, "--set", "iou_range=0.2,0.9"])
+    again = config.from_dict(json.loads(json.dumps(dataclasses.asdict(settings))))
+    assert again == settings
+    assert config.differences(again, json.loads(json.dumps(dataclasses.asdict(settings)))) == []
+
+
+def test_differences_name_what_changes_the_result():
+    former = dataclasses.asdict(config.parse(BASE))
+    settings = config.parse([*BASE, "--crop-size", "64", "--workers", "7"])
+    (difference,) = config.differences(settings, former)
+    assert difference.startswith("crop_size: 320 there, 64 here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "folder"], "--data-dir is needed"),
+        (["--data-dir", "d"], "--dataset is needed"),
+        (["--dataset", "citscapes", "--data-dir", "d"], "did you mean cityscapes?"),
+        ([*BASE, "--bath-size", "3"], "did you mean --batch-size?"),
+        ([*BASE, "--set", "crop-sise=8"], "did you mean crop_size?"),
+        ([*BASE, "--set", "crop_size"], "key=value"),
+        ([*BASE, "--crop-size", "100"], "--crop-size 100 is not a multiple of 8: use 96 or 104"),
+        ([*BASE, "--crop-size", "x"], "--crop-size x: expected a whole number"),
+        ([*BASE, "--iterations", "1.5"], "--iterations 1.5: expected a whole number"),
+        ([*BASE, "--learning-rate", "-1"], "--learning-rate -1.0: must be positive"),
+        ([*BASE, "--learning-rate", "nan"], "--learning-rate nan: expected a number"),
+        ([*BASE, "--batch-size", "0"], "--batch-size 0: must be positive"),
+        ([*BASE, "--labeled-scale", "2"], "two numbers"),
+        ([*BASE, "--labeled-scale", "2,1"], "lower first"),
+        ([*BASE, "--iou-range", "0.5,1.5"], "at most 1"),
+        ([*BASE, "--threshold", "1.5"], "--threshold 1.5: a confidence is at most 1"),
+        ([*BASE, "--set", "directional=maybe"], "true or false"),
+        ([*BASE, "--config", "absent.toml"], "no such file"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    with pytest.raises(InputError) as error:
+        config.parse(arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_toml_mistakes_name_the_file(tmp_path):
+    broken, unknown = tmp_path / "broken.toml", tmp_path / "unknown.toml"
+    broken.write_text("crop_size = = 3\n")
+    unknown.write_text("croop_size = 64\n")
+    for path, message in ((broken, "broken.toml"), (unknown, "did you mean crop_size?")):
+        with pytest.raises(InputError, match=message):
+            config.parse([*BASE, "--config", str(path)])

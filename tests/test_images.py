@@ -1,0 +1,215 @@
+"""Images and masks in every form people have them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from data_folders import one_line
+from PIL import Image
+
+from cac_fast.train.data.images import read_image, read_mask, read_size
+from cac_fast.train.errors import InputError
+
+RAMP = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4) * 10
+
+
+def pixels(path) -> np.ndarray:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return np.repeat(values.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def test_rgb_is_read_as_it_is(tmp_path):
+    color = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=2)
+    Image.fromarray(color).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), color)
+
+
+def test_grey(tmp_path):
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), grey(RAMP))
+
+
+def test_one_bit(tmp_path):
+    Image.fromarray(RAMP > 100).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), grey((RAMP > 100) * 255))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_keep_the_high_byte(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(RAMP.astype(np.uint16) * 256 + 200).save(path)
+    np.testing.assert_array_equal(pixels(path), grey(RAMP))
+
+
+def test_palette(tmp_path):
+    image = Image.fromarray(RAMP % 3).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.save(tmp_path / "a.png")
+    colors = np.arange(10, 100, 10, dtype=np.uint8).reshape(3, 3)
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), colors[RAMP % 3])
+
+
+def test_alpha_is_composited_on_white(tmp_path):
+    rgba = np.zeros((2, 3, 4), np.uint8)
+    rgba[..., 0] = 100
+    rgba[0, :, 3] = (0, 255, 51)  # nothing, all, a fifth
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png")[0].tolist() == [[255] * 3, [100, 0, 0], [224, 204, 204]]
+
+
+def test_grey_with_alpha(tmp_path):
+    Image.fromarray(np.stack([RAMP, RAMP * 0], axis=2), "LA").save(tmp_path / "a.png")
+    assert (pixels(tmp_path / "a.png") == 255).all()
+
+
+def test_transparent_palette_entry_is_white(tmp_path):
+    image = Image.fromarray(RAMP % 2).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.save(tmp_path / "a.png", transparency=1)
+    colors = np.array([[10, 20, 30], [255, 255, 255]])
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), colors[RAMP % 2])
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (16, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    red, green, blue = pixels(tmp_path / "a.jpg")[4, 8]
+    assert red > 240 and green < 15 and blue < 15
+
+
+UPRIGHT = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_exif_orientation(tmp_path, orientation, suffix):
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    # Blocks of 8 pixels, so that JPEG keeps them.
+    stored = np.kron(RAMP, np.ones((8, 8), np.uint8))
+    Image.fromarray(stored).save(path, exif=exif)
+    found = pixels(path)
+    expected = grey(UPRIGHT[orientation](stored))
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() <= 8
+    assert read_size(path) == found.shape[:2]
+
+
+def test_missing_image(tmp_path):
+    with pytest.raises(InputError) as error:
+        read_image(tmp_path / "nowhere.jpg")
+    one_line(error, tmp_path / "nowhere.jpg", "does not exist")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_truncated_image(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError) as error:
+        read_image(path)
+    one_line(error, path, "replace or remove")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image\nat all"])
+def test_file_that_is_no_image(tmp_path, content):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    for read in (read_image, read_size, lambda path: read_mask(path, 3)):
+        with pytest.raises(InputError) as error:
+            read(path)
+        one_line(error, path, "cannot be read")
+
+
+def test_floating_point_image(tmp_path):
+    Image.fromarray(RAMP.astype(np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError) as error:
+        read_image(tmp_path / "a.tif")
+    one_line(error, tmp_path / "a.tif", "floating-point")
+
+
+def save_mask(path, mode: str, ids: np.ndarray):
+    image = Image.fromarray(ids.astype(np.uint16) if mode == "I;16" else ids.astype(np.uint8))
+    if mode == "P":
+        image = image.convert("P")
+        image.putpalette([200, 0, 0] + [0, 200, 0] * 255)  # ids, not colours, are what counts
+    elif mode == "1":
+        image = Image.fromarray(ids.astype(bool))
+    image.save(path)
+    with Image.open(path) as file:
+        assert file.mode == mode
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])
+def test_mask_modes_hold_raw_ids(tmp_path, mode):
+    ids = RAMP // 10 % 2 if mode == "1" else np.where(RAMP > 200, 255, RAMP // 10 % 5)
+    mask = read_mask(save_mask(tmp_path / "m.png", mode, ids), num_classes=5)
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, ids)
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16"])
+def test_label_map_comes_first(tmp_path, mode):
+    label_map = tuple(255 if i == 7 else i // 10 for i in range(256))
+    path = save_mask(tmp_path / "m.png", mode, np.array([[7, 10, 29]]))
+    assert read_mask(path, 3, label_map).tolist() == [[255, 1, 2]]
+    with pytest.raises(InputError) as error:
+        read_mask(save_mask(tmp_path / "m.png", mode, np.array([[10, 99]])), 3, label_map)
+    one_line(error, tmp_path / "m.png", 99)
+
+
+def test_label_map_on_one_bit(tmp_path):
+    path = save_mask(tmp_path / "m.png", "1", np.array([[0, 1, 1]]))
+    assert read_mask(path, 3, tuple(2 - i % 2 for i in range(256))).tolist() == [[2, 1, 1]]
+
+
+@pytest.mark.parametrize("value, mode", [(3, "L"), (254, "P"), (256, "I;16"), (511, "I;16")])
+def test_mask_out_of_range_names_file_and_value(tmp_path, value, mode):
+    path = save_mask(tmp_path / "m.png", mode, np.array([[0, 2, 255, value]]))
+    with pytest.raises(InputError) as error:
+        read_mask(path, 3)
+    one_line(error, path, f"id {value},", "0 to 2")
+
+
+def test_wide_ids_are_not_wrapped_by_a_label_map(tmp_path):
+    path = save_mask(tmp_path / "m.png", "I;16", np.array([[0, 256]]))
+    with pytest.raises(InputError) as error:
+        read_mask(path, 3, tuple([0] * 256))
+    one_line(error, path, 256)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_color_mask_says_what_is_expected(tmp_path, mode):
+    Image.new(mode, (4, 4)).save(tmp_path / "m.png")
+    with pytest.raises(InputError) as error:
+        read_mask(tmp_path / "m.png", 3)
+    one_line(error, tmp_path / "m.png", "colour", "palette PNG", "255")
+
+
+def test_truncated_mask(tmp_path):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 3, (64, 64), np.uint8)
+    Image.fromarray(noise).save(buffer, "png")
+    path = tmp_path / "m.png"
+    path.write_bytes(buffer.getvalue()[:200])
+    with pytest.raises(InputError) as error:
+        read_mask(path, 3)
+    one_line(error, path)

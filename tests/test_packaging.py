@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import cac_fast
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, folder: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
+    """What setup.py declares now, which an older editable install would not show."""
+    folder = tmp_path_factory.mktemp("metadata")
+    run("setup.py", "--quiet", "egg_info", "--egg-base", str(folder), folder=ROOT)
+    return Distribution.at(folder / "cac_fast.egg-info")
+
+
+def read_pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = (line.split("==") for line in lines if not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def test_versions_agree(metadata: Distribution) -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    cited = re.search(r"^version: (.+)$", citation, re.MULTILINE)[1]
+    assert metadata.version == cited == cac_fast.__version__
+
+
+def test_constraints_pin_what_setup_asks_for(metadata: Distribution) -> None:
+    pins = read_pins()
+    requirements = [Requirement(text) for text in metadata.requires]
+    assert {requirement.name for requirement in requirements} >= {"torch", "torchvision", "pytest"}
+    for requirement in requirements:
+        version = pins.get(canonicalize_name(requirement.name), "not pinned")
+        assert requirement.specifier.contains(version), f"{requirement} against {version}"
+
+
+def test_loss_alone_needs_torch_and_numpy(metadata: Distribution) -> None:
+    always = [text for text in metadata.requires if "extra ==" not in text]
+    assert sorted(Requirement(text).name for text in always) == ["numpy", "torch"]
+
+
+def test_import_from_another_folder_leaves_the_trainer_alone(tmp_path: Path) -> None:
+    program = "import cac_fast, sys; print(cac_fast.__file__, *sys.modules)"
+    path, *modules = run("-c", program, folder=tmp_path).split()
+    assert Path(path) == ROOT / "cac_fast" / "__init__.py"
+    assert {"torchvision", "PIL", "tensorboard", "cac_fast.train"}.isdisjoint(modules)
+
+
+def test_mapped_packages_import_from_another_folder(tmp_path: Path) -> None:
+    program = "from cac_fast import kernels, train; print(*kernels.__path__, *train.__path__)"
+    paths = run("-c", program, folder=tmp_path).split()
+    assert [Path(path) for path in paths] == [ROOT / "kernels", ROOT / "train"]
+
+
+@pytest.mark.parametrize("folder", ["cac_fast", "kernels", "train"])
+def test_every_folder_of_modules_is_a_package(folder: str) -> None:
+    folders = {path.parent for path in (ROOT / folder).rglob("*.py")}
+    assert folders
+    assert [path for path in folders if not (path / "__init__.py").is_file()] == []

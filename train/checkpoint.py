@@ -1,0 +1,93 @@
+"""Checkpoint files: written whole or not at all, read without running code from them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cac_fast.train.errors import InputError
+
+FORMAT = 1
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` to ``path``; a crash at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    # The rename itself is only durable once the folder is synced.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that :func:`write` made, onto the CPU, with ``weights_only=True``.
+
+    Raises:
+        InputError: the file is missing, truncated, or no checkpoint of this program.
+    """
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"checkpoint {path} cannot be read, it is truncated or no checkpoint: "
+            f"{_first_line(error)}"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(
+            f"{path} is not a checkpoint of this program (use --weights for ImageNet weights)"
+        )
+    return state
+
+
+def load_model(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Load ``weights`` strictly into ``module``.
+
+    Raises:
+        InputError: names or shapes differ: the checkpoint is of another architecture.
+    """
+    expected = module.state_dict()
+    differing = [
+        name
+        for name in sorted(expected.keys() | weights.keys())
+        if name not in expected
+        or name not in weights
+        or expected[name].shape != weights[name].shape
+    ]
+    if differing:
+        raise InputError(
+            f"checkpoint {path} is of another architecture: {len(differing)} tensors differ, "
+            f"first {differing[0]}; use the --network, --backbone and classes it was made with"
+        )
+    module.load_state_dict(weights)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """This process's random state, on the CPU and on its GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Take back what :func:`random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

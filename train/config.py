@@ -1,0 +1,390 @@
+"""Every setting of a run: one dataclass, read from defaults, a TOML file, ``--set`` and flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import tomllib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cac_fast.train.errors import InputError
+from cac_fast.train.options import Parser
+
+
+def setting(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of :class:`Config` with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run; ``python train/main.py --help`` gives each one's meaning."""
+
+    # What to train on
+    dataset: str = setting("", "data layout", ("cityscapes", "voc", "folder", "toycity"))
+    data_dir: str | None = setting(None, "the data's folder (not needed for toycity)")
+    labeled: str | None = setting(None, "list of labelled images")
+    unlabeled: str | None = setting(
+        None, "list of unlabelled images (default: the rest of the train split)"
+    )
+    labeled_share: str | None = setting(
+        None, "without lists: this share of the masks is used, as 1/16, or full"
+    )
+    data_list: int = setting(0, "seed of the derived labelled share")
+
+    # What to train
+    method: str = setting("cac", "training method", ("cac", "supervised"))
+    network: str = setting("deeplabv3plus", "segmentation network", ("deeplabv3plus", "pspnet"))
+    backbone: str = setting(
+        "resnet50", "torchvision backbone", ("mobilenet_v2", "resnet18", "resnet50", "resnet101")
+    )
+    weights: str | None = setting(
+        None, "torchvision checkpoint for the backbone (default: random weights)"
+    )
+    dropout: bool = setting(True, "the networks' dropout")
+
+    # The run
+    output: str | None = setting(None, "run folder (default: runs/ and a name made of the choices)")
+    iterations: int = setting(20_000, "optimizer steps")
+    batch_size: int = setting(
+        8, "labelled images a step over all processes; as many unlabelled ones are drawn"
+    )
+    crop_size: int = setting(320, "side of the square crops in pixels, a multiple of 8")
+    seed: int = setting(0, "seed of everything random")
+    workers: int = setting(
+        2, "loader processes per loader and rank; 0 loads in the training process"
+    )
+    device: str = setting("auto", "where to train", ("auto", "cpu", "cuda"))
+    precision: str = setting(
+        "auto",
+        "autocast type; auto: bf16 on GPUs that have it, else fp32",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+    channels_last: bool = setting(True, "channels_last memory format")
+    deterministic: bool = setting(False, "deterministic algorithms only")
+    restart: bool = setting(False, "start over even if the run folder holds a run")
+    eval_every: int | None = setting(
+        None, "iterations between evaluations (default: a tenth of the run)"
+    )
+    save_every: int = setting(500, "iterations between checkpoints")
+    log_every: int = setting(20, "iterations between lines of metrics.jsonl")
+
+    # Optimisation (paper, Sec. 4.1)
+    learning_rate: float = setting(0.002, "base learning rate of the backbone")
+    head_learning_rate_factor: float = setting(
+        10.0, "learning rate of the rest, as a multiple of the backbone's"
+    )
+    momentum: float = setting(0.9, "SGD momentum")
+    weight_decay: float = setting(1e-4, "SGD weight decay")
+    poly_power: float = setting(0.9, "power of the poly schedule")
+    sync_bn: bool = setting(True, "batch statistics over all processes (GPUs only)")
+    freeze_bn: bool = setting(False, "running statistics in training too")
+
+    # Crops and augmentation (paper, Sec. 4.1)
+    labeled_scale: tuple[float, float] = setting(
+        (0.5, 2.0), "range of the random resize of labelled images"
+    )
+    unlabeled_scale: tuple[float, float] = setting(
+        (0.8, 2.0), "range of the random resize of unlabelled images"
+    )
+    base_size: int | None = setting(
+        None,
+        "authors: the long side is drawn from the range times this (default: a ratio of the image)",
+    )
+    iou_range: tuple[float, float] = setting((0.1, 1.0), "bounds of the IoU of the two crops")
+    jitter_labeled: bool = setting(
+        False, "authors, Cityscapes: photometric augmentation of labelled crops too"
+    )
+
+    # The directional contrastive loss (paper, Sec. 3.3 and 3.4)
+    dc_weight: float = setting(0.1, "lambda, the weight of the contrastive loss")
+    warmup: int | None = setting(
+        None, "iterations with the supervised loss alone (default: 1/16 of all)"
+    )
+    temperature: float = setting(0.1, "tau")
+    threshold: float = setting(0.75, "gamma, confidence that a positive must exceed")
+    normalization: str = setting(
+        "image",
+        "image (paper): 1/N per image; active (authors): by the number of active pixels",
+        ("image", "active"),
+    )
+    negatives_per_view: int | None = setting(
+        None, "authors: this many random negatives per view and process (default, paper: all)"
+    )
+    bank_past_steps: int = setting(
+        0, "past steps whose negatives are kept besides the current one's"
+    )
+    projector: bool = setting(True, "ablation Proj: the projector (off: identity)")
+    context: bool = setting(True, "ablation Context: two different crops (off: identical boxes)")
+    contrastive: bool = setting(
+        True, "ablation CL: the contrastive loss (off: l2 between positives)"
+    )
+    directional: bool = setting(
+        True, "ablation Dir: only the less confident side learns (off: both)"
+    )
+    negative_sampling: bool = setting(
+        True, "ablation NS: negatives of other pseudo labels only (off: every other location)"
+    )
+    positive_filtering: bool = setting(
+        True, "ablation PF: positives above the threshold only (off: gamma = 0)"
+    )
+    dc_backend: str = setting(
+        "auto", "back end of the loss", ("auto", "reference", "eager", "cpp", "triton", "cuda")
+    )
+    false_negatives: bool = setting(
+        False, "measure the share of false negatives (Fig. 6); reads the unlabelled images' masks"
+    )
+
+    @property
+    def num_warmup(self) -> int:
+        """Iterations before the contrastive loss starts."""
+        return self.iterations // 16 if self.warmup is None else self.warmup
+
+    @property
+    def num_eval_every(self) -> int:
+        """Iterations between evaluations."""
+        return max(1, self.iterations // 10) if self.eval_every is None else self.eval_every
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder that holds the run."""
+        if self.output is not None:
+            return Path(self.output)
+        share = "lists" if self.labeled else (self.labeled_share or "all").replace("/", "_")
+        return Path("runs") / "-".join(
+            [
+                self.dataset,
+                self.method,
+                self.network,
+                self.backbone,
+                share,
+                f"list{self.data_list}",
+                f"seed{self.seed}",
+            ]
+        )
+
+
+# METHOD, Sec. 4 of the paper: what differs between the data sets.
+_PAPER = {"iterations": 92_560}
+PRESETS: dict[str, dict[str, Any]] = {
+    "voc": _PAPER | {"crop_size": 320, "learning_rate": 0.001, "bank_past_steps": 1},
+    "cityscapes": _PAPER | {"crop_size": 720, "learning_rate": 0.01},
+    "folder": {},
+    "toycity": {
+        "backbone": "mobilenet_v2",
+        "iterations": 300,
+        "batch_size": 4,
+        "crop_size": 96,
+        "learning_rate": 0.01,
+        "eval_every": 100,
+    },
+}
+
+# Settings that a resumed run may change: they do not alter what is computed.
+FREE = frozenset(
+    (
+        "data_dir output workers device eval_every save_every log_every restart dc_backend weights "
+        "labeled unlabeled"
+    ).split()
+)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Read the command line of ``train/main.py``.
+
+    Later sources win: defaults, the data set's preset, ``--config`` TOML, ``--set``, flags.
+
+    Raises:
+        InputError: an unknown option or key (with the nearest match), or an impossible value.
+    """
+    parser = _parser()
+    flags = vars(parser.parse_args(arguments))
+    values: dict[str, Any] = {}
+    if (path := flags.pop("config")) is not None:
+        values |= _read_toml(Path(path))
+    for item in flags.pop("set"):
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise InputError(f"--set {item}: write it as key=value")
+        values[_known(key.strip(), "--set")] = text.strip()
+    values |= flags
+    converted = {key: _convert(key, value) for key, value in values.items()}
+    if not converted.get("dataset"):
+        raise InputError("--dataset is needed: cityscapes, voc, folder or toycity")
+    config = Config(**(PRESETS[converted["dataset"]] | converted))
+    _check(config)
+    return config
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The :class:`Config` that ``dataclasses.asdict`` made ``values`` of, lists as tuples again."""
+    return Config(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    )
+
+
+def differences(config: Config, former: dict[str, Any]) -> list[str]:
+    """Settings that change what is computed and differ from those of a ``former`` run."""
+    return [
+        f"{name}: {former.get(name)!r} there, {value!r} here"
+        for name, value in dataclasses.asdict(config).items()
+        if name not in FREE and _plain(former.get(name)) != _plain(value)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="train/main.py",
+        description="Train a segmentation network, semi-supervised with CAC or supervised.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.toml", default=None, help="settings from a TOML file"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="key=value",
+        action="append",
+        default=[],
+        help="any setting below by its name with underscores",
+    )
+    types = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        text = field.metadata["help"]
+        if field.default not in ("", None):
+            text += f" [{field.default}]"
+        if types[field.name] is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag, metavar=_metavar(field), help=text)
+    return parser
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    choices = field.metadata["choices"]
+    return "{" + ",".join(choices) + "}" if choices else field.name.rsplit("_", 1)[-1].upper()
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"--config {path}: no such file")
+    try:
+        table = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: {error}") from error
+    return {_known(key, f"--config {path}"): value for key, value in table.items()}
+
+
+def _known(key: str, where: str) -> str:
+    names = [field.name for field in dataclasses.fields(Config)]
+    name = key.replace("-", "_")
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise InputError(
+            f"{where}: unknown setting {key}" + (f", did you mean {near[0]}?" if near else "")
+        )
+    return name
+
+
+def _convert(name: str, value: Any) -> Any:
+    """``value`` (text, or what TOML gave) as the type of the setting ``name``."""
+    kind = typing.get_type_hints(Config)[name]
+    choices = Config.__dataclass_fields__[name].metadata["choices"]
+    options = typing.get_args(kind)
+    wanted = f"--{name.replace('_', '-')} {value}"
+    if type(None) in options:
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        kind = next(option for option in options if option is not type(None))
+    try:
+        if kind is bool:
+            return _boolean(value)
+        if kind in (int, float, str):
+            if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+                raise ValueError
+            result = kind(value)
+            if kind is float and not math.isfinite(result):
+                raise ValueError
+        else:
+            parts = value.strip("()[]").split(",") if isinstance(value, str) else value
+            low, high = (float(part) for part in parts)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError
+            result = (low, high)
+    except (TypeError, ValueError, KeyError):
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        raise InputError(
+            f"{wanted}: expected {names.get(kind, 'two numbers, as 0.5,2.0')}"
+        ) from None
+    if choices and result not in choices:
+        near = difflib.get_close_matches(str(result), choices, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise InputError(f"{wanted}: expected one of {', '.join(choices)}{hint}")
+    return result
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    return {
+        "true": True,
+        "1": True,
+        "on": True,
+        "yes": True,
+        "false": False,
+        "0": False,
+        "off": False,
+        "no": False,
+    }[str(value).lower()]
+
+
+def _check(config: Config) -> None:
+    """Reject values that no run can use."""
+    if config.dataset != "toycity" and config.data_dir is None:
+        raise InputError(f"--data-dir is needed for --dataset {config.dataset}")
+    if config.crop_size < 8 or config.crop_size % 8:
+        lower = max(8, config.crop_size // 8 * 8)
+        raise InputError(
+            f"--crop-size {config.crop_size} is not a multiple of 8: use {lower} or {lower + 8}"
+        )
+    counts = "iterations batch_size save_every log_every eval_every negatives_per_view base_size"
+    for name in [*counts.split(), "temperature", "learning_rate"]:
+        value = getattr(config, name)
+        if value is not None and (value <= 0 if isinstance(value, float) else value < 1):
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be positive")
+    for name in (
+        "warmup",
+        "workers",
+        "bank_past_steps",
+        "dc_weight",
+        "weight_decay",
+        "threshold",
+        "seed",
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must not be negative")
+    for name in ("labeled_scale", "unlabeled_scale", "iou_range"):
+        low, high = getattr(config, name)
+        if not 0 < low <= high:
+            raise InputError(
+                f"--{name.replace('_', '-')} {low},{high}: give two positive numbers, lower first"
+            )
+    if config.threshold > 1:
+        raise InputError(f"--threshold {config.threshold}: a confidence is at most 1")
+    if config.iou_range[1] > 1:
+        raise InputError(
+            f"--iou-range {config.iou_range[0]},{config.iou_range[1]}: an IoU is at most 1"
+        )

@@ -1,0 +1,124 @@
+"""Images and masks as people have them, read into one form each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cac_fast.train.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IGNORE = 255
+"""The id of mask pixels that belong to no class."""
+
+_EXIF_ORIENTATION = 0x0112
+_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read any photograph as an upright 8-bit RGB image.
+
+    The EXIF orientation is applied; grey, palette and CMYK images are converted, transparency is
+    composited on white, and 16-bit images keep their high byte.
+
+    Raises:
+        InputError: the file is missing, truncated, no image, or holds floating-point values.
+    """
+    try:
+        # Given a path, Pillow maps a TIFF without compression, and garbles it if it is rotated.
+        with path.open("rb") as stream, Image.open(stream) as file:
+            file.load()
+            ImageOps.exif_transpose(file, in_place=True)
+            return to_rgb(file)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every type there is
+        raise _unreadable("image", path, error) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB: transparency on white, of 16 bits the high byte.
+
+    Raises:
+        ValueError: the image holds floating-point values.
+    """
+    if image.mode == "F":
+        raise ValueError("it holds floating-point values")
+    if image.mode in _WIDE_MODES:
+        high = np.clip(np.asarray(image), 0, 65535) >> 8
+        return Image.fromarray(high.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the upright image, where possible from the file's header alone.
+
+    Raises:
+        InputError: as `read_image`, as far as the header shows it.
+    """
+    try:
+        with path.open("rb") as stream, Image.open(stream) as file:
+            if file.format == "TIFF":
+                file.load()  # Pillow turns it by itself, but before that its size is unclear
+            width, height = file.size
+            # Asking a PNG for EXIF that is not in its header would decode all of it.
+            known = file.format != "PNG" or "exif" in file.info
+            turned = known and file.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (width, height) if turned else (height, width)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unreadable("image", path, error) from error
+
+
+def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = None) -> np.ndarray:
+    """Read a mask of class ids, uint8 (H, W), with 255 where no class is known.
+
+    The ids are the raw values of a grey, palette, 1-bit or 16-bit file: palette colours are not
+    looked at. `label_map`, if given, holds the class of each of the 256 ids of the file.
+
+    Raises:
+        InputError: the file is missing or truncated, is a colour picture, or holds an id that is
+            neither below `num_classes` nor 255.
+    """
+    try:
+        with path.open("rb") as stream, Image.open(stream) as file:
+            mode = file.mode
+            ids = np.asarray(file) if mode in ("L", "P", "1", *_WIDE_MODES) else None
+            if mode == "1":
+                ids = ids.astype(np.uint8)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unreadable("mask", path, error) from error
+    if ids is None:
+        raise InputError(
+            f"mask {path} is a colour picture (mode {mode}), but a mask must hold one class id a "
+            f"pixel: save it as an 8-bit grey or palette PNG with ids 0 to {num_classes - 1} and "
+            f"{IGNORE} for pixels to ignore"
+        )
+    if label_map is None:
+        classes = ids
+    else:
+        classes = np.asarray(label_map)[np.clip(ids, 0, 255)]
+        classes = np.where((ids < 0) | (ids > 255), -1, classes)
+    wrong = (classes != IGNORE) & ((classes < 0) | (classes >= num_classes))
+    if wrong.any():
+        raise InputError(
+            f"mask {path} holds the id {int(ids[wrong].min())}, but only 0 to {num_classes - 1} "
+            f"are classes here and {IGNORE} is ignored: correct the mask or the class list"
+        )
+    return classes.astype(np.uint8)
+
+
+def _unreadable(kind: str, path: Path, error: Exception) -> InputError:
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{kind} {path} does not exist")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"{kind} {path} cannot be read ({reason}): replace or remove the file")

@@ -1,0 +1,124 @@
+"""The batches of a run on its device, with the time spent waiting for them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from cac_fast.train.config import Config
+from cac_fast.train.data import loaders
+from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
+from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD
+from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.distributed import World
+
+Batch = dict[str, torch.Tensor]
+
+
+class Step(NamedTuple):
+    """What one iteration gets: batches on the device and the seconds it waited for them."""
+
+    labeled: Batch
+    unlabeled: Batch | None
+    waited: float
+
+
+class Stream:
+    """Both streams of training images, from any iteration on.
+
+    Args:
+        labeled, unlabeled: the images of each stream.
+        world: this rank draws its part of every global batch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        data: SegmentationData,
+        labeled: list[Sample],
+        unlabeled: list[Sample],
+    ) -> None:
+        self.config, self.world, self.data = config, world, data
+        self.labeled, self.unlabeled = labeled, unlabeled
+        self.skipped = 0
+        self.recent: deque[tuple[int, list[str]]] = deque(maxlen=config.log_every)
+        self.memory_format = (
+            torch.channels_last if config.channels_last else torch.contiguous_format
+        )
+        self.mean, self.std = (
+            torch.tensor([255 * value for value in values], device=world.device).view(1, 3, 1, 1)
+            for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+
+    def steps(self, start: int, end: int, with_unlabeled: bool) -> Iterator[Step]:
+        """The batches after ``start`` iterations, up to the one that makes them ``end``.
+
+        Raises:
+            InputError: a labelled image, or too many unlabelled ones in a row, cannot be used.
+        """
+        labeled = loaders.batches(self._labeled_loader(start))
+        unlabeled = loaders.batches(self._unlabeled_loader(start)) if with_unlabeled else None
+        for iteration in range(start + 1, end + 1):
+            before = time.perf_counter()
+            first = next(labeled)
+            second = None if unlabeled is None else next(unlabeled)
+            waited = time.perf_counter() - before
+            names = first.pop("name")
+            if second is not None:
+                names += second.pop("name")
+                self.skipped += int(second.pop("skipped").sum())
+            self.recent.append((iteration, names))
+            yield Step(
+                self._to_device(first), None if second is None else self._to_device(second), waited
+            )
+
+    def names(self, iteration: int) -> list[str]:
+        """The images of one of the last ``log_every`` iterations on this rank."""
+        return [name for number, names in self.recent if number == iteration for name in names]
+
+    def _common(self, start: int) -> dict[str, int | bool]:
+        return {
+            "seed": self.config.seed,
+            "batch_size": self.config.batch_size,
+            "rank": self.world.rank,
+            "world_size": self.world.size,
+            "start_iteration": start,
+            "workers": self.config.workers,
+            "pin_memory": self.world.device.type == "cuda",
+        }
+
+    def _labeled_loader(self, start: int) -> torch.utils.data.DataLoader:
+        config = self.config
+        transform = LabeledTransform(
+            config.crop_size, config.labeled_scale, config.base_size, config.jitter_labeled
+        )
+        return loaders.labeled_loader(self.labeled, self.data, transform, **self._common(start))
+
+    def _unlabeled_loader(self, start: int) -> torch.utils.data.DataLoader:
+        config = self.config
+        iou_range = config.iou_range if config.context else (1.0, 1.0)
+        transform = UnlabeledTransform(
+            config.crop_size, config.unlabeled_scale, config.base_size, iou_range
+        )
+        return loaders.unlabeled_loader(
+            self.unlabeled,
+            self.data,
+            transform,
+            with_truth=config.false_negatives,
+            **self._common(start),
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        """Move a batch; images travel as uint8 and are normalised on the device."""
+        device = self.world.device
+        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        for name, value in moved.items():
+            if name.startswith("image"):
+                image = value.to(torch.float32, memory_format=self.memory_format)
+                moved[name] = image.sub_(self.mean).div_(self.std)
+        return moved

@@ -1,0 +1,9 @@
+"""Embedded street scenes: does a network look at an object, or only at what is around it?
+
+The few labeled scenes have a context that misleads; the unlabeled ones, val and test do not.
+"""
+
+from cac_fast.train.data.toycity.classes import CLASSES, PALETTE
+from cac_fast.train.data.toycity.dataset import ensure
+
+__all__ = ["CLASSES", "PALETTE", "ensure"]

@@ -1,0 +1,111 @@
+"""Processes and devices: one process, or under torchrun one per GPU (NCCL) or on CPUs (gloo)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cac_fast.train.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(
+        self, tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM
+    ) -> torch.Tensor:
+        """Reduce ``tensor`` over all ranks in place and return it; a no-op for one process."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=op)
+        return tensor
+
+    def all_gather_objects(self, item: Any) -> list[Any]:
+        """Every rank's ``item``, in rank order."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run ``work`` on rank 0 and hand its result, or its :class:`InputError`, to every rank."""
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except InputError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise InputError(outcome[1])
+        return outcome[0]
+
+
+def world_size() -> int:
+    """Number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process for ``--device``: ``auto`` takes CUDA where it is available."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > torch.cuda.device_count():
+        raise InputError(
+            f"{processes} processes on this machine but only {torch.cuda.device_count()} GPU(s): "
+            "lower --nproc-per-node or use --device cpu"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def world(device_name: str) -> Iterator[World]:
+    """Join the process group that torchrun's environment describes, and leave it at the end."""
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    size = world_size()
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield World(dist.get_rank(), size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command's body; an :class:`InputError` becomes one line (rank 0) and exit code 2."""
+    try:
+        return command() or 0
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2

@@ -1,0 +1,397 @@
+"""The training loop: from a :class:`Config` to a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cac_fast.train import checkpoint
+from cac_fast.train.config import Config, differences
+from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
+from cac_fast.train.data.loaders import check_masks
+from cac_fast.train.data.splits import select
+from cac_fast.train.data.stream import Step, Stream
+from cac_fast.train.distributed import World
+from cac_fast.train.errors import InputError
+from cac_fast.train.evaluation import evaluate
+from cac_fast.train.log import Meters, RunLog, train_line
+from cac_fast.train.methods import build_method
+from cac_fast.train.networks import build_network, load_backbone_weights
+from cac_fast.train.progress import show_progress
+from cac_fast.train.samples import SampleSheet
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(config: Config, world: World) -> dict[str, Any]:
+    """Run a training; return ``{"best": {"miou", "iteration"} | None, "last": result | None}``.
+
+    Raises:
+        InputError: something in the settings or the data cannot be used.
+    """
+    return Trainer(config, world).run()
+
+
+def poly(iteration: int, total: int, power: float) -> float:
+    """Factor of the poly schedule for the step after ``iteration`` ones (paper, Sec. 4.1)."""
+    return (1 - iteration / total) ** power
+
+
+class Trainer:
+    """One training run on one rank.
+
+    The state that a checkpoint holds is the method (network, projector, bank), the optimizer, the
+    scaler, the iteration, the best result and every rank's random state; everything else follows
+    from the settings.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.folder = config.run_folder
+        self.last = self.folder / "last.pt"
+        self.iteration = 0
+        self.best: dict[str, float] | None = None
+        self.signal: int | None = None  # received by this rank
+        self.stopped_by: int | None = None  # agreed on by all ranks
+        self.precision = _precision(config, world)
+        self.autocast_dtype = AUTOCAST[self.precision]
+
+        if config.batch_size % world.size:
+            raise InputError(
+                f"--batch-size {config.batch_size} cannot be split over {world.size} processes: "
+                "use a multiple of it"
+            )
+        if config.batch_size == world.size and not config.freeze_bn and not self._syncs_bn():
+            raise InputError(
+                "batch statistics need two images per process: use a larger --batch-size "
+                "or --freeze-bn"
+            )
+        _set_determinism(config, world)
+        former = None if config.restart else self._read_former()
+        self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
+        self.stream = Stream(config, world, self.data, labeled, unlabeled)
+        self._build()
+        if former is None:
+            torch.manual_seed(config.seed + world.rank)  # dropout differs between ranks
+        else:
+            self._restore(former)
+
+    # ---- set-up
+
+    def _build(self) -> None:
+        config, device = self.config, self.world.device
+        torch.manual_seed(config.seed)  # equal initial weights for every rank and method
+        network = build_network(
+            config.network, config.backbone, len(self.data.classes), dropout=config.dropout
+        )
+        self.weights_report = "random backbone weights (ImageNet's: --weights FILE)"
+        if config.weights is not None:
+            self.weights_report = str(load_backbone_weights(network, Path(config.weights)))
+        self.method = build_method(
+            config, network, self.world, self.autocast_dtype or torch.float32
+        )
+        if self._syncs_bn():
+            self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
+        self.network = self.method.network
+        self.method.to(device=device, memory_format=self.stream.memory_format)
+        backbone = list(self.network.backbone.parameters())
+        inside = {id(parameter) for parameter in backbone}
+        rest = [item for item in self.method.parameters() if id(item) not in inside]
+        rate = config.learning_rate
+        self.base_rates = (rate, rate * config.head_learning_rate_factor)
+        self.optimizer = torch.optim.SGD(
+            [{"params": backbone}, {"params": rest}],
+            lr=rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=self.autocast_dtype is torch.float16
+        )
+
+    def _syncs_bn(self) -> bool:
+        # PyTorch has no synchronised batch norm for CPUs, and one process needs none.
+        return self.config.sync_bn and self.world.size > 1 and self.world.device.type == "cuda"
+
+    def _read_former(self) -> dict[str, Any] | None:
+        """The checkpoint that this run goes on from, None for a new run."""
+        if not self.last.is_file():
+            return None
+        former = checkpoint.read(self.last)
+        changed = differences(self.config, former["config"])
+        if changed:
+            raise InputError(
+                f"{self.folder} holds a run with other settings ({'; '.join(changed[:3])}): "
+                "use another --output, or --restart to start over"
+            )
+        return former
+
+    def _restore(self, former: dict[str, Any]) -> None:
+        checkpoint.load_model(self.method, former["method"], self.last)
+        self.method.load_extra_state(former["extra"])
+        self.optimizer.load_state_dict(former["optimizer"])
+        self.scaler.load_state_dict(former["scaler"])
+        self.iteration, self.best = former["iteration"], former["best"]
+        self.stream.skipped = former["skipped"]
+        if len(former["random"]) == self.world.size:
+            checkpoint.set_random_state(former["random"][self.world.rank], self.world.device)
+        else:  # other ranks than before: no stored state is theirs
+            torch.manual_seed(self.config.seed + self.world.rank + self.iteration)
+
+    # ---- the loop
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last iteration; return the best and the last validation result."""
+        self.world.on_main(self._prepare_folder)
+        self.log = RunLog(self.folder, self.config.iterations, self.iteration, self.world.is_main)
+        self.meters = Meters(self.world.device)
+        self._announce()
+        result = None
+        try:
+            with self._stop_signals():
+                for step in self._steps():
+                    self._train_step(step)
+                    result = self._after_step() or result
+                    if self.stopped_by is not None:
+                        break
+        except InputError:
+            # A bad file costs nothing that was trained; under torchrun saving would need all ranks.
+            if self.world.size == 1 and self.meters.first_bad < 0:
+                self._save()
+            raise
+        finally:
+            self.log.close()
+        if self.stopped_by is not None:
+            self.log.say(f"stopped at iteration {self.iteration}: the same command goes on there")
+            raise SystemExit(128 + self.stopped_by)
+        if self.best is not None:
+            self.log.say(
+                f"best val mIoU {self.best['miou']:.4f} at iteration {self.best['iteration']}, "
+                f"run folder {self.folder}"
+            )
+        return {"best": self.best, "last": result}
+
+    def _steps(self) -> Iterator[Step]:
+        """All batches to come: warm-up without the unlabelled stream, then with both.
+
+        DDP expects the same parameters to take part in every step: each phase has a wrapper.
+        """
+        config = self.config
+        contrastive_from = config.iterations if config.method == "supervised" else config.num_warmup
+        for end in (min(contrastive_from, config.iterations), config.iterations):
+            if self.iteration >= end:
+                continue
+            both = self.iteration >= contrastive_from
+            self.method.set_unlabeled(both)
+            self.model: nn.Module = self.method
+            if self.world.size > 1:
+                self.model = DistributedDataParallel(self.method, gradient_as_bucket_view=True)
+            yield from self.stream.steps(self.iteration, end, both)
+
+    def _train_step(self, step: Step) -> None:
+        config = self.config
+        factor = poly(self.iteration, config.iterations, config.poly_power)
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+        self.model.train()
+        if config.freeze_bn:
+            _freeze_batch_norm(self.model)
+        amp = self.autocast_dtype is not None
+        with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=amp):
+            losses = self.model(step.labeled, step.unlabeled)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses["loss"]).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.iteration += 1
+        self.meters.add(self.iteration, losses, step.waited)
+        self.log.step()
+
+    def _after_step(self) -> dict[str, Any] | None:
+        """Log, evaluate and save where due; return the evaluation's result if there was one."""
+        config, iteration = self.config, self.iteration
+        has_val = bool(self.data.splits["val"])
+        final = iteration == config.iterations
+        due_eval = has_val and (final or iteration % config.num_eval_every == 0)
+        due_save = final or due_eval or iteration % config.save_every == 0
+        stopping = self.signal is not None and self.world.size == 1
+        if due_save or stopping or iteration % config.log_every == 0:
+            self._read_meters()  # before saving: what is not finite must not be kept
+        result = self._evaluate() if due_eval else None
+        if final and not has_val:
+            self._write("best.pt")
+        if due_save or self.stopped_by is not None:
+            self._save()
+        return result
+
+    def _read_meters(self) -> None:
+        """Write a line of metrics; stop the run if a loss was not finite. Waits for the device."""
+        reading = self.meters.read() | {"signal": self.signal, "skipped": self.stream.skipped}
+        readings = self.world.all_gather_objects(reading)
+        bad = [item["first_bad"] for item in readings if item["first_bad"] >= 0]
+        if bad:
+            self._stop_not_finite(min(bad))
+        signals = [item["signal"] for item in readings if item["signal"] is not None]
+        self.stopped_by = signals[0] if signals else None
+        line = train_line(readings, self.config.batch_size, self.optimizer.param_groups[0]["lr"])
+        self.log.train(self.iteration, line)
+
+    def _evaluate(self) -> dict[str, Any]:
+        sheet = SampleSheet(self.data.palette)
+        result = evaluate(
+            self.network,
+            self.data.splits["val"],
+            self.data,
+            self.world,
+            workers=self.config.workers,
+            autocast_dtype=self.autocast_dtype,
+            channels_last=self.config.channels_last,
+            on_prediction=sheet.add,
+        )
+        self.log.val(self.iteration, result)
+        if (picture := sheet.picture()) is not None:
+            self.log.sample(self.iteration, picture)
+        if self.best is None or result["miou"] > self.best["miou"]:
+            self.best = {"miou": result["miou"], "iteration": self.iteration}
+            self._write("best.pt")
+        self.meters.restart_clock()
+        return result
+
+    # ---- what is kept
+
+    def _prepare_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.iteration == 0:
+                for name in ("metrics.jsonl", "last.pt", "best.pt"):
+                    (self.folder / name).unlink(missing_ok=True)
+            settings = json.dumps(dataclasses.asdict(self.config), indent=2)
+            (self.folder / "config.json").write_text(settings + "\n")
+        except OSError as error:
+            raise InputError(f"--output {self.folder}: {error.strerror}") from error
+
+    def _model_state(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "config": dataclasses.asdict(self.config),
+            "classes": list(self.data.classes),
+            "palette": [list(colour) for colour in self.data.palette],
+            "iteration": self.iteration,
+            "best": self.best,
+        }
+
+    def _write(self, name: str) -> None:
+        if self.world.is_main:
+            checkpoint.write(self.folder / name, self._model_state())
+
+    def _save(self) -> None:
+        """Write ``last.pt``: all that a resumed run needs to go on as if it had never stopped."""
+        random = self.world.all_gather_objects(checkpoint.random_state(self.world.device))
+        if not self.world.is_main:
+            return
+        state = self._model_state() | {
+            "method": self.method.state_dict(),
+            "extra": self.method.extra_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "position": self.iteration * self.config.batch_size,
+            "skipped": self.stream.skipped,
+            "random": random,
+        }
+        checkpoint.write(self.last, state)
+
+    # ---- words and stops
+
+    @contextlib.contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM end the run after the current step, with a checkpoint."""
+
+        def stop(number: int, _: Any) -> None:
+            # Ranks must stop after the same step: under torchrun the meters carry the wish.
+            self.signal = number
+
+        former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _stop_not_finite(self, iteration: int) -> None:
+        parts = self.world.all_gather_objects(self.stream.names(iteration))
+        names = [name for part in parts for name in part]
+        kept = (
+            f"the last good checkpoint is {self.last}"
+            if self.last.is_file()
+            else "no checkpoint was due before it"
+        )
+        raise InputError(
+            f"the loss is not finite at iteration {iteration}, batch: {', '.join(names)}; "
+            f"{kept}; try a lower --learning-rate or --precision fp32"
+        )
+
+    def _announce(self) -> None:
+        config, say = self.config, self.log.say
+        if self.iteration == config.iterations:
+            say(f"{self.folder} is finished already (--restart starts over)")
+        elif self.iteration:
+            say(f"resuming {self.folder} at iteration {self.iteration}")
+        say(
+            f"{config.dataset}: {len(self.stream.labeled)} labelled, "
+            f"{len(self.stream.unlabeled)} unlabelled, {len(self.data.splits['val'])} validation "
+            f"images, {len(self.data.classes)} classes"
+        )
+        size = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
+        say(f"{config.method}: {config.network} on {config.backbone}, {size:.1f} M parameters")
+        say(self.weights_report)
+        say(
+            f"{config.iterations} iterations on {self.world.size} x {self.world.device.type}, "
+            f"{self.precision}, into {self.folder}"
+        )
+        if not self.data.splits["val"]:
+            say("no validation images: best.pt will be the last state")
+
+
+def _open_data(config: Config) -> tuple[SegmentationData, list[Sample], list[Sample]]:
+    """Open the data and check every mask now, so that no run dies of one in the night."""
+
+    def path(text: str | None) -> Path | None:
+        return None if text is None else Path(text)
+
+    data = open_data(config.dataset, path(config.data_dir))
+    lists = path(config.labeled), path(config.unlabeled)
+    labeled, unlabeled = select(data, *lists, config.labeled_share, config.data_list)
+    check_masks([*labeled, *data.splits["val"]], data, show_progress("checking masks"))
+    return data, labeled, unlabeled
+
+
+def _precision(config: Config, world: World) -> str:
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _set_determinism(config: Config, world: World) -> None:
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # On CUDA bilinear upsampling has no deterministic backward: warn, as nothing can replace it.
+    warn_only = world.device.type == "cuda"
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=warn_only)
+    torch.backends.cudnn.benchmark = not config.deterministic
+
+
+def _freeze_batch_norm(model: nn.Module) -> None:
+    """Let every batch norm of ``model`` use its running statistics."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

@@ -1,0 +1,62 @@
+"""The DeepLabv3+ head (Chen et al. 2018): ASPP at 1/16, decoder at 1/4."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cac_fast.train.networks.segmenter import conv_bn_relu, dropout_layer
+
+_RATES = (6, 12, 18)
+_CHANNELS = 256
+_LOW_CHANNELS = 48
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: (B, in_channels, h, w) -> (B, 256, h, w).
+
+    A 1x1, three 3x3 dilated by 6, 12, 18 and the global average, joined by a 1x1. In training mode
+    the BatchNorm of the global average needs two images per process (or SyncBatchNorm).
+    """
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [
+                conv_bn_relu(in_channels, _CHANNELS, 1),
+                *(conv_bn_relu(in_channels, _CHANNELS, 3, rate) for rate in _RATES),
+            ]
+        )
+        self.pooled = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), conv_bn_relu(in_channels, _CHANNELS, 1)
+        )
+        self.project = conv_bn_relu((len(self.branches) + 1) * _CHANNELS, _CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The pooled branch is one value per channel: expand instead of an interpolation.
+        pooled = self.pooled(x).expand(-1, -1, *x.shape[-2:])
+        return self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1))
+
+
+class DeepLabV3PlusHead(nn.Module):
+    """(low at 1/4, high at 1/16) -> (B, 256, h, w) at 1/4, all but the last 1x1 classifier."""
+
+    feature_channels = _CHANNELS
+    feature_stride = 4
+
+    def __init__(self, low_channels: int, high_channels: int, dropout: float) -> None:
+        super().__init__()
+        self.aspp = ASPP(high_channels)
+        self.dropout = dropout_layer(dropout)
+        self.reduce = conv_bn_relu(low_channels, _LOW_CHANNELS, 1)
+        self.decoder = nn.Sequential(
+            conv_bn_relu(_CHANNELS + _LOW_CHANNELS, _CHANNELS, 3),
+            dropout_layer(dropout),
+            conv_bn_relu(_CHANNELS, _CHANNELS, 3),
+        )
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        high = self.dropout(self.aspp(high))
+        high = F.interpolate(high, size=low.shape[-2:], mode="bilinear", align_corners=True)
+        return self.decoder(torch.cat([high, self.reduce(low)], dim=1))

@@ -1,0 +1,87 @@
+"""A segmentation network as the methods see it: encoder `features`, 1x1 classifier `classify`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Segmenter(nn.Module):
+    """backbone -> head (together the encoder E of the paper) -> classifier C.
+
+    `head(low, high)` takes the two feature maps of the backbone and has `feature_channels` and
+    `feature_stride`. `dropout` is the probability before the classifier; it belongs to C, so the
+    projector sees features without it.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, num_classes: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.classifier = nn.Sequential(
+            dropout_layer(dropout), nn.Conv2d(head.feature_channels, num_classes, 1)
+        )
+        initialize(self.head)
+        initialize(self.classifier)
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels C of `features`."""
+        return self.head.feature_channels
+
+    @property
+    def feature_stride(self) -> int:
+        """Pixels of the image per location of `features`, per axis."""
+        return self.head.feature_stride
+
+    def features(self, x: Tensor) -> Tensor:
+        """E: normalized images (B, 3, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
+        return self.head(*self.backbone(x))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """C: features (B, C, h, w), pooled or not, to logits (B, num_classes, h, w)."""
+        return self.classifier(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized images (B, 3, H, W), H, W >= 32, to logits (B, num_classes, H, W), >= fp32."""
+        return upsample_logits(self.classify(self.features(x)), x.shape[-2:])
+
+
+def upsample_logits(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Upsample (B, K, h, w) bilinearly, align_corners=True, to (B, K, H, W), size = (H, W).
+
+    Half precision becomes fp32: between close logits the rounding of the result would decide.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+
+
+def conv_bn_relu(
+    in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1
+) -> nn.Sequential:
+    """A convolution that keeps the size, without bias, then BatchNorm and ReLU."""
+    padding = dilation * (kernel_size // 2)
+    return nn.Sequential(
+        nn.Conv2d(
+            in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False
+        ),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def dropout_layer(probability: float) -> nn.Module:
+    """Dropout, or for 0 a placeholder that keeps the weight names of the modules after it."""
+    return nn.Dropout(probability) if probability > 0 else nn.Identity()
+
+
+def initialize(module: nn.Module) -> None:
+    """Kaiming-normal convolutions with zero bias, as the authors do; BatchNorm starts as (1, 0)."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)

@@ -1,0 +1,95 @@
+"""What the commands' lines share: one parser class, and options that several of them have."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cac_fast.train.errors import InputError
+
+DATASETS = ("cityscapes", "voc", "folder", "toycity")
+DEVICES = ("auto", "cpu", "cuda")
+
+_NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations whose errors are :class:`InputError`.
+
+    An unknown option is reported first, with the nearest option there is.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse ``args`` (default: the command line).
+
+        Raises:
+            InputError: an unknown option, a missing one, or a value that cannot be used.
+        """
+        args = sys.argv[1:] if args is None else list(args)
+        # First, since argparse would complain that a required option is missing if it is misspelt.
+        self._reject_unknown(args)
+        namespace, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise InputError(f"unexpected argument {rest[0]}: options start with --")
+        return namespace
+
+    def _reject_unknown(self, args: Sequence[str]) -> None:
+        known = self._option_string_actions
+        for argument in args:
+            if argument == "--":
+                return
+            name = argument.partition("=")[0]
+            # As argparse has it: a negative number or a text with blanks is a value, no option.
+            if not name.startswith("-") or name == "-" or " " in name or _NUMBER.match(name):
+                continue
+            if name in known or (not name.startswith("--") and name[:2] in known):
+                continue
+            nearest = difflib.get_close_matches("--" + name.lstrip("-"), known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
+            raise InputError(f"unknown option {name}, {hint}")
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is ``minimum`` or more."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        return value
+
+    return convert
+
+
+def add_data_options(parser: Parser) -> None:
+    """Add ``--dataset`` and ``--data-dir``."""
+    parser.add_argument("--dataset", required=True, choices=DATASETS, help="data layout")
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="the data's folder (not needed for toycity)"
+    )
+
+
+def add_device_option(parser: Parser) -> None:
+    """Add ``--device``."""
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="where to compute; auto: the GPU if there is one",
+    )

@@ -1,0 +1,67 @@
+"""Lists of a share: ``python train/split.py ... --labeled-share 1/8 --output DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cac_fast.train import distributed
+from cac_fast.train.errors import InputError
+from cac_fast.train.options import Parser, add_data_options, at_least
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the two lists; 0 at the end, 2 after one line about bad input."""
+    return distributed.run_command(lambda: _split(_parse(arguments)))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="train/split.py",
+        description="Write labeled.txt and unlabeled.txt, the lists that training derives from the "
+        "same --labeled-share and --data-list.",
+    )
+    add_data_options(parser)
+    parser.add_argument(
+        "--labeled-share",
+        required=True,
+        metavar="SHARE",
+        help="share of the masks that is used, as 1/8, or full",
+    )
+    parser.add_argument(
+        "--data-list", type=at_least(0), default=0, metavar="N", help="seed of the share [0]"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder for the two lists"
+    )
+    return parser.parse_args(arguments)
+
+
+def _split(options: argparse.Namespace) -> None:
+    # Imported late, so that a mistyped option is answered at once.
+    from cac_fast.train.data.layouts import open_data
+    from cac_fast.train.data.splits import select, write_lists
+
+    for name in ("labeled.txt", "unlabeled.txt"):
+        if (options.output / name).exists():
+            raise InputError(
+                f"{options.output / name} is there already: give another --output or remove it"
+            )
+    data = open_data(options.dataset, options.data_dir)
+    labeled, unlabeled = select(data, None, None, options.labeled_share, options.data_list)
+    try:
+        write_lists(options.output, labeled, unlabeled, data.root)
+    except OSError as error:
+        raise InputError(
+            f"--output {options.output} cannot be written: {error.strerror}"
+        ) from error
+    print(
+        f"{len(labeled)} labelled and {len(unlabeled)} unlabelled images: "
+        f"labeled.txt and unlabeled.txt in {options.output}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
