@@ -65,8 +65,8 @@ def dc_loss_rows(
 
     for span in _spans(labels, negative_labels, height):
         chosen = rows[span.first : span.last]
-        anchor, positive = anchors[chosen].to(dtype), positives[chosen].to(dtype)
-        sums = _Sums(anchor / temperature, tile, offset_needed)
+        scaled, positive = anchors[chosen].to(dtype) / temperature, positives[chosen].to(dtype)
+        sums = _Sums(scaled, tile, offset_needed)
         sums.add(negatives[span.begin : span.low])
         sums.add(negatives[span.high : span.end])
         if span.masked:
@@ -75,7 +75,7 @@ def dc_loss_rows(
                 labels[span.first : span.last],
                 negative_labels[span.low : span.high],
             )
-        x = sums.log_total() - (anchor * positive).sum(1) / temperature
+        x = sums.log_total() - (scaled * positive).sum(1)
         row_loss = torch.logaddexp(x, torch.zeros_like(x))
         pull = (x.sigmoid() / temperature).unsqueeze(1)
         loss[chosen] = row_loss.to(loss.dtype)

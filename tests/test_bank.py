@@ -178,6 +178,14 @@ assert found == [100, 101, 110, 111, 112, 200, 210], found
 assert torch.equal(bank.features[used][:, 2].float(), (bank.labels[used] - big).float())
 assert bank.labels.shape == (12,), bank.labels.shape
 
+# A ring of another number of ranks, which two do not divide: nothing of it outlives its steps.
+bank = FeatureBank(steps=1, dim=3)
+bank.load_state_dict(
+    {"features": torch.ones(1, 5, 3), "labels": torch.arange(5).unsqueeze(0) + 7, "pushes": 1}
+)
+bank.push(torch.zeros(2, 3), torch.tensor([1, 2]))
+assert sorted(bank.labels.tolist()) == [-1, 1, 1, 2, 2], bank.labels
+
 # A rank whose crops do not overlap has loss 0 with a graph, and still serves the other one.
 offset = torch.tensor([[0, 0]]) if rank == 0 else torch.tensor([[9, 9]])
 flip, valid = torch.zeros(1, dtype=torch.bool), torch.tensor([[2, 2]])

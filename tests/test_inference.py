@@ -103,8 +103,12 @@ def test_predict_takes_tensors_and_pil_images_of_any_mode(strided: Predictor) ->
     grey = pil.convert("L")
     assert (strided.predict(grey) == strided.predict(grey.convert("RGB"))).all()
     # Transparency is laid on white, as in training.
-    clear = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
-    assert (strided.predict(clear) == strided.predict(Image.new("RGB", (40, 40), "white"))).all()
+    veiled = pil.copy()
+    veiled.putalpha(Image.linear_gradient("L").resize(pil.size))
+    white = Image.new("RGBA", pil.size, "white")
+    flat = Image.alpha_composite(white, veiled).convert("RGB")
+    assert (strided.predict(veiled) == strided.predict(flat)).all()
+    assert (strided.predict(flat) != labels).any()
 
 
 @pytest.mark.parametrize("tile", [64, 100, 128])

@@ -330,13 +330,13 @@ def test_half_precision_and_autocast_give_a_float32_loss() -> None:
     expected.backward()
     with torch.autocast("cpu", torch.bfloat16):
         found = DirectionalContrastiveLoss()(*half, *logits, overlap).loss
-        direct = functional_loss("eager", torch.float32)
+        direct = [functional_loss(name, torch.float32) for name in ("reference", "eager")]
     found.backward()
     assert found.dtype == torch.float32
     assert half[0].grad.dtype == torch.bfloat16
     assert found == expected
     assert torch.equal(half[0].grad, single[0].grad.bfloat16())
-    assert direct == functional_loss("eager", torch.float32)
+    assert direct == [functional_loss(name, torch.float32) for name in ("reference", "eager")]
 
 
 def test_nothing_above_the_operator_waits_for_the_device() -> None:
@@ -490,6 +490,19 @@ def test_large_loss_does_not_overflow(backend: str) -> None:
         loss.backward()
         assert loss.item() == pytest.approx(2000, rel=1e-6)
         assert x.grad.isfinite().all()
+
+
+def test_running_maximum_starts_at_the_first_admitted_negative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Anchors of label 0 meet whole tiles of label 0 first; their other logits are all -1/tau.
+    monkeypatch.setattr(eager, "_CPU_TILE", (8, 2))
+    a = torch.tensor([[1.0, 0.0]]).repeat(2, 1)
+    negative_labels = torch.tensor([0] * 10 + [1] * 10)
+    active = torch.ones(2, dtype=torch.bool)
+    given = (a, -a, -a[:1].repeat(20, 1), torch.tensor([0, 1]), negative_labels, active, 0.001)
+    loss, _ = ops.dc_loss_rows(*given, "eager")
+    assert loss.tolist() == pytest.approx([math.log(11)] * 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
@@ -702,11 +715,12 @@ def test_eager_keeps_the_inputs() -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Sizes of all tensors made, and pairs of the matrix products that make logits."""
+    """Size of the largest tensor, and rows and pairs of the matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.largest = 0
+        self.rows = 0
         self.pairs = 0
         self.weighted_pairs = 0
 
@@ -719,6 +733,7 @@ class Watch(TorchDispatchMode):
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         name = func.overloadpacket
         if name is torch.ops.aten.mm:
+            self.rows = max(self.rows, args[0].shape[0])
             self.pairs += args[0].shape[0] * args[1].shape[1]
         elif name in (torch.ops.aten.addmm_, torch.ops.aten.addmm):
             self.weighted_pairs += args[1].numel()
@@ -755,6 +770,20 @@ def test_eager_never_computes_excluded_pairs_of_large_groups(
             ops.dc_loss_rows(*given, 0.1, "eager")
         assert watch.pairs == watch.weighted_pairs == admitted_pairs(*given[3:])
         assert watch.pairs > 0
+
+
+def test_eager_gives_half_a_tile_of_one_label_a_tile_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Two groups of 16 would fit one tile of 32, at the price of excluded pairs; 50 need two.
+    monkeypatch.setattr(eager, "_CPU_TILE", (32, 64))
+    *features, _, negative_labels, _ = operands("few", torch.float32, 82, 500, 2)
+    labels = torch.tensor([0] * 16 + [1] * 16 + [2] * 50)
+    active = torch.ones(82, dtype=torch.bool)
+    with Watch() as watch:
+        ops.dc_loss_rows(*features, labels, negative_labels, active, 0.1, "eager")
+    assert watch.pairs == admitted_pairs(labels, negative_labels, active)
+    assert watch.rows <= 32
 
 
 def test_eager_skips_most_excluded_pairs_on_voc() -> None:

@@ -88,6 +88,14 @@ def test_identical_crops_pair_every_cell_with_itself() -> None:
     assert overlap.valid1.dtype == torch.bool
 
 
+def test_a_cell_that_is_padding_in_one_view_has_no_partner() -> None:
+    offset, flip = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([False])
+    valid1, valid2 = torch.tensor([[4, 5]]), torch.tensor([[1, 2]])
+    for first, second in ((valid1, valid2), (valid2, valid1)):
+        overlap = overlap_from_crops(offset, flip, flip, first, second, SIZE)
+        assert overlap.partner1.tolist() == overlap.partner2.tolist() == [[0, 1] + [-1] * 18]
+
+
 def test_nothing_waits_for_the_device() -> None:
     # Meta tensors have no values: reading one on the host would raise.
     meta = {name: tensor.to("meta") for name, tensor in random_crops(3, 0).items()}

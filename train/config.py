@@ -99,7 +99,7 @@ class Config:
     )
     iou_range: tuple[float, float] = setting((0.1, 1.0), "bounds of the IoU of the two crops")
     jitter_labeled: bool = setting(
-        False, "authors, Cityscapes: photometric augmentation of labelled crops too"
+        False, "authors, Cityscapes: colour jitter of labelled crops too"
     )
 
     # The directional contrastive loss (paper, Sec. 3.3 and 3.4)
