@@ -128,7 +128,7 @@ def test_confusion_matrix_refuses_what_it_would_miscount() -> None:
     matrix = ConfusionMatrix(3, "cpu")
     with pytest.raises(ValueError, match="but prediction is"):
         matrix.update(torch.zeros(2, 3), torch.zeros(3, 2))
-    for truth, guess in ((3, 0), (0, 3)):
+    for truth, guess in ((3, 0), (254, 0), (0, 3)):
         with pytest.raises(ValueError, match="not below 3"):
             matrix.update(torch.tensor([[truth]]), torch.tensor([[guess]]))
 
@@ -219,7 +219,13 @@ def _two_ranks(rank: int, folder: Path, data: SegmentationData) -> None:
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
     )
     world, network, samples = World(rank, 2, torch.device("cpu")), Network(), data.splits["val"]
-    found = [evaluate(network, some, data, world, workers=0) for some in (samples, samples[:1])]
+    steps: list[tuple[int, int]] = []
+    found = [
+        evaluate(network, some, data, world, workers=0, progress=lambda *step: steps.append(step))
+        for some in (samples, samples[:1])
+    ]
+    # Of three images two or one; then the only one, or none.
+    assert steps == ([(1, 2), (2, 2), (1, 1)] if rank == 0 else [(1, 1)])
     # Sample 1 is rank 1's: rank 0 must hear of it and not wait for ever.
     dist.barrier()
     if rank == 1:

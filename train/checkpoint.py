@@ -40,9 +40,10 @@ def read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        # PyTorch's own message runs over many lines and speaks of its internals.
         raise InputError(
-            f"checkpoint {path} cannot be read, it is truncated or no checkpoint: "
-            f"{_first_line(error)}"
+            f"checkpoint {path} cannot be read ({type(error).__name__}): "
+            "it is truncated or no checkpoint"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(
@@ -86,8 +87,3 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -127,7 +127,10 @@ class Trainer:
         """The checkpoint that this run goes on from, None for a new run."""
         if not self.last.is_file():
             return None
-        former = checkpoint.read(self.last)
+        try:
+            former = checkpoint.read(self.last)
+        except InputError as error:
+            raise InputError(f"{error}; --restart starts the run over") from error
         changed = differences(self.config, former["config"])
         if changed:
             raise InputError(

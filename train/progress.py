@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 
 from tqdm import tqdm
+
+SECONDS_A_LINE = 10
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(done, total)`` after each item."""
@@ -14,19 +17,21 @@ Progress = Callable[[int, int], None]
 def show_progress(text: str) -> Progress:
     """A :data:`Progress` on stderr: a bar on a terminal, else plain lines.
 
-    A line is ``text done/total`` and comes at each tenth of the whole.
+    A line is ``text done/total`` and comes every ten seconds, so that quick work is silent.
     """
     bar: tqdm | None = None
+    said = time.monotonic()
 
     def show(done: int, total: int) -> None:
-        nonlocal bar
+        nonlocal bar, said
         if sys.stderr.isatty():
             if bar is None:
                 bar = tqdm(total=total, desc=text, dynamic_ncols=True)
             bar.update(done - bar.n)
             if done == total:
                 bar.close()
-        elif done * 10 // total > (done - 1) * 10 // total:
+        elif time.monotonic() - said >= SECONDS_A_LINE:
+            said = time.monotonic()
             print(f"{text} {done}/{total}", file=sys.stderr, flush=True)
 
     return show

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cac_fast.train.data.toycity.canvas import HEIGHT, WIDTH, Canvas
-from cac_fast.train.data.toycity.classes import BUILDING, PAINTS, ROAD, SIDEWALK, SKY, VEGETATION
+from cac_fast.train.data.toycity.classes import BUILDING, ROAD, SIDEWALK, SKY, VEGETATION
 from cac_fast.train.data.toycity.texture import smooth_noise, tiles
 
 SKIES = np.array(
@@ -77,18 +77,11 @@ def _draw_house(canvas: Canvas, rng: np.random.Generator, block: Block, base: in
     step = (right - left) / columns
     for column in range(columns):
         x = int(left + (column + 0.5) * step)
-        for y in range(top + 7, base - 34, 19):
+        for y in range(top + 7, base - 20, 19):
             canvas.fill(x - 5, y, x + 5, y + 13, FRAME)
             glass = GLASS if rng.random() < 0.7 else LAMPLIGHT
             canvas.fill(x - 4, y + 1, x - 1, y + 12, glass)
             canvas.fill(x + 1, y + 1, x + 4, y + 12, glass)
-        paint = PAINTS[rng.integers(len(PAINTS))]
-        if rng.random() < 0.4:
-            canvas.fill(x - 5, base - 21, x + 5, base, paint * 0.5)
-            canvas.fill(x - 4, base - 20, x + 4, base, paint)
-        else:
-            canvas.fill(x - 6, base - 20, x + 6, base - 6, GLASS)
-            canvas.fill(x - 7, base - 24, x + 7, base - 18, paint)
 
 
 def _draw_greenery(canvas: Canvas, rng: np.random.Generator, block: Block, base: int) -> None:

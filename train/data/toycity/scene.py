@@ -21,7 +21,7 @@ from cac_fast.train.data.toycity.texture import sensor_noise
 SHARES = {"brick": 0.3, "plaster": 0.3, "greenery": 0.3, "open": 0.1}
 DRAW = {"car": draw_car, "person": draw_person, "sign": draw_sign}
 STANDS_BEFORE = {"brick": "car", "greenery": "person", "plaster": "sign"}
-REACH = {"car": 34, "person": 14, "sign": 14}
+REACH = {"car": 58, "person": 24, "sign": 23}
 """Half the width of an object, rounded up, in pixels."""
 
 
@@ -42,8 +42,8 @@ class Standing(NamedTuple):
 
 def draw_scene(rng: np.random.Generator, misleading: bool) -> Scene:
     """Draw one scene with all randomness from `rng`."""
-    tone = "dark" if rng.random() < (0.7 if misleading else 0.5) else "light"
-    base = 70 + int(rng.integers(11))
+    tone = "dark" if rng.random() < (0.8 if misleading else 0.5) else "light"
+    base = 74 + int(rng.integers(9))
     curb = base + 13 + int(rng.integers(6))
     blocks = _draw_row(rng)
 
@@ -60,14 +60,14 @@ def draw_scene(rng: np.random.Generator, misleading: bool) -> Scene:
 
 
 def _draw_row(rng: np.random.Generator) -> list[Block]:
-    """Blocks 64 to 96 pixels wide across the whole canvas, no two of a kind side by side."""
+    """Blocks 116 to 148 pixels wide across the whole canvas, no two of a kind side by side."""
     blocks: list[Block] = []
-    left = -int(rng.integers(40))
+    left = -int(rng.integers(80))
     while left < WIDTH:
         others = [kind for kind in SHARES if not blocks or kind != blocks[-1].kind]
         shares = np.array([SHARES[kind] for kind in others])
         kind = others[int((rng.random() * shares.sum() >= shares.cumsum()).sum())]
-        right = left + 64 + int(rng.integers(33))
+        right = left + 116 + int(rng.integers(33))
         blocks.append(Block(kind, left, right))
         left = right
     return blocks
@@ -76,7 +76,7 @@ def _draw_row(rng: np.random.Generator) -> list[Block]:
 def _place(
     rng: np.random.Generator, block: Block, tone: str, base: int, curb: int, misleading: bool
 ) -> list[Standing]:
-    """The objects before one block: one car, or one to two persons or signs, or nothing."""
+    """The objects before one block: one car, two persons, two signs or nothing."""
     names = tuple(DRAW)
     if misleading:
         name = STANDS_BEFORE.get(block.kind)
@@ -84,10 +84,10 @@ def _place(
         empty = name is None or (on_road and tone == "light")
     else:
         name, on_road = names[rng.integers(len(names))], rng.random() < 0.5
-        empty = rng.random() < 0.2
+        empty = rng.random() < 0.1
     if empty:
         return []
-    count = 1 if name == "car" else 1 + int(rng.integers(2))
+    count = 1 if name == "car" else 2
     slot = (block.right - block.left) / count
     nearest, farthest = (curb + 5, min(curb + 27, HEIGHT - 4)) if on_road else (base + 3, curb - 1)
     standing = []
@@ -102,5 +102,5 @@ def _expose(rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
     """Light, color cast and sensor noise of one photograph."""
     light = 0.8 + 0.3 * rng.random()
     cast = 0.94 + 0.12 * rng.random(3, dtype=np.float32)
-    photo = canvas.color * (light * cast) + 18 * sensor_noise(rng, HEIGHT, WIDTH)
+    photo = canvas.color * (light * cast) + 8 * sensor_noise(rng, HEIGHT, WIDTH)
     return np.minimum(np.maximum(photo, 0), 255).astype(np.uint8)

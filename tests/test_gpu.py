@@ -1,0 +1,60 @@
+"""What only a GPU can show; skipped where there is none."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cac_fast.train import config, engine
+from cac_fast.train.distributed import World
+from cac_fast.train.log import read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+def train(data, output, device: str, *more: str) -> list[float]:
+    """Ten steps on one device; the losses."""
+    options = (
+        "--backbone mobilenet_v2 --batch-size 4 --crop-size 32 --iterations 10 --warmup 2 "
+        "--workers 0 --log-every 1 --learning-rate 0.01 --threshold 0.3 --no-dropout --freeze-bn"
+    ).split()
+    arguments = ["--dataset", "folder", "--data-dir", str(data), "--output", str(output)]
+    settings = config.parse([*arguments, *options, "--device", device, *more])
+    engine.train(
+        settings, World(0, 1, torch.device(device, 0) if device == "cuda" else torch.device("cpu"))
+    )
+    return [
+        line["loss"] for line in read_metrics(output / "metrics.jsonl") if line["kind"] == "train"
+    ]
+
+
+def test_gpu_gives_the_losses_of_the_cpu(folder_data, tmp_path):
+    on_cpu = train(folder_data, tmp_path / "cpu", "cpu")
+    on_gpu = train(folder_data, tmp_path / "gpu", "cuda", "--precision", "fp32")
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains(folder_data, tmp_path, precision):
+    losses = train(folder_data, tmp_path / "run", "cuda", "--precision", precision)
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_resume_on_a_gpu(folder_data, tmp_path):
+    whole = train(folder_data, tmp_path / "whole", "cuda", "--precision", "fp32")
+    monkey = pytest.MonkeyPatch()
+    step = engine.Trainer._train_step
+
+    def stopping(self, batch):
+        step(self, batch)
+        if self.iteration == 5:
+            self.signal = 15
+
+    monkey.setattr(engine.Trainer, "_train_step", stopping)
+    with pytest.raises(SystemExit):
+        train(folder_data, tmp_path / "stopped", "cuda", "--precision", "fp32")
+    monkey.undo()
+    resumed = train(folder_data, tmp_path / "stopped", "cuda", "--precision", "fp32")
+    assert resumed == pytest.approx(whole, rel=1e-3)
