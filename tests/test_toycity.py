@@ -11,7 +11,9 @@ from PIL import Image
 
 from cac_fast.train.data import toycity
 from cac_fast.train.data.toycity import dataset
-from cac_fast.train.data.toycity.scene import Scene
+from cac_fast.train.data.toycity.canvas import Canvas
+from cac_fast.train.data.toycity.objects import draw_car, draw_person, draw_sign
+from cac_fast.train.data.toycity.scene import REACH, Scene
 from cac_fast.train.errors import InputError
 
 IDS = {name: index for index, name in enumerate(toycity.CLASSES)}
@@ -61,7 +63,7 @@ def test_scenes_are_the_same_on_every_machine() -> None:
         if scene.misleading or scene.number % 20 == 3:
             image, label = scene.draw()
             digest.update(image.tobytes() + label.tobytes())
-    assert (dataset.VERSION, digest.hexdigest()[:16]) == (1, "169616eceec8658b")
+    assert (dataset.VERSION, digest.hexdigest()[:16]) == (1, "ebd88b79b1575f68")
 
 
 def test_every_class_is_frequent_in_every_split(
@@ -72,6 +74,41 @@ def test_every_class_is_frequent_in_every_split(
             holding = np.mean([(scene.label == index).sum() >= 100 for scene in scenes])
             assert holding >= 0.3, f"{name} in {holding:.0%} of the scenes"
         assert max(scene.label.max() for scene in scenes) < len(toycity.CLASSES)
+
+
+def test_objects_are_large_and_common_enough_to_be_learnt_in_minutes() -> None:
+    for split in ("train", "val", "test"):
+        for misleading in {split == "train", False}:
+            plans = [
+                scene
+                for scene in dataset.plan()
+                if (scene.split, scene.misleading) == (split, misleading)
+            ]
+            labels = np.stack([scene.draw().label for scene in plans[:60]])
+            for name in OBJECTS:
+                share = (labels == IDS[name]).mean()
+                assert 0.04 <= share <= 0.08, f"{name}: {share:.1%} of the pixels of {split}"
+
+
+@pytest.mark.parametrize(
+    ("draw", "name", "width", "height"),
+    [
+        (draw_car, "car", (82, 106), (39, 49)),
+        (draw_person, "person", (28, 46), (66, 82)),
+        (draw_sign, "sign", (34, 46), (64, 82)),
+    ],
+)
+def test_size_of_objects(
+    draw: Callable[..., None], name: str, width: tuple[int, int], height: tuple[int, int]
+) -> None:
+    """A block keeps `REACH` free on both sides of an object."""
+    for seed in range(20):
+        canvas = Canvas(np.zeros(3), IDS["sky"])
+        draw(canvas, np.random.default_rng(seed), 128, 110)
+        rows, columns = (canvas.label == IDS[name]).nonzero()
+        size = np.ptp(columns) + 1, np.ptp(rows) + 1
+        assert width[0] <= size[0] <= min(width[1], 2 * REACH[name])
+        assert height[0] <= size[1] <= height[1]
 
 
 def test_context_of_labeled_scenes_misleads(labeled: list[Scene]) -> None:

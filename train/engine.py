@@ -251,6 +251,8 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         sheet = SampleSheet(self.data.palette)
+        # Images of many sizes: searching for the fastest algorithm would start anew for each.
+        torch.backends.cudnn.benchmark = False
         result = evaluate(
             self.network,
             self.data.splits["val"],
@@ -261,6 +263,7 @@ class Trainer:
             channels_last=self.config.channels_last,
             on_prediction=sheet.add,
         )
+        torch.backends.cudnn.benchmark = not self.config.deterministic
         self.log.val(self.iteration, result)
         if (picture := sheet.picture()) is not None:
             self.log.sample(self.iteration, picture)

@@ -7,7 +7,6 @@ depends on nothing else, so neither ranks nor workers nor a resume change what i
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +22,13 @@ from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
 from cac_fast.train.data.images import IGNORE, read_image, read_size
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.errors import InputError
+from cac_fast.train.progress import warn
 
 LABELED, UNLABELED = 0, 1
 """The two streams."""
 
 _AUGMENT, _ORDER, _REPLACE = 0, 1, 2
 _ATTEMPTS = 10
-
-_log = logging.getLogger(__name__)
 
 
 def position_rng(seed: int, stream: int, position: int) -> np.random.Generator:
@@ -131,7 +129,7 @@ def batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
         for message in batch.pop("skipped_files", ()):
             if message not in warned:
                 warned.add(message)
-                _log.warning("skipped: %s", message)
+                warn(f"skipped: {message}")
         yield batch
 
 

@@ -17,7 +17,7 @@ PALETTE = (
 )
 ROAD, SIDEWALK, BUILDING, SKY, VEGETATION, CAR, PERSON, SIGN = range(len(CLASSES))
 
-# Cars, clothes, plates, doors and awnings are painted from one list: a color names no class.
+# Cars, clothes and plates are painted from one list: a color does not tell which of them it is.
 PAINTS = np.array(
     [
         (196, 58, 50),
