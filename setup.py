@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 FOLDERS = {"cac_fast": "cac_fast", "cac_fast.kernels": "kernels", "cac_fast.train": "train"}
 
-TRAIN = ["torchvision>=0.26", "pillow", "tensorboard", "tqdm", "nvidia-ml-py"]
+TRAIN = ["torchvision>=0.26", "pillow>=10.1", "tensorboard", "tqdm", "nvidia-ml-py"]
 DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "ninja", "pybind11", "matplotlib"]
 
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -51,15 +52,28 @@ def shrink(source: Path, target: Path, factor: int) -> Path:
     return target
 
 
-def run(command: list[str], threads: int) -> None:
-    """Run one command of the project to its end; its output goes to this terminal."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
+def run(command: list[str], threads: int, label: str) -> None:
+    """Run one command of the project to its end; pass its lines on, each behind ``label``."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    line = ""
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            print(f"{label} | {line}", end="", flush=True)
+    if process.returncode:
+        sys.exit(f"{label} ended with code {process.returncode}: {line.strip()}")
 
 
 def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> dict:
     """Train one method once, evaluate its last and best state on every split asked for."""
     folder = options.runs / f"{method}-{share.replace('/', '_')}-seed{seed}"
+    label = f"{method} {share} seed {seed}"
     data = options.data
     lists = [] if share == "lists" else ["--labeled-share", share, "--data-list", str(seed)]
     run(
@@ -76,13 +90,14 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
             *options.rest,
         ],
         options.threads,
+        label,
     )
     result: dict = {"method": method, "share": share, "seed": seed, "scores": {}}
     for split in options.splits.split(","):
         for state in ("last", "best"):
             scores = folder / f"{state}-{split}.json"
             where = ["--checkpoint", str(folder / f"{state}.pt"), "--split", split]
-            run(["train/evaluate.py", *where, *data, "--json", str(scores)], options.threads)
+            run(["train/evaluate.py", *where, *data, "--json", str(scores)], options.threads, label)
             result["scores"][f"{split}_{state}"] = json.loads(scores.read_text())["miou"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result["curve"] = [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"]
@@ -155,6 +170,18 @@ def plot(results: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
+def command_line(arguments: list[str]) -> str:
+    """The command as anyone can type it: paths from the project's folder, others by their name."""
+
+    def shown(argument: str) -> str:
+        path = Path(argument)
+        if not path.is_absolute():
+            return argument
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+    return shlex.join(["python", "bench/compare.py", *map(shown, arguments)])
+
+
 def versions() -> dict[str, str]:
     """What the numbers were measured with."""
     commit = subprocess.run(
@@ -187,11 +214,7 @@ def compare(options: argparse.Namespace) -> list[dict]:
         results = list(pool.map(lambda job: one_run(job[0], job[1], int(job[2]), options), jobs))
     target = options.results / options.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "command": "python bench/compare.py " + " ".join(options.command),
-        **versions(),
-        "runs": results,
-    }
+    record = {"command": command_line(options.command), **versions(), "runs": results}
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     target.with_suffix(".md").write_text(table(results) + "\n")
     plot(results, target.with_suffix(".png"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny_scenes import write_scenes
 
-from cac_fast.train import distributed, main
+from cac_fast.train import distributed, errors, main
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = "--backbone mobilenet_v2 --batch-size 2 --crop-size 32 --iterations 2 --workers 0".split()
@@ -71,6 +71,34 @@ def test_truncated_labelled_image(capfd, data):
     for image in (data / "images" / "train").iterdir():
         image.write_bytes(image.read_bytes()[:300])
     assert "images/train/0" in fails(capfd, data)
+
+
+def test_validation_image_without_a_mask(capfd, data):
+    (data / "masks" / "val" / "00.png").unlink()
+    assert "val/00.png has no mask" in fails(capfd, data)
+
+
+def test_back_end_that_is_not_there(capfd, data):
+    assert "use auto" in fails(capfd, data, "--dc-backend", "cuda")
+
+
+def test_other_images_in_the_folder_of_a_run(capfd, data):
+    run = ["--dataset", "folder", "--data-dir", str(data), "--device", "cpu", *QUICK]
+    lists = [data / "a.txt", data / "b.txt"]
+    for number, path in enumerate(lists):
+        path.write_text(f"00\n0{number + 1}\n")
+    assert main.main([*run, "--output", str(data.parent / "run"), "--labeled", str(lists[0])]) == 0
+    capfd.readouterr()
+    assert "other labeled images" in fails(capfd, data, "--labeled", str(lists[1]))
+
+
+def test_best_in_place_of_last(capfd, data):
+    run = ["--dataset", "folder", "--data-dir", str(data), "--device", "cpu", *QUICK]
+    folder = data.parent / "run"
+    assert main.main([*run, "--output", str(folder)]) == 0
+    capfd.readouterr()
+    (folder / "best.pt").replace(folder / "last.pt")
+    assert "copy of best.pt" in fails(capfd, data)
 
 
 def test_crop_not_a_multiple_of_8(capfd, data):
@@ -138,3 +166,15 @@ def test_as_a_program(data):
     assert finished.returncode == 2 and finished.stdout == ""
     assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
     assert "classes.txt" in finished.stderr
+
+
+@pytest.mark.parametrize(("rank", "kind", "said"), [(0, 0, 1), (1, 0, 0), (1, 1, 1)])
+def test_who_says_it_under_torchrun(capfd, monkeypatch, rank, kind, said):
+    """Rank 0 speaks for all; of what one rank met alone only that rank knows."""
+    monkeypatch.setenv("RANK", str(rank))
+
+    def command() -> None:
+        raise (errors.InputError, errors.RankInputError)[kind]("file x is broken")
+
+    assert distributed.run_command(command) == 2
+    assert capfd.readouterr().err == "error: file x is broken\n" * said

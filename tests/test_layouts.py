@@ -244,6 +244,15 @@ def test_voc_prefers_the_augmented_set(tmp_path):
     assert {s.mask.parent.name for s in data.splits["train"]} == {"SegmentationClassAug"}
 
 
+def test_voc_val_masks_beside_an_augmented_set_without_them(tmp_path):
+    write_voc(tmp_path, lists={"val": ["2007_3"]})
+    write_voc(tmp_path, "SegmentationClassAug", {"trainaug": ["2007_0"]})
+    (tmp_path / "SegmentationClassAug/2007_3.png").unlink()
+    data = open_data("voc", tmp_path)
+    assert data.splits["val"][0].mask == tmp_path / "SegmentationClass/2007_3.png"
+    assert data.splits["train"][0].mask == tmp_path / "SegmentationClassAug/2007_0.png"
+
+
 def test_voc_without_lists_takes_all_masks(tmp_path):
     write_voc(tmp_path)
     write_image(tmp_path / "JPEGImages/2007_9.jpg")  # no mask: no segmentation image

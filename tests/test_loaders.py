@@ -19,7 +19,7 @@ from cac_fast.train.data.loaders import (
     UNLABELED,
     PositionSampler,
     batches,
-    check_masks,
+    check_samples,
     item_index,
     labeled_loader,
     position_rng,
@@ -254,30 +254,30 @@ def test_no_samples(folder):
     one_line(error, "empty")
 
 
-def test_check_masks_reads_all_and_reports_progress(folder):
+def test_check_samples_reads_all_and_reports_progress(folder):
     seen = []
-    check_masks(folder.splits["train"], folder, lambda done, total: seen.append((done, total)))
+    check_samples(labeled_of(folder), folder, lambda done, total: seen.append((done, total)))
     assert seen == [(i, 5) for i in range(1, 6)]
-    check_masks(folder.splits["train"], folder)
+    check_samples(labeled_of(folder), folder)
 
 
-def test_check_masks_names_the_first_and_counts_the_rest(folder):
+def test_check_samples_names_the_first_and_counts_the_rest(folder):
     samples = labeled_of(folder)
     write_mask(samples[1].mask, 10, 20)
     write_mask(samples[3].mask, value=9)
     samples[4].image.write_bytes(b"")
     with pytest.raises(InputError) as error:
-        check_masks(samples, folder)
+        check_samples(samples, folder)
     one_line(error, f"mask {samples[1].mask} is 20 x 10 but image", "32 x 24", "2 more")
     with pytest.raises(InputError) as error:
-        check_masks(samples[3:4], folder)
+        check_samples(samples[3:4], folder)
     assert "more such" not in one_line(error, samples[3].mask, "id 9,")
     with pytest.raises(InputError) as error:
-        check_masks(samples[4:], folder)
+        check_samples(samples[4:], folder)
     one_line(error, samples[4].image)
 
 
-def test_check_masks_minds_the_exif_orientation(folder):
+def test_check_samples_minds_the_exif_orientation(folder):
     from PIL import Image
 
     sample = labeled_of(folder)[0]
@@ -286,7 +286,7 @@ def test_check_masks_minds_the_exif_orientation(folder):
     turned = write_image(sample.image, height=32, width=24)
     with Image.open(turned) as image:
         image.save(turned, exif=exif)
-    check_masks([sample], folder)
+    check_samples([sample], folder)
     assert rows(take(folder, "labeled", 1, [sample], batch_size=1))[0]["name"] == sample.name
 
 
@@ -294,7 +294,7 @@ def test_check_masks_minds_the_exif_orientation(folder):
 def test_real_frames_pair_up():
     data = open_data("folder", DATA / "camvid")
     samples = data.splits["train"][:6]
-    check_masks(samples, data)
+    check_samples(samples, data)
     (batch,) = take(data, "unlabeled", 1, samples, crop=128, batch_size=6, with_truth=True)
     names = ("offset", "flip1", "flip2", "valid1", "valid2")
     overlap = overlap_from_crops(*(batch[name] for name in names), (16, 16))

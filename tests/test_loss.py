@@ -42,7 +42,7 @@ def softmax(logits: list[float]) -> list[float]:
 
 
 class PaperLoss:
-    """Eq. 1-8 in float64 scalars, no vectorisation; the options change what METHOD names."""
+    """Eq. 1-8 in float64 scalars, no vectorisation; the options change what their names say."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cac_fast.train.errors import InputError
+from cac_fast.train.errors import InputError, RankInputError
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor, op=op)
         return tensor
+
+    def broadcast_buffers(self, module: torch.nn.Module) -> None:
+        """Give every rank rank 0's buffers of ``module``."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
 
     def all_gather_objects(self, item: Any) -> list[Any]:
         """Every rank's ``item``, in rank order."""
@@ -95,10 +101,9 @@ def world(device_name: str) -> Iterator[World]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    try:
-        yield World(dist.get_rank(), size, device)
-    finally:
-        dist.destroy_process_group()
+    yield World(dist.get_rank(), size, device)
+    # Not after an error: leaving in order would wait for ranks that know nothing of it.
+    dist.destroy_process_group()
 
 
 def run_command(command: Callable[[], int | None]) -> int:
@@ -106,6 +111,6 @@ def run_command(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankInputError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

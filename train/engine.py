@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cac_fast.train import checkpoint
 from cac_fast.train.config import Config, differences
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
-from cac_fast.train.data.loaders import check_masks
+from cac_fast.train.data.loaders import check_samples
 from cac_fast.train.data.splits import select
 from cac_fast.train.data.stream import Step, Stream
 from cac_fast.train.distributed import World
@@ -77,10 +78,11 @@ class Trainer:
                 "or --freeze-bn"
             )
         _set_determinism(config, world)
-        former = None if config.restart else self._read_former()
         self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
+        self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
+        former = None if config.restart else self._read_former()
         self.stream = Stream(config, world, self.data, labeled, unlabeled)
-        self._build()
+        self._build(load_weights=former is None)
         if former is None:
             torch.manual_seed(config.seed + world.rank)  # dropout differs between ranks
         else:
@@ -88,14 +90,16 @@ class Trainer:
 
     # ---- set-up
 
-    def _build(self) -> None:
+    def _build(self, load_weights: bool) -> None:
         config, device = self.config, self.world.device
         torch.manual_seed(config.seed)  # equal initial weights for every rank and method
         network = build_network(
             config.network, config.backbone, len(self.data.classes), dropout=config.dropout
         )
         self.weights_report = "random backbone weights (ImageNet's: --weights FILE)"
-        if config.weights is not None:
+        if not load_weights:
+            self.weights_report = f"weights of {self.last}"
+        elif config.weights is not None:
             self.weights_report = str(load_backbone_weights(network, Path(config.weights)))
         self.method = build_method(
             config, network, self.world, self.autocast_dtype or torch.float32
@@ -131,7 +135,17 @@ class Trainer:
             former = checkpoint.read(self.last)
         except InputError as error:
             raise InputError(f"{error}; --restart starts the run over") from error
+        if "method" not in former:
+            raise InputError(
+                f"{self.last} holds no training state (is it a copy of best.pt?): "
+                "--restart starts the run over"
+            )
         changed = differences(self.config, former["config"])
+        changed += [
+            f"other {name} images"
+            for name in self.inputs
+            if self.inputs[name] != former["inputs"][name]
+        ]
         if changed:
             raise InputError(
                 f"{self.folder} holds a run with other settings ({'; '.join(changed[:3])}): "
@@ -145,7 +159,8 @@ class Trainer:
         self.optimizer.load_state_dict(former["optimizer"])
         self.scaler.load_state_dict(former["scaler"])
         self.iteration, self.best = former["iteration"], former["best"]
-        self.stream.skipped = former["skipped"]
+        if self.world.is_main:
+            self.stream.skipped = former["skipped"]
         if len(former["random"]) == self.world.size:
             checkpoint.set_random_state(former["random"][self.world.rank], self.world.device)
         else:  # other ranks than before: no stored state is theirs
@@ -169,7 +184,9 @@ class Trainer:
                         break
         except InputError:
             # A bad file costs nothing that was trained; under torchrun saving would need all ranks.
-            if self.world.size == 1 and self.meters.first_bad < 0:
+            # After the last step only the evaluation is missing, which a resumed run would not do.
+            unfinished = self.iteration < self.config.iterations
+            if self.world.size == 1 and self.meters.first_bad < 0 and unfinished:
                 self._save()
             raise
         finally:
@@ -251,6 +268,8 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         sheet = SampleSheet(self.data.palette)
+        # Without SyncBN each rank has statistics of its own; a checkpoint holds those of rank 0.
+        self.world.broadcast_buffers(self.network)
         # Images of many sizes: searching for the fastest algorithm would start anew for each.
         torch.backends.cudnn.benchmark = False
         result = evaluate(
@@ -261,7 +280,7 @@ class Trainer:
             workers=self.config.workers,
             autocast_dtype=self.autocast_dtype,
             channels_last=self.config.channels_last,
-            on_prediction=sheet.add,
+            on_prediction=sheet.add if self.world.is_main else None,
         )
         torch.backends.cudnn.benchmark = not self.config.deterministic
         self.log.val(self.iteration, result)
@@ -279,8 +298,7 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.iteration == 0:
-                for name in ("metrics.jsonl", "last.pt", "best.pt"):
-                    (self.folder / name).unlink(missing_ok=True)
+                self.last.unlink(missing_ok=True)  # --restart
             settings = json.dumps(dataclasses.asdict(self.config), indent=2)
             (self.folder / "config.json").write_text(settings + "\n")
         except OSError as error:
@@ -302,7 +320,10 @@ class Trainer:
 
     def _save(self) -> None:
         """Write ``last.pt``: all that a resumed run needs to go on as if it had never stopped."""
-        random = self.world.all_gather_objects(checkpoint.random_state(self.world.device))
+        if not _is_finite(self.method):
+            self._stop_not_finite(self.iteration)
+        mine = checkpoint.random_state(self.world.device), self.stream.skipped
+        everyone = self.world.all_gather_objects(mine)
         if not self.world.is_main:
             return
         state = self._model_state() | {
@@ -311,8 +332,9 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "position": self.iteration * self.config.batch_size,
-            "skipped": self.stream.skipped,
-            "random": random,
+            "inputs": self.inputs,
+            "skipped": sum(skipped for _, skipped in everyone),
+            "random": [random for random, _ in everyone],
         }
         checkpoint.write(self.last, state)
 
@@ -325,6 +347,7 @@ class Trainer:
         def stop(number: int, _: Any) -> None:
             # Ranks must stop after the same step: under torchrun the meters carry the wish.
             self.signal = number
+            signal.signal(number, former[number])  # a second one ends the run at once
 
         former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -342,7 +365,7 @@ class Trainer:
             else "no checkpoint was due before it"
         )
         raise InputError(
-            f"the loss is not finite at iteration {iteration}, batch: {', '.join(names)}; "
+            f"loss or weights are not finite at iteration {iteration}, batch: {', '.join(names)}; "
             f"{kept}; try a lower --learning-rate or --precision fp32"
         )
 
@@ -377,14 +400,27 @@ def _open_data(config: Config) -> tuple[SegmentationData, list[Sample], list[Sam
     data = open_data(config.dataset, path(config.data_dir))
     lists = path(config.labeled), path(config.unlabeled)
     labeled, unlabeled = select(data, *lists, config.labeled_share, config.data_list)
-    check_masks([*labeled, *data.splits["val"]], data, show_progress("checking masks"))
+    check_samples([*labeled, *data.splits["val"]], data, show_progress("checking images"))
     return data, labeled, unlabeled
+
+
+def _digest(samples: list[Sample]) -> str:
+    """What tells one list of images from another."""
+    names = "\n".join(sample.name for sample in samples)
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def _is_finite(module: nn.Module) -> bool:
+    tensors = [value for value in module.state_dict().values() if value.is_floating_point()]
+    return bool(torch.stack([value.isfinite().all() for value in tensors]).all())
 
 
 def _precision(config: Config, world: World) -> str:
     if config.precision != "auto":
         return config.precision
-    return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if world.device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def _set_determinism(config: Config, world: World) -> None:

@@ -4,5 +4,9 @@
 class InputError(Exception):
     """Input that cannot be used: its message is one sentence that names the thing and the remedy.
 
-    The commands print it as a single line and exit with code 2.
+    The commands print it as a single line and exit with code 2. Under torchrun rank 0 prints it.
     """
+
+
+class RankInputError(InputError):
+    """Bad input that one rank met alone, in its part of the data: that rank prints it."""

@@ -168,8 +168,10 @@ class Meters:
         return reading
 
     def restart_clock(self) -> None:
-        """Leave time that was not spent on training steps (an evaluation) out of the rate."""
+        """Leave an evaluation's time and memory out of the next reading."""
         self.since = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def train_line(

@@ -1,4 +1,4 @@
-"""The integer geometry of crops (paper, Sec. 4.1 and METHOD: IoU range, alignment, flips).
+"""The integer geometry of crops (paper, Sec. 4.1): IoU range, alignment, flips.
 
 Everything is in pixels unless a name says cells; a cell is `CELL` x `CELL` pixels, one location of
 the feature map the loss is taken on. Boxes are squares of side `crop`, given by top and left.

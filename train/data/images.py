@@ -56,27 +56,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the upright image, where possible from the file's header alone.
-
-    Raises:
-        InputError: as `read_image`, as far as the header shows it.
-    """
-    try:
-        with path.open("rb") as stream, Image.open(stream) as file:
-            if file.format == "TIFF":
-                file.load()  # Pillow turns it by itself, but before that its size is unclear
-            width, height = file.size
-            # Asking a PNG for EXIF that is not in its header would decode all of it.
-            known = file.format != "PNG" or "exif" in file.info
-            turned = known and file.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (width, height) if turned else (height, width)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _unreadable("image", path, error) from error
-
-
 def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = None) -> np.ndarray:
     """Read a mask of class ids, uint8 (H, W), with 255 where no class is known.
 

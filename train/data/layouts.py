@@ -171,14 +171,20 @@ def _open_voc(root: Path) -> SegmentationData:
             f"{root}/VOCdevkit/VOC2012: give the folder that holds JPEGImages"
         )
     kinds = ("SegmentationClassAug", "SegmentationClass")
-    masks = next((home / kind for kind in kinds if (home / kind).is_dir()), None)
-    if masks is None:
+    masks = [home / kind for kind in kinds if (home / kind).is_dir()]
+    if not masks:
         raise InputError(
             f"{home} holds neither SegmentationClassAug nor SegmentationClass: "
             "unpack the masks beside JPEGImages"
         )
     images = {path.stem: path for path in _files(home / "JPEGImages") if _is_image(path)}
-    labels = {path.stem: path for path in _files(masks) if path.suffix.lower() == ".png"}
+    # Some copies of SegmentationClassAug lack the masks of val.
+    labels = {
+        path.stem: path
+        for folder in reversed(masks)
+        for path in _files(folder)
+        if path.suffix.lower() == ".png"
+    }
     lists = home / "ImageSets" / "Segmentation"
     val = _voc_names(lists / "val.txt", images)
     train_lists = (lists / "trainaug.txt", lists / "train.txt")
@@ -194,7 +200,7 @@ def _open_voc(root: Path) -> SegmentationData:
     if not splits["train"]:
         raise InputError(
             f"no training image was found in {home} (ImageSets/Segmentation/trainaug.txt, "
-            f"train.txt, or masks in {masks.name}): add a list or masks"
+            f"train.txt, or masks in {masks[0].name}): add a list or masks"
         )
     return SegmentationData("voc", home, VOC_CLASSES, VOC_PALETTE, splits)
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
-from cac_fast.train.data.images import IGNORE, read_image, read_size
+from cac_fast.train.data.images import IGNORE, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.errors import InputError
 from cac_fast.train.progress import warn
@@ -133,27 +133,30 @@ def batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
         yield batch
 
 
-def check_masks(
+def check_samples(
     samples: Sequence[Sample],
     data: SegmentationData,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Read every mask and every image's header before training starts.
+    """Read every image and mask completely, before training starts.
 
-    `progress`, if given, is called with the number of masks read and of all.
+    `progress`, if given, is called with the number of samples read and of all.
 
     Raises:
-        InputError: what is wrong with the first bad sample, and how many more are bad.
+        InputError: what is wrong with the first bad sample (a missing mask, too), and how many
+            more are bad.
     """
 
     def problem(sample: Sample) -> str | None:
+        if sample.mask is None:
+            return f"image {sample.image} has no mask: add it or leave the image out"
         try:
-            _check_size(sample, data.read_mask(sample.mask).shape, read_size(sample.image))
+            image = read_image(sample.image)
+            _check_size(sample, data.read_mask(sample.mask).shape, (image.height, image.width))
         except InputError as error:
             return str(error)
         return None
 
-    samples = [sample for sample in samples if sample.mask is not None]
     problems = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for count, message in enumerate(pool.map(problem, samples), start=1):

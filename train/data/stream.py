@@ -15,6 +15,7 @@ from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
 from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.distributed import World
+from cac_fast.train.errors import InputError, RankInputError
 
 Batch = dict[str, torch.Tensor]
 
@@ -59,14 +60,17 @@ class Stream:
         """The batches after ``start`` iterations, up to the one that makes them ``end``.
 
         Raises:
-            InputError: a labelled image, or too many unlabelled ones in a row, cannot be used.
+            RankInputError: a labelled image, or ten unlabelled ones in a row, cannot be used.
         """
         labeled = loaders.batches(self._labeled_loader(start))
         unlabeled = loaders.batches(self._unlabeled_loader(start)) if with_unlabeled else None
         for iteration in range(start + 1, end + 1):
             before = time.perf_counter()
-            first = next(labeled)
-            second = None if unlabeled is None else next(unlabeled)
+            try:
+                first = next(labeled)
+                second = None if unlabeled is None else next(unlabeled)
+            except InputError as error:
+                raise RankInputError(str(error)) from error
             waited = time.perf_counter() - before
             names = first.pop("name")
             if second is not None:
