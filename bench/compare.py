@@ -162,7 +162,11 @@ def plot(results: list[dict], path: Path) -> None:
             axis.plot(
                 iterations, mean, color=COLOURS[method], label=f"{method} (mean of {len(curves)})"
             )
-        axis.set(title=f"{share} of the masks", xlabel="iteration", ylabel="val mIoU")
+        axis.set(
+            title="labelled by list" if share == "lists" else f"{share} labelled",
+            xlabel="iteration",
+            ylabel="val mIoU",
+        )
         axis.grid(alpha=0.3)
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
