@@ -71,7 +71,7 @@ def run(command: list[str], threads: int, label: str) -> None:
 
 
 def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> dict:
-    """Train one method once, evaluate its last and best state on every split asked for."""
+    """Train one method once; its last and best state on val and, if asked for, test."""
     folder = options.runs / f"{method}-{share.replace('/', '_')}-seed{seed}"
     label = f"{method} {share} seed {seed}"
     data = options.data
@@ -92,16 +92,16 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
         options.threads,
         label,
     )
-    result: dict = {"method": method, "share": share, "seed": seed, "scores": {}}
-    for split in options.splits.split(","):
-        for state in ("last", "best"):
-            scores = folder / f"{state}-{split}.json"
-            where = ["--checkpoint", str(folder / f"{state}.pt"), "--split", split]
-            run(["train/evaluate.py", *where, *data, "--json", str(scores)], options.threads, label)
-            result["scores"][f"{split}_{state}"] = json.loads(scores.read_text())["miou"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result["curve"] = [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"]
-    return result
+    curve = [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"]
+    scores = {"val_last": curve[-1][1], "val_best": max(miou for _, miou in curve)}
+    if options.test:
+        for state in ("last", "best"):
+            file = folder / f"{state}-test.json"
+            where = ["--checkpoint", str(folder / f"{state}.pt"), "--split", "test"]
+            run(["train/evaluate.py", *where, *data, "--json", str(file)], options.threads, label)
+            scores[f"test_{state}"] = json.loads(file.read_text())["miou"]
+    return {"method": method, "share": share, "seed": seed, "scores": scores, "curve": curve}
 
 
 def table(results: list[dict]) -> str:
@@ -240,7 +240,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shares", default="1/8", help="labelled shares, or 'lists' for the data set's own lists"
     )
-    parser.add_argument("--splits", default="val", help="splits to evaluate, as val,test")
+    parser.add_argument("--test", action="store_true", help="evaluate on the test split as well")
     parser.add_argument(
         "--shrink", type=int, default=1, help="train on a copy of the data at 1/N of its size"
     )

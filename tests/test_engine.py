@@ -266,6 +266,22 @@ def test_not_finite_loss_stops_and_keeps_the_last_checkpoint(folder_data, tmp_pa
     )
 
 
+def test_weights_that_are_not_finite_are_not_kept(folder_data, tmp_path, monkeypatch):
+    step = engine.Trainer._train_step
+
+    def poisoned(self, *batch):
+        step(self, *batch)
+        if self.iteration == 3:
+            with torch.no_grad():
+                self.method.projector[0].bias.fill_(math.inf)  # no loss shows it in the warm-up
+
+    monkeypatch.setattr(engine.Trainer, "_train_step", poisoned)
+    with pytest.raises(InputError, match="not finite at iteration 4"):
+        run(folder_data, tmp_path / "run", "--save-every", "2", "--warmup", "10")
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == 2
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
 def test_file_that_breaks_in_the_middle_keeps_what_was_trained(tmp_path, monkeypatch):
     data = write_scenes(tmp_path / "data", {"train": (8, 0)})
     victim = data / "images" / "train" / "03.png"

@@ -186,7 +186,8 @@ class Trainer:
             # A bad file costs nothing that was trained; under torchrun saving would need all ranks.
             # After the last step only the evaluation is missing, which a resumed run would not do.
             unfinished = self.iteration < self.config.iterations
-            if self.world.size == 1 and self.meters.first_bad < 0 and unfinished:
+            sound = self.meters.first_bad < 0 and _is_finite(self.method)
+            if self.world.size == 1 and unfinished and sound:
                 self._save()
             raise
         finally:
@@ -247,6 +248,8 @@ class Trainer:
         stopping = self.signal is not None and self.world.size == 1
         if due_save or stopping or iteration % config.log_every == 0:
             self._read_meters()  # before saving: what is not finite must not be kept
+        if due_save and not _is_finite(self.method):
+            self._stop_not_finite(iteration)
         result = self._evaluate() if due_eval else None
         if final and not has_val:
             self._write("best.pt")
@@ -320,8 +323,6 @@ class Trainer:
 
     def _save(self) -> None:
         """Write ``last.pt``: all that a resumed run needs to go on as if it had never stopped."""
-        if not _is_finite(self.method):
-            self._stop_not_finite(self.iteration)
         mine = checkpoint.random_state(self.world.device), self.stream.skipped
         everyone = self.world.all_gather_objects(mine)
         if not self.world.is_main:
