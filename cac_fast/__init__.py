@@ -4,12 +4,12 @@ Context-aware Consistency" (Lai et al., CVPR 2021), with its feature bank and cr
 from __future__ import annotations
 
 from cac_fast.bank import FeatureBank
+from cac_fast.dispatch import backends
 from cac_fast.loss import (
     DCLossOutput,
     DirectionalContrastiveLoss,
     directional_contrastive_loss,
 )
-from cac_fast.ops import backends
 from cac_fast.overlap import Overlap, overlap_from_crops
 
 __version__ = "0.1.0"

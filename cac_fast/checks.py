@@ -16,7 +16,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, not {temperature}")
 
 
@@ -40,14 +40,24 @@ def check_integers(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be integers, not {tensor.dtype}")
 
 
-def check_rows(
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the anchors' device {device}, not {tensor.device}")
+
+
+def check_constant(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} must not require grad, as no gradient reaches them: pass {name}.detach()"
+        )
+
+
+def check_features(
     anchors: Tensor,
     positives: Tensor,
     negatives: Tensor,
     anchor_labels: Tensor,
     negative_labels: Tensor,
-    anchor_confidence: Tensor,
-    positive_confidence: Tensor,
 ) -> None:
     if anchors.ndim != 2:
         raise ValueError(f"anchors must have shape (A, D), not {tuple(anchors.shape)}")
@@ -58,22 +68,51 @@ def check_rows(
         )
     for name, tensor in (("anchors", anchors), ("positives", positives), ("negatives", negatives)):
         check_float(name, tensor)
+        check_device(name, tensor, anchors.device)
     for name, tensor, rows in (
         ("anchor_labels", anchor_labels, len(anchors)),
         ("negative_labels", negative_labels, len(negatives)),
     ):
         check_shape(name, tensor, (rows,))
         check_integers(name, tensor)
+        check_device(name, tensor, anchors.device)
+
+
+def check_operands(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    active: Tensor,
+    temperature: float,
+) -> None:
+    check_features(anchors, positives, negatives, anchor_labels, negative_labels)
+    check_shape("active", active, (len(anchors),))
+    if active.dtype != torch.bool:
+        raise ValueError(f"active must be bool, not {active.dtype}")
+    check_device("active", active, anchors.device)
+    check_temperature(temperature)
+
+
+def check_rows(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    anchor_confidence: Tensor,
+    positive_confidence: Tensor,
+) -> None:
+    check_features(anchors, positives, negatives, anchor_labels, negative_labels)
     for name, tensor in (
         ("anchor_confidence", anchor_confidence),
         ("positive_confidence", positive_confidence),
     ):
         check_shape(name, tensor, (len(anchors),))
         check_float(name, tensor)
-    if negatives.requires_grad:
-        raise ValueError(
-            "negatives must not require grad, as no gradient reaches them: pass negatives.detach()"
-        )
+        check_device(name, tensor, anchors.device)
+    check_constant("negatives", negatives)
 
 
 def check_views(

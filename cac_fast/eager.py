@@ -45,19 +45,19 @@ def dc_loss_rows(
 ) -> tuple[Tensor, Tensor]:
     """Loss (A,) and its gradient by the anchors (A, D), Eq. 5.
 
-    Arguments as for `cac_fast.ops.dc_loss_rows`. Works in float32 (float64 for float64 anchors);
-    beyond copies of its arguments it needs the memory of one tile.
+    Arguments as `cac_fast.ops` hands them to a back end. Works in float32 (float64 for float64
+    anchors); beyond copies of its arguments it needs the memory of one tile.
     """
     dtype = torch.promote_types(anchors.dtype, torch.float32)
-    loss = anchors.new_zeros(len(anchors))
+    loss = anchors.new_zeros(len(anchors), dtype=dtype)
     gradient = torch.zeros_like(anchors)
     rows = active.nonzero().squeeze(1)
-    if len(rows) == 0 or len(negatives) == 0:
+    if len(rows) == 0:
         return loss, gradient
 
-    labels, order = anchor_labels[rows].long().sort()
+    labels, order = anchor_labels[rows].sort()
     rows = rows[order]
-    negative_labels, order = negative_labels.long().sort()
+    negative_labels, order = negative_labels.sort()
     negatives = negatives.index_select(0, order).to(dtype)
     height, width = _CPU_TILE if anchors.device.type == "cpu" else _GPU_TILE
     tile = negatives.new_empty(min(height, len(rows)) * min(width, len(negatives)))
@@ -78,7 +78,7 @@ def dc_loss_rows(
         x = sums.log_total() - (scaled * positive).sum(1)
         row_loss = torch.logaddexp(x, torch.zeros_like(x))
         pull = (x.sigmoid() / temperature).unsqueeze(1)
-        loss[chosen] = row_loss.to(loss.dtype)
+        loss[chosen] = row_loss
         gradient[chosen] = (pull * (sums.mean() - positive)).to(gradient.dtype)
     return loss, gradient
 

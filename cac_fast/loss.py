@@ -15,7 +15,8 @@ from cac_fast.checks import (
     check_threshold,
     check_views,
 )
-from cac_fast.ops import dc_loss_rows, find_backend
+from cac_fast.dispatch import check_backend
+from cac_fast.ops import dc_loss_rows
 from cac_fast.overlap import Overlap
 
 _REDUCTIONS = ("mean", "active_mean", "sum", "none")
@@ -46,21 +47,22 @@ def directional_contrastive_loss(
     reduction: "mean" over all A, "active_mean" over the active ones (0 if none), "sum", or "none".
     backend: "auto" or a name from `cac_fast.backends()`.
 
-    Returns a scalar, or (A,) for "none", in float32 (float64 for float64 anchors). The gradient
-    goes to `anchors` alone; positives and confidences are taken as constants.
+    Returns a scalar, or (A,) for "none", in float32 (float64 for float64 anchors). Products are
+    taken in the anchors' dtype, or autocast's. The gradient goes to `anchors` alone; positives and
+    confidences are taken as constants.
 
-    Raises ValueError for wrong shapes, dtypes and choices and for negatives that require grad.
+    Raises ValueError for wrong shapes, dtypes, devices and choices and for negatives that require
+    grad.
     """
     check_choice("reduction", reduction, _REDUCTIONS)
     check_temperature(temperature)
     check_threshold(threshold)
-    find_backend(backend)
+    check_backend(backend)
     labels = (anchor_labels, negative_labels)
     confidences = (anchor_confidence, positive_confidence)
     check_rows(anchors, positives, negatives, *labels, *confidences)
     active = _active(*confidences, threshold, directional=True)
-    dtype = torch.promote_types(anchors.dtype, torch.float32)
-    features = (_unit(x.to(dtype)) for x in (anchors, positives.detach(), negatives))
+    features = (_unit(x).to(anchors.dtype) for x in (anchors, positives.detach(), negatives))
     loss, _ = dc_loss_rows(*features, *labels, active, temperature, backend)
     if reduction == "none":
         return loss
@@ -126,7 +128,7 @@ class DirectionalContrastiveLoss(nn.Module):
         check_choice("normalization", normalization, _NORMALIZATIONS)
         if negatives_per_view is not None and negatives_per_view < 1:
             raise ValueError(f"negatives_per_view must be at least 1, not {negatives_per_view}")
-        find_backend(backend)
+        check_backend(backend)
         self.temperature = temperature
         self.threshold = threshold
         self.normalization = normalization
@@ -152,8 +154,8 @@ class DirectionalContrastiveLoss(nn.Module):
         (B, K, h, w) class logits, constants here. overlap: which cells pair. truth: two (B, h, w)
         int64 true labels in [0, 255], 255 where unknown, for `false_negatives` alone.
 
-        The loss is computed in float32 (float64 for float64 features), under autocast too. With a
-        bank all ranks must call this together.
+        The loss is a float32 (float64 for float64 features); the products inside are taken in the
+        features' dtype, or autocast's. With a bank all ranks must call this together.
 
         Raises ValueError for wrong shapes or dtypes.
         """
@@ -184,9 +186,10 @@ class DirectionalContrastiveLoss(nn.Module):
                 self.bank.push(pool, pool_labels)
                 pool, pool_labels = self.bank.features, self.bank.labels
             negatives = (pool_labels >= 0).sum()
+            dtype = features1.dtype
             loss, _ = dc_loss_rows(
-                anchors,
-                positives,
+                anchors.to(dtype),
+                positives.to(dtype),
                 pool,
                 labels,
                 pool_labels,
@@ -248,7 +251,9 @@ def _cells(maps: Tensor) -> Tensor:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Rows of unit norm. A row of zeros has no direction: it stays 0 and gets no gradient."""
+    """Rows of unit norm, in at least float32. A row of zeros has no direction: it stays 0 and gets
+    no gradient."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     return features / norm.masked_fill(norm < 1e-12, torch.inf)
 

@@ -1,48 +1,17 @@
-"""The one operator, its back ends and its autograd."""
+"""The one operator, `cac_fast::dc_loss_rows`: its schema, checks, autograd and autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cac_fast import eager, reference
+from cac_fast.checks import check_constant, check_operands
+from cac_fast.dispatch import choose_backend
 
-Rows = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float],
-    tuple[Tensor, Tensor],
-]
-
-# A back end, or the reason why there is none.
-BACKENDS: dict[str, Rows | str] = {
-    "reference": reference.dc_loss_rows,
-    "eager": eager.dc_loss_rows,
-    "cpp": "not built yet",
-    "triton": "not built yet",
-    "cuda": "not built yet",
-}
-
-
-def backends() -> dict[str, str | None]:
-    """Every back end's name, with None where it can be used and else the reason why not."""
-    return {name: rows if isinstance(rows, str) else None for name, rows in BACKENDS.items()}
-
-
-def find_backend(name: str) -> Rows:
-    """The function behind a name; "auto" is the fastest one there is.
-
-    Raises ValueError for an unknown name or a back end that cannot be used.
-    """
-    rows = BACKENDS.get("eager" if name == "auto" else name)
-    if rows is None:
-        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, not {name!r}")
-    if isinstance(rows, str):
-        raise ValueError(f"backend {name!r} cannot be used: {rows}")
-    return rows
+_NAME = "cac_fast::dc_loss_rows"
 
 
 def dc_loss_rows(
@@ -57,47 +26,100 @@ def dc_loss_rows(
 ) -> tuple[Tensor, Tensor]:
     """Directional contrastive loss of each anchor and its gradient (Eq. 5, without reduction).
 
-    anchors, positives: (A, D), negatives: (M, D), unit norm, floating point; the work is done in
-    the anchors' dtype. anchor_labels (A,), negative_labels (M,): integers; an anchor admits the
-    negatives of other labels, none admits a negative whose label is below 0. active: (A,) bool.
-    temperature: tau.
+    anchors, positives: (A, D), negatives: (M, D), unit norm, floating point; products are taken in
+    the anchors' dtype, or autocast's where it is on, and summed in float32 (float64 for float64).
+    anchor_labels (A,), negative_labels (M,): integers; an anchor admits the negatives of other
+    labels, none admits a negative whose label is below 0. active: (A,) bool. temperature: tau.
+    backend: "auto" or a name from `cac_fast.backends()`.
 
-    Returns the loss (A,) and its gradient by the anchors (A, D); both are 0 in rows that are not
-    active or admit no negative. Backward reaches the anchors alone, and only through the loss.
+    Returns the loss (A,), float32 or float64, and its gradient by the anchors (A, D), in the dtype
+    of the products; both are 0 in rows that are not active or admit no negative. Backward reaches
+    the anchors alone, and only through the loss. The same as `torch.ops.cac_fast.dc_loss_rows`.
+
+    Raises ValueError for wrong shapes, dtypes, devices and choices, and for negatives that
+    require grad.
     """
-    return _DCLossRows.apply(
+    check_constant("negatives", negatives)
+    return _operator(
         anchors,
         positives.detach(),
-        negatives.detach(),
+        negatives,
         anchor_labels,
         negative_labels,
         active,
         temperature,
-        find_backend(backend),
+        backend,
     )
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast would compute the products in less than the dtype that was asked for."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+@torch.library.custom_op(_NAME, mutates_args=())
+def _operator(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    active: Tensor,
+    temperature: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    features = (anchors, positives, negatives)
+    check_operands(*features, anchor_labels, negative_labels, active, temperature)
+    rows = choose_backend(backend, anchors)
+    if anchors.numel() == 0 or negatives.numel() == 0:
+        return _empty_result(anchors, torch.zeros)
+    return rows(
+        anchors,
+        positives.to(anchors.dtype),
+        negatives.to(anchors.dtype),
+        anchor_labels.long(),
+        negative_labels.long(),
+        active,
+        temperature,
+    )
 
 
-class _DCLossRows(torch.autograd.Function):
-    """Forward computes the gradient as well; backward only scales its rows."""
+def _empty_result(anchors: Tensor, make: Any) -> tuple[Tensor, Tensor]:
+    shape, device = anchors.shape, anchors.device
+    return (
+        make(shape[0], dtype=torch.promote_types(anchors.dtype, torch.float32), device=device),
+        make(shape, dtype=anchors.dtype, device=device),
+    )
 
-    @staticmethod
-    def forward(ctx: Any, anchors: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *arguments, rows = arguments
-        with _without_autocast(anchors.device.type):
-            loss, gradient = rows(anchors, *arguments)
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(gradient)
-        return loss, gradient
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return upstream.unsqueeze(1) * gradient, *(None,) * 7
+@_operator.register_fake
+def _(anchors: Tensor, *operands: Any, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    check_operands(anchors, *operands[:6])
+    return _empty_result(anchors, torch.empty)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, gradient = output
+    ctx.save_for_backward(gradient)
+    ctx.mark_non_differentiable(gradient)
+
+
+@once_differentiable
+def _scale_rows(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return (upstream.unsqueeze(1) * gradient).to(gradient.dtype), *(None,) * 7
+
+
+_operator.register_autograd(_scale_rows, setup_context=_save)
+
+
+def _register_autocast(device: str) -> None:
+    """Under autocast the products are taken in its dtype, as those of a matrix product are."""
+
+    def rule(*arguments: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            features = (x if x.dtype == torch.float64 else x.to(dtype) for x in arguments[:3])
+            return _operator(*features, *arguments[3:])
+
+    _LIBRARY.impl("dc_loss_rows", rule, f"Autocast{device.upper()}")
+
+
+_LIBRARY = torch.library.Library("cac_fast", "FRAGMENT")
+for _device in ("cpu", "cuda"):
+    _register_autocast(_device)

@@ -17,9 +17,9 @@ def dc_loss_rows(
 ) -> tuple[Tensor, Tensor]:
     """Loss (A,) and its gradient by the anchors (A, D), Eq. 5; makes tensors of A x M.
 
-    Arguments as for `cac_fast.ops.dc_loss_rows`.
+    Arguments as `cac_fast.ops` hands them to a back end. Everything is in the anchors' dtype, as
+    plain PyTorch would have it, and the loss converted at the end.
     """
-    positives, negatives = positives.to(anchors.dtype), negatives.to(anchors.dtype)
     admitted = (negative_labels >= 0) & (negative_labels != anchor_labels.unsqueeze(1))
     positive_logit = (anchors * positives).sum(1, keepdim=True) / temperature
     negative_logits = (anchors @ negatives.T / temperature).masked_fill(~admitted, -torch.inf)
@@ -31,6 +31,6 @@ def dc_loss_rows(
     pull = weights.sum(1, keepdim=True)
     gradient = (weights @ negatives - pull * positives) / temperature
     return (
-        loss.masked_fill(~active, 0.0),
+        loss.masked_fill(~active, 0.0).to(torch.promote_types(loss.dtype, torch.float32)),
         gradient.masked_fill(~active.unsqueeze(1), 0.0),
     )

@@ -84,13 +84,6 @@ def test_gradient_is_right_and_only_for_anchors(backend: str) -> None:
     assert all(given[name].grad is None for name in others)
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-def test_autocast_does_not_lower_the_precision(backend: str) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        found = functional_loss(backend, torch.float32)
-    assert found == functional_loss(backend, torch.float32)
-
-
 def test_upstream_gradient_scales_rows() -> None:
     given = rows()
     anchors = given.pop("anchors").requires_grad_()
