@@ -3,6 +3,7 @@ Context-aware Consistency" (Lai et al., CVPR 2021), with its feature bank and cr
 
 from __future__ import annotations
 
+from cac_fast._extension import build_info
 from cac_fast.bank import FeatureBank
 from cac_fast.dispatch import backends
 from cac_fast.loss import (
@@ -21,6 +22,7 @@ __all__ = [
     "Overlap",
     "__version__",
     "backends",
+    "build_info",
     "directional_contrastive_loss",
     "overlap_from_crops",
 ]

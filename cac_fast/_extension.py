@@ -1,0 +1,81 @@
+"""The compiled module `cac_fast._C`: what it is, or why it is not there."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load() -> str | None:
+    try:
+        import_module("cac_fast._C")
+    except ModuleNotFoundError as error:
+        if error.name != "cac_fast._C":
+            return f"the extension cannot be loaded: {error}"
+        # setup.py leaves the reason where the extension would have been.
+        reason = Path(__file__).with_name("_C.txt")
+        said = reason.read_text(encoding="utf-8").strip() if reason.is_file() else "no build tried"
+        return f"the extension is not built: {said}"
+    # Anything can go wrong in a library that was built for another PyTorch.
+    except Exception as error:
+        return f"the extension cannot be loaded: {error}"
+    return None
+
+
+# Found out at once, since torch.compile traces what asks for it.
+_WHY_NOT = _load()
+
+
+def why_not() -> str | None:
+    """None if the extension is loaded, and with it its operators; else the reason why not."""
+    return _WHY_NOT
+
+
+def build_info() -> dict[str, Any]:
+    """How the compiled extension was built; without one, {"built": False, "reason": why not}.
+
+    With one: "built": True, "compiler", "standard" (of C++), "flags", "torch" (the version built
+    against), and "cuda_archs" (none: the CUDA back end is not there yet).
+    """
+    reason = why_not()
+    if reason is not None:
+        return {"built": False, "reason": reason}
+    module = import_module("cac_fast._C")
+    names = ("compiler", "standard", "flags", "torch", "cuda_archs")
+    return {"built": True, **{name: getattr(module, name) for name in names}}
+
+
+def refuses(anchors: Tensor) -> str | None:
+    """Why the compiled operator cannot work on such anchors, or None."""
+    if anchors.device.type != "cpu":
+        return f"it works on the CPU, not on {anchors.device}"
+    if anchors.dtype not in _DTYPES:
+        return f"it works on {', '.join(map(str, _DTYPES))}, not on {anchors.dtype}"
+    return None
+
+
+def dc_loss_rows(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    active: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss (A,) and its gradient by the anchors (A, D), Eq. 5, in C++ on the CPU.
+
+    Arguments as `cac_fast.ops` hands them to a back end, if `refuses` has nothing against them.
+    Computes in float32 (float64 for float64 features); beyond one ordered copy of the admitted
+    negatives it needs the memory of a tile or two per thread. The same bits on every run and for
+    every number of threads.
+    """
+    return torch.ops.cac_fast.dc_loss_rows_cpp(
+        anchors, positives, negatives, anchor_labels, negative_labels, active, temperature
+    )

@@ -1,0 +1,298 @@
+"""The C++ back end against the float64 reference: values, bits, memory, what is never computed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cac_fast import build_info, directional_contrastive_loss, reference
+from cac_fast._extension import dc_loss_rows, why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["voc", "ids", "few", "one label", "one admitted", "none admitted"]
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Memory that nobody has written holds NaN: outputs and work space alike."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1000).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def labels_of(layout: str, a: int, m: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def voc(count: int) -> Tensor:
+        labels = torch.randint(1, 21, (count,), generator=rng)
+        return labels.masked_fill(torch.rand(count, generator=rng) < 0.73, 0)
+
+    if layout == "voc":
+        return voc(a), voc(m)
+    if layout == "ids":
+        # Labels of which some occur on both sides, each once, too far apart to be counted.
+        return torch.randperm(a, generator=rng) + 2**40, torch.randperm(m, generator=rng) + 2**40
+    if layout == "few":
+        return (
+            torch.randint(-1, 3, (a,), generator=rng),
+            torch.randint(-1, 4, (m,), generator=rng),
+        )
+    negative_labels = torch.full((m,), 4)
+    negative_labels[: m // 3] = -1
+    if layout == "one label":
+        negative_labels[m // 2 :] = 6
+    elif layout == "one admitted":
+        negative_labels[m // 2 : m // 2 + 1] = 2**62
+    return torch.full((a,), 4), negative_labels
+
+
+def operands(
+    layout: str, dtype: torch.dtype, a: int = 300, m: int = 2500, d: int = 16, seed: int = 0
+) -> Operands:
+    rng = torch.Generator().manual_seed(seed)
+    features = [
+        torch.nn.functional.normalize(
+            torch.randn(n, d, generator=rng, dtype=torch.float64), dim=1
+        ).to(dtype)
+        for n in (a, a, m)
+    ]
+    return (*features, *labels_of(layout, a, m, rng), torch.rand(a, generator=rng) < 0.8)
+
+
+def in_float64(given: Operands, temperature: float) -> tuple[Tensor, Tensor]:
+    return reference.dc_loss_rows(*(x.double() for x in given[:3]), *given[3:], temperature)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm())
+
+
+def check(given: Operands, temperature: float) -> None:
+    """Hold the result against float64, and where there is nothing to pull, against 0."""
+    found, expected = dc_loss_rows(*given, temperature), in_float64(given, temperature)
+    dtype = given[0].dtype
+    assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found[1].dtype == dtype
+    anchor_labels, negative_labels, active = given[3:]
+    admitted = (negative_labels >= 0) & (negative_labels != anchor_labels.unsqueeze(1))
+    nothing = ~(active & admitted.any(1))
+    for mine in found:
+        assert mine.isfinite().all()
+        assert not mine[nothing].any()
+    relative = max(1e-6, 1e-7 / temperature)
+    if dtype == torch.float64:
+        relative *= 1e-7  # the reference's own rounding
+    # A gradient of float16 or bfloat16 is rounded to it once, at the end.
+    rounding = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
+    assert (found[0] - expected[0]).abs().max() <= relative * expected[0].abs().max() + 1e-6
+    assert distance(found[0], expected[0]) <= relative * expected[0].norm() + 1e-6
+    assert distance(found[1], expected[1]) <= (relative + rounding) * expected[1].norm()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.02, 0.015, 0.0014, 0.0005])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_float64(dtype: torch.dtype, layout: str, temperature: float) -> None:
+    check(operands(layout, dtype), temperature)
+
+
+@pytest.mark.parametrize("temperature", [10.0, 0.1, 0.001])
+@pytest.mark.parametrize("d", [1, 16, 100, 256])
+def test_equals_float64_in_any_dimension(d: int, temperature: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(operands("voc", dtype, 700, 3000, d), temperature)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    a=st.integers(1, 700),
+    m=st.integers(1, 5000),
+    d=st.integers(8, 64),
+    layout=st.sampled_from(LAYOUTS),
+    temperature=st.floats(0.0005, 10),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_equals_float64_in_any_size(
+    a: int, m: int, d: int, layout: str, temperature: float, dtype: torch.dtype
+) -> None:
+    check(operands(layout, dtype, a, m, d, seed=a), temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_of_short_dtypes_is_at_most_that_of_plain_pytorch(
+    dtype: torch.dtype, temperature: float
+) -> None:
+    given = operands("voc", dtype, d=128)
+    expected = in_float64(given, temperature)
+    plain = reference.dc_loss_rows(*given, temperature)
+    found = dc_loss_rows(*given, temperature)
+    for mine, theirs, exact in zip(found, plain, expected, strict=True):
+        assert distance(mine, exact) <= 1.5 * distance(theirs, exact)
+    cosine = torch.cosine_similarity(found[1].double().flatten(), expected[1].flatten(), dim=0)
+    assert cosine > 0.9999
+
+
+def test_a_small_loss_is_exact() -> None:
+    """Opposite negatives at a low temperature: the loss is far below the spacing of 1."""
+    row = torch.tensor([[1.0, 0.0]])
+    negatives = -row.expand(10, 2)
+    labels, others = torch.zeros(1, dtype=torch.long), torch.ones(10, dtype=torch.long)
+    for temperature in (0.1, 0.05, 0.03):
+        loss, _ = dc_loss_rows(row, row, negatives, labels, others, labels == 0, temperature)
+        exact = torch.log1p(10 * torch.exp(torch.tensor(-2 / temperature, dtype=torch.float64)))
+        assert 0 < exact < 1e-7
+        torch.testing.assert_close(loss.double(), exact[None], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_do_not_matter(dtype: torch.dtype) -> None:
+    given = operands("voc", dtype)
+    expected = dc_loss_rows(*given, 0.1)
+    by_column = [x.T.contiguous().T for x in given[:3]]
+    spread = [torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0] for x in given[:3]]
+    every_other = [torch.stack((x, ~x), dim=1)[:, 0] for x in given[3:]]
+    assert not any(x.is_contiguous() for x in (*by_column, *spread, *every_other))
+    for features in (by_column, spread):
+        for mine, theirs in zip(
+            dc_loss_rows(*features, *every_other, 0.1), expected, strict=True
+        ):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.001])
+def test_zero_rows_and_duplicates(temperature: float) -> None:
+    a, p, n, *labels = operands("voc", torch.float32)
+    a[::3] = 0
+    p[::4] = 0
+    n[::5] = 0
+    n[1::5] = a[1]
+    n[2::5] = p[2]
+    check((a, p, n, *labels), temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("a, m, d", [(0, 5, 4), (5, 0, 4), (0, 0, 4), (5, 7, 0), (0, 0, 0)])
+def test_empty(a: int, m: int, d: int, dtype: torch.dtype) -> None:
+    given = operands("few", dtype, a, m, d)
+    found = dc_loss_rows(*given, 0.1)
+    for mine, theirs in zip(found, in_float64(given, 0.1), strict=True):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype))
+
+
+def test_nothing_active() -> None:
+    *given, active = operands("voc", torch.float32)
+    for found in dc_loss_rows(*given, torch.zeros_like(active), 0.1):
+        assert not found.any()
+
+
+def test_the_inputs_are_kept() -> None:
+    given = operands("voc", torch.float32)
+    before = [tensor.clone() for tensor in given]
+    dc_loss_rows(*given, 0.1)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.001])
+@pytest.mark.parametrize("a, m", [(40, 9000), (900, 6000)], ids=["few anchors", "many anchors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_on_every_run_and_for_every_number_of_threads(
+    dtype: torch.dtype, a: int, m: int, temperature: float
+) -> None:
+    given = operands("voc", dtype, a, m, 100)
+    threads = torch.get_num_threads()
+    expected = dc_loss_rows(*given, temperature)
+    try:
+        for count in (1, 2, 3, 5, 2, 1):
+            torch.set_num_threads(count)
+            for mine, theirs in zip(dc_loss_rows(*given, temperature), expected, strict=True):
+                assert torch.equal(mine, theirs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_negatives_that_nobody_admits_are_never_computed() -> None:
+    """They are NaN here, and 0 times NaN would be NaN."""
+    *features, _, negative_labels, active = operands("few", torch.float32, 600, 3000)
+    labels = torch.arange(600) // 300
+    features[2][negative_labels < 0] = torch.nan
+    for mine in dc_loss_rows(*features, labels, negative_labels, active, 0.1):
+        assert mine.isfinite().all()
+    # A label of half a tile of anchors has tiles of its own: they leave its negatives out.
+    labels = torch.full((600,), 1)
+    features[2][negative_labels == 1] = torch.nan
+    for mine in dc_loss_rows(*features, labels, negative_labels, active, 0.1):
+        assert mine.isfinite().all()
+        assert mine.any()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.001])
+def test_nan_is_not_hidden(temperature: float) -> None:
+    *features, labels, negative_labels, active = operands("few", torch.float32)
+    features[2][negative_labels == 3] = torch.nan
+    assert (negative_labels == 3).any()
+    for mine in dc_loss_rows(*features, labels, negative_labels, active, temperature):
+        assert mine[active].isnan().all()
+
+
+def test_gradcheck() -> None:
+    rng = torch.Generator().manual_seed(0)
+    features = [torch.randn(n, 6, generator=rng, dtype=torch.float64) for n in (9, 9, 14)]
+    labels = [torch.randint(-1, 3, (n,), generator=rng) for n in (9, 14)]
+    confidences = [torch.rand(9, generator=rng, dtype=torch.float64) for _ in range(2)]
+
+    def loss(anchors: Tensor) -> Tensor:
+        return directional_contrastive_loss(
+            anchors,
+            *features[1:],
+            *labels,
+            *confidences,
+            threshold=0.2,
+            reduction="none",
+            backend="cpp",
+        )
+
+    assert loss(features[0]).count_nonzero() > 2
+    torch.autograd.gradcheck(loss, features[0].requires_grad_())
+
+
+def test_memory_has_no_term_of_anchors_times_negatives() -> None:
+    program = """
+import resource, torch
+from cac_fast import _extension
+assert _extension.why_not() is None
+torch.set_num_threads(1)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def run(count):
+    features = [torch.nn.functional.normalize(torch.randn(count, 4), dim=1) for _ in range(3)]
+    labels = torch.arange(count)
+    _extension.dc_loss_rows(*features, labels, labels, labels >= 0, 0.1)
+run(1000)
+before = peak()
+run(16000)
+print(peak() - before)
+"""
+    command = [sys.executable, "-c", program]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # In KiB: the matrix of all pairs would be 16000 x 16000 x 4 bytes, a gigabyte.
+    assert grown < 32 * 1024
+
+
+def test_build_info() -> None:
+    info = build_info()
+    assert info["built"] is True
+    assert info["standard"] >= 201703
+    assert "-O3" in info["flags"].split(",")
+    assert info["torch"] == torch.__version__.split("+")[0]
+    assert info["compiler"]
+    assert info["cuda_archs"] == ()
