@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
-from cac_fast import eager, reference
+from cac_fast import _extension, eager, kernels, reference
 
 Rows = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float],
@@ -43,8 +45,8 @@ def _not_built(*_: object) -> tuple[Tensor, Tensor]:
 BACKENDS = {
     "reference": Backend(reference.dc_loss_rows),
     "eager": Backend(eager.dc_loss_rows),
-    "cpp": Backend(_not_built, lambda: "not built yet"),
-    "triton": Backend(_not_built, lambda: "not built yet"),
+    "cpp": Backend(_extension.dc_loss_rows, _extension.why_not, _extension.refuses),
+    "triton": Backend(kernels.dc_loss_rows, kernels.why_not, kernels.refuses),
     "cuda": Backend(_not_built, lambda: "not built yet"),
 }
 
@@ -67,6 +69,14 @@ def check_backend(name: str) -> None:
         raise ValueError(f"backend {name!r} cannot be used: {missing}")
 
 
+@cache
+def _say_what_is_missing(name: str, missing: str) -> None:
+    """Cached, so said once a process."""
+    warnings.warn(
+        f"cac_fast does without its back end {name!r}: {missing}", RuntimeWarning, stacklevel=2
+    )
+
+
 def choose_backend(name: str, anchors: Tensor) -> Rows:
     """The function behind a name; for "auto" the fastest one that can work on such anchors.
 
@@ -75,7 +85,9 @@ def choose_backend(name: str, anchors: Tensor) -> Rows:
     if name == "auto":
         for candidate in _PREFERRED.get(anchors.device.type, ("eager",)):
             backend = BACKENDS[candidate]
-            if not backend.missing() and not backend.refuses(anchors):
+            if missing := backend.missing():
+                _say_what_is_missing(candidate, missing)
+            elif not backend.refuses(anchors):
                 return backend.rows
     check_backend(name)
     backend = BACKENDS[name]

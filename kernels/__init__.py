@@ -1,1 +1,61 @@
-"""Place of the Triton back end of the directional contrastive loss operator."""
+"""Triton back end of the directional contrastive loss operator.
+
+Triton is imported on the first call, not with the package: it is slow to import and may be absent.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+LARGEST_D = 256
+
+
+def why_not() -> str | None:
+    """Why this back end cannot be used here, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "needs a CUDA or ROCm device"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def refuses(anchors: Tensor) -> str | None:
+    """Why these anchors (A, D) cannot be worked on, or None."""
+    if anchors.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {anchors.dtype}"
+    if anchors.shape[1] > LARGEST_D:
+        return f"it takes features of up to {LARGEST_D} channels, not {anchors.shape[1]}"
+    needed = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    if anchors.device.type != needed:
+        return f"it takes tensors on a {needed} device, not on {anchors.device}"
+    return None
+
+
+def dc_loss_rows(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    active: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss (A,) and its gradient by the anchors (A, D), Eq. 5, on the current stream.
+
+    Arguments as for `cac_fast.ops.dc_loss_rows`, none that `refuses`. The loss is float32, the
+    gradient has the anchors' dtype. float32 products are made in full unless
+    `torch.backends.cuda.matmul` allows TF32.
+    """
+    from cac_fast.kernels import dc_loss
+
+    return dc_loss.dc_loss_rows(
+        anchors, positives, negatives, anchor_labels, negative_labels, active, temperature
+    )

@@ -1,0 +1,111 @@
+"""Which anchors meet which negatives, in tiles: computed on the device, without asking it anything.
+
+The plan of a GPU back end. Both sides are ordered by label, so that what an anchor excludes is one
+interval of the negatives, and a tile of anchors excludes whole blocks of them, meets most others
+without a mask, and needs one for the few blocks that are left. All blocks that are met, of all
+tiles, form one list that is dealt out in equal shares: how many anchors are active and how labels
+are distributed changes the shares, never the launch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_INT64_MIN = -(2**63)
+_INT64_MAX = 2**63 - 1
+
+
+class LabelOrder(NamedTuple):
+    """Both sides ordered by label; the anchors that are not active come last.
+
+    anchors: (A,) int64, rows in order. negatives: (M,) int64, rows in order. excluded_from,
+    excluded_to: (A,) int32, what the anchor at each place excludes: negatives at places
+    [from, to). active, admissible: 0-d int32, how many anchors are active, and how many negatives
+    have a label of at least 0; the latter come first.
+    """
+
+    anchors: Tensor
+    negatives: Tensor
+    excluded_from: Tensor
+    excluded_to: Tensor
+    active: Tensor
+    admissible: Tensor
+
+
+class Plan(NamedTuple):
+    """Tiles of anchors, the blocks of negatives they meet, and who computes what.
+
+    borders: (T, 4) int32, per tile the blocks low <= skip <= resume <= high: those in [0, low)
+    and [high, full), with full = max(high, admissible // block size), hold no excluded negative;
+    those in [skip, resume) hold nothing else; [low, skip), [resume, high) and the last block, if
+    it is not full, need a mask. A tile meets its blocks in this order: first all that need no
+    mask, then the others.
+    ends: (T,) int64, running sum of the blocks each tile meets: all tiles' blocks in one list.
+    share: 0-d int64, how much of that list a program computes: program p the blocks from
+    p * share to (p + 1) * share.
+    first_tile, last_tile: (programs,) int32, the tiles these lie in; meaningless without a share.
+    """
+
+    borders: Tensor
+    ends: Tensor
+    share: Tensor
+    first_tile: Tensor
+    last_tile: Tensor
+
+
+def order_by_label(anchor_labels: Tensor, negative_labels: Tensor, active: Tensor) -> LabelOrder:
+    """Order anchors (A,) and negatives (M,) by their int64 labels; M is at least 1."""
+    # With the sign bit flipped, labels below 0 sort after all others, and any int64 stays exact.
+    # An anchor's label below 0 excludes nothing, so that all such labels may count as one.
+    keys = torch.where(active, (anchor_labels ^ _INT64_MIN).clamp_max(0), _INT64_MAX)
+    keys, anchors = keys.sort(stable=True)
+    negative_keys, negatives = (negative_labels ^ _INT64_MIN).sort(stable=True)
+    admissible = (negative_labels >= 0).sum(dtype=torch.int32)
+    excluded_from, excluded_to = (
+        torch.searchsorted(negative_keys, keys, right=right, out_int32=True).minimum(admissible)
+        for right in (False, True)
+    )
+    return LabelOrder(
+        anchors,
+        negatives,
+        excluded_from,
+        excluded_to,
+        active.sum(dtype=torch.int32),
+        admissible,
+    )
+
+
+def plan(order: LabelOrder, tile: int, block: int, programs: int) -> Plan:
+    """Cut ordered anchors into tiles and deal the blocks they meet out to `programs`.
+
+    tile: anchors of a tile. block: negatives of a block. A is at least 1.
+    """
+    count = len(order.anchors)
+    first = torch.arange(0, count, tile, device=order.anchors.device)
+    last = (first + (tile - 1)).clamp_max(count - 1).minimum((order.active - 1).clamp_min(0))
+    first = first.minimum(last)
+    from_first, from_last = order.excluded_from[first], order.excluded_from[last]
+    to_first, to_last = order.excluded_to[first], order.excluded_to[last]
+
+    low = from_first // block
+    skip = _blocks(from_last, block)
+    resume = (to_first // block).maximum(skip)
+    high = _blocks(to_last, block)
+    met = _blocks(order.admissible, block) - (resume - skip)
+    used = torch.arange(0, count, tile, device=first.device) < order.active
+    ends = (met * used).cumsum(0)
+
+    share = (ends[-1] + (programs - 1)) // programs
+    starts = torch.arange(programs, device=first.device) * share
+    stops = (starts + share).minimum(ends[-1])
+    first_tile = torch.searchsorted(ends, starts, right=True, out_int32=True)
+    last_tile = torch.searchsorted(ends, stops, out_int32=True)
+    borders = torch.stack((low, skip, resume, high), dim=1).int()
+    return Plan(borders, ends, share, first_tile, last_tile)
+
+
+def _blocks(negatives: Tensor, block: int) -> Tensor:
+    return (negatives + (block - 1)) // block

@@ -1,0 +1,143 @@
+"""From the operator's arguments to the two kernels, and nowhere a question to the device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cac_fast import tiles
+from cac_fast.kernels import configs
+from cac_fast.kernels.dc_loss_kernels import dc_loss_combine, dc_loss_partial
+
+# Without an offset e^{logit}, and sums of it over any number of negatives, must stay normal
+# numbers: of float32, and of the dtype the weights are rounded to for the second product.
+_LARGEST_LOGIT = {torch.float32: 64.0, torch.bfloat16: 64.0, torch.float16: 10.5}
+# With one, the largest weight of a row is 2 to this power: float16 ends at 2^16 and 2^-24.
+_HEADROOM = {torch.float32: 0, torch.bfloat16: 0, torch.float16: 15}
+_COMBINED_ROWS = 16
+
+
+def dc_loss_rows(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    active: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """As `cac_fast.kernels.dc_loss_rows`."""
+    count = len(anchors)
+    if count == 0 or len(negatives) == 0:
+        return anchors.new_zeros(count, dtype=torch.float32), torch.zeros_like(anchors)
+    with torch.cuda.device_of(anchors):
+        return _launch(
+            anchors, positives, negatives, anchor_labels, negative_labels, active, temperature
+        )
+
+
+def _launch(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    active: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    count, dim = anchors.shape
+    padded = max(16, triton.next_power_of_2(dim))
+    gpu = configs.describe(anchors.device)
+    kind = configs.precision(anchors.dtype, gpu.family)
+    config = configs.find(gpu.family, kind, padded)
+    programs = config.programs * gpu.multiprocessors
+    tma = gpu.family == "sm_90"
+    order = tiles.order_by_label(anchor_labels, negative_labels, active)
+    plan = tiles.plan(order, config.tile, config.block, programs)
+    sorted_negatives = _gather(negatives, order.negatives, config.block, padded)
+
+    count_tiles = len(plan.ends)
+    slots = (count_tiles + programs - 1) * config.tile
+    weighted = anchors.new_empty((slots, padded), dtype=torch.float32)
+    total = anchors.new_empty(slots, dtype=torch.float32)
+    offset = torch.empty_like(total)
+    loss = anchors.new_empty(count, dtype=torch.float32)
+    gradient = anchors.new_empty((count, dim))
+
+    scale = math.log2(math.e) / temperature
+    offset_needed = 1 / temperature > _LARGEST_LOGIT[anchors.dtype]
+    # Below every logit, but near them: the difference of two offsets must be finite.
+    lowest = -4 * scale
+    dc_loss_partial[(programs,)](
+        anchors,
+        TensorDescriptor.from_tensor(sorted_negatives, [config.block, padded])
+        if tma
+        else sorted_negatives,
+        order.anchors,
+        order.excluded_from,
+        order.excluded_to,
+        order.active,
+        order.admissible,
+        *plan,
+        weighted,
+        total,
+        offset,
+        *anchors.stride(),
+        count_tiles,
+        scale,
+        lowest,
+        D=dim,
+        D_PAD=padded,
+        TILE=config.tile,
+        BLOCK=config.block,
+        TMA=tma,
+        OFFSET=offset_needed,
+        HEADROOM=_HEADROOM[anchors.dtype],
+        PRECISION="ieee" if kind == "half" else kind,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+    dc_loss_combine[(count_tiles, config.tile // _COMBINED_ROWS)](
+        anchors,
+        positives,
+        order.anchors,
+        order.active,
+        plan.ends,
+        plan.share,
+        weighted,
+        total,
+        offset,
+        loss,
+        gradient,
+        *anchors.stride(),
+        *positives.stride(),
+        count,
+        scale,
+        lowest,
+        1 / temperature,
+        D=dim,
+        D_PAD=padded,
+        TILE=config.tile,
+        ROWS=_COMBINED_ROWS,
+        OFFSET=offset_needed,
+    )
+    return loss, gradient
+
+
+def _gather(negatives: Tensor, order: Tensor, block: int, padded: int) -> Tensor:
+    """The negatives in order, with zeros up to whole blocks (rows) and `padded` channels."""
+    count, dim = negatives.shape
+    rows = -(-count // block) * block
+    gathered = negatives.new_empty((rows, padded))
+    gathered[count:] = 0
+    if dim == padded:
+        torch.index_select(negatives, 0, order, out=gathered[:count])
+    else:
+        gathered[:count, dim:] = 0
+        gathered[:count, :dim] = negatives.index_select(0, order)
+    return gathered
+
