@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -21,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from measure import ROOT, can_plot, command_line, facts
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("supervised", "cac")
 COLOURS = {"supervised": "tab:gray", "cac": "tab:blue"}
 
@@ -134,6 +132,8 @@ def table(results: list[dict]) -> str:
 
 def plot(results: list[dict], path: Path) -> None:
     """Validation mIoU against the iteration: a thin line a run, a thick one for the mean."""
+    if not can_plot():
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,38 +174,6 @@ def plot(results: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def command_line(arguments: list[str]) -> str:
-    """The command as anyone can type it: paths from the project's folder, others by their name."""
-
-    def shown(argument: str) -> str:
-        path = Path(argument)
-        if not path.is_absolute():
-            return argument
-        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-
-    return shlex.join(["python", "bench/compare.py", *map(shown, arguments)])
-
-
-def versions() -> dict[str, str]:
-    """What the numbers were measured with."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    )
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device,
-        "commit": commit,
-    }
-
-
 def compare(options: argparse.Namespace) -> list[dict]:
     """Run every method, share and seed; write JSON, table and plot below ``options.results``."""
     jobs = [
@@ -218,7 +186,9 @@ def compare(options: argparse.Namespace) -> list[dict]:
         results = list(pool.map(lambda job: one_run(job[0], job[1], int(job[2]), options), jobs))
     target = options.results / options.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    record = {"command": command_line(options.command), **versions(), "runs": results}
+    command = command_line("bench/compare.py", options.command)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record = {"command": command, **facts(device), "runs": results}
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     target.with_suffix(".md").write_text(table(results) + "\n")
     plot(results, target.with_suffix(".png"))

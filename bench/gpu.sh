@@ -1,17 +1,35 @@
 #!/usr/bin/env bash
-# The whole round on a machine with a GPU: the GPU tests, then a real training of both methods.
+# The whole round on a machine with a GPU: its tests, the bench of the loss, a training of both methods.
 #
-#   bench/gpu.sh DATA_FOLDER WEIGHTS [SECONDS]
+#   bench/gpu.sh [DATA_FOLDER WEIGHTS [SECONDS]]
 #
-# DATA_FOLDER is read with --dataset folder; WEIGHTS are mobilenet_v2's. The training stops after
-# SECONDS (default 420) and goes on where it stopped when the script is run again.
-set -euo pipefail
+# Tests and bench take about 4 minutes. With DATA_FOLDER (read with --dataset folder) and WEIGHTS
+# (mobilenet_v2's) the training follows; it stops after SECONDS (default 240) and goes on where it
+# stopped when the script is run again. Results are in bench/results/. One part that fails does not
+# keep the others from running, but makes the exit code 1.
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data=${1:?a data folder for --dataset folder}
-weights=${2:?ImageNet weights of mobilenet_v2}
-python3 -m pytest -q tests/test_gpu.py
-timeout "${3:-420}" python3 bench/compare.py --name camvid-gpu --dataset folder --data-dir "$data" \
-    --shares 1/16,1/8 --seeds 0,1,2 --test --jobs 4 --threads 4 -- \
-    --network deeplabv3plus --backbone mobilenet_v2 --weights "$weights" \
-    --iterations 10000 --batch-size 8 --crop-size 320 --learning-rate 0.005 --workers 3 ||
-    echo "not finished in time: run it again to go on"
+python=${PYTHON:-python3}
+status=0
+
+"$python" -c 'import cac_fast.train' 2>/dev/null ||
+    "$python" -m pip install -q --no-deps --no-build-isolation -e . || exit 1
+name=$("$python" -c 'import torch; print("-".join(torch.cuda.get_device_name().lower().split()))') || exit 1
+results="bench/results/$name"
+
+# Without the project's pytest options, as pytest-timeout may not be there.
+"$python" -m pytest -q -o addopts= tests/test_gpu.py tests/test_gpu_loss.py || status=1
+"$python" bench/dc_loss.py --minutes 2 --json "$results-dc_loss.json" --plot "$results-dc_loss.png" ||
+    status=1
+if [ $# -ge 2 ]; then
+    timeout "${3:-240}" "$python" bench/compare.py --name "$name-camvid" --dataset folder \
+        --data-dir "$1" --shares 1/16,1/8 --seeds 0,1,2 --test --jobs 4 --threads 4 -- \
+        --network deeplabv3plus --backbone mobilenet_v2 --weights "$2" \
+        --iterations 10000 --batch-size 8 --crop-size 320 --learning-rate 0.005 --workers 3
+    case $? in
+        0) ;;
+        124) echo "training not finished in time: run this again to go on" ;;
+        *) status=1 ;;
+    esac
+fi
+exit $status

@@ -1,0 +1,149 @@
+"""What the benches share: time, peak memory, facts about the machine, the command."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PROC = Path("/proc")
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Time of one call; on CUDA from the start of its first kernel to the end of its last."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
+
+
+def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
+    """What `call` returns, and its peak memory beyond what was held before, results included.
+
+    CUDA: PyTorch's allocator. CPU: the process's resident memory, whose peak Linux can reset, as
+    the profiler misses what C++ code allocates without PyTorch; None where that is not possible.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    try:
+        # Freed pages that the C library keeps would be used again unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+        (PROC / "self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return call(), None
+    before = _proc_bytes("self/status", "VmRSS")
+    result = call()
+    return result, max(0, _proc_bytes("self/status", "VmHWM") - before)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated; None where it is not known."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return _proc_bytes("meminfo", "MemAvailable")
+    except OSError:
+        return None
+
+
+def _proc_bytes(file: str, name: str) -> int:
+    """A line `NAME:  123 kB` of a file below /proc."""
+    lines = (PROC / file).read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Device, CPU, versions and commit that a number was measured with."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    cpu = _cpu_name()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpu": cpu,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "commit": commit,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = (PROC / "cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else f"{platform.machine()} CPU"
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is there; says so if not, as numbers without a picture are better than
+    none."""
+    there = importlib.util.find_spec("matplotlib") is not None
+    if not there:
+        print("no plot, as matplotlib is not installed")
+    return there
+
+
+def gpu_state(device: torch.device) -> dict[str, float]:
+    """Clocks, power and temperature of an NVIDIA GPU at this moment; empty where not known."""
+    if device.type != "cuda" or importlib.util.find_spec("pynvml") is None:
+        return {}
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        # By UUID, as NVML does not know of CUDA_VISIBLE_DEVICES.
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        return {
+            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "sm_clock_max_mhz": pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+            "power_w": pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+            "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1e3,
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+        }
+    except pynvml.NVMLError:
+        return {}
+
+
+def command_line(program: str, arguments: list[str]) -> str:
+    """The command as anyone can type it: paths from the project's folder, others by their name."""
+
+    def shown(argument: str) -> str:
+        path = Path(argument)
+        if not path.is_absolute():
+            return argument
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+    return shlex.join(["python", program, *map(shown, arguments)])

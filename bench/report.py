@@ -1,0 +1,165 @@
+"""Rows of the loss bench as a table, as headlines and as a plot."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cases import TEMPERATURE, Case
+from measure import can_plot
+
+# What the others are compared with; eager is a back end as well.
+BASELINES = ("dense", "compiled", "chunked", "flex", "eager")
+# Back ends that are there to be fast.
+FAST = ("eager", "cpp", "triton", "cuda")
+HEADLINE_CASES = ("goal", "asked", "dense labels")
+MARKERS = "osD^vP*X"
+LEGEND = """
+n: timed runs; median, p20, p80: milliseconds for loss and gradient; MB: peak memory beyond the
+arguments, in 10^6 bytes; TFLOP/s: admitted pairs of active anchors x 4 D / median; dense eq: A x M
+x 4 D / median; /bare: median / that of two bare matrix products of as many pairs as are admitted;
+vs X: how many times faster than X. dense, compiled, chunked, flex: see bench/baselines.py."""
+
+Row = dict[str, Any]
+
+
+def describe(case: Case) -> Row:
+    """The columns that say what was computed."""
+    columns = asdict(case) | {"case": case.name, "temperature": TEMPERATURE}
+    columns["active"] = round(columns.pop("share") * case.anchors)
+    del columns["name"]
+    return columns
+
+
+def time_columns(times: list[float], case: Row) -> Row:
+    """Milliseconds, and the rates that the median stands for."""
+    median, low, high = (float(np.percentile(times, share)) for share in (50, 20, 80))
+    flop = 4 * case["channels"]
+    return {
+        "runs": len(times),
+        "median_ms": 1e3 * median,
+        "p20_ms": 1e3 * low,
+        "p80_ms": 1e3 * high,
+        "tflops": case["admitted"] * flop / median / 1e12,
+        "dense_tflops": case["anchors"] * case["negatives"] * flop / median / 1e12,
+    }
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """Time over that of the bare products, and how many times faster than each baseline."""
+    medians = {row["provider"]: row["median_ms"] for row in rows if row["status"] == "ok"}
+    for row in rows:
+        if row["status"] == "ok":
+            if "products" in medians:
+                row["over_products"] = row["median_ms"] / medians["products"]
+            row["faster_than"] = {
+                name: medians[name] / row["median_ms"] for name in BASELINES if name in medians
+            }
+
+
+def table(rows: list[Row]) -> str:
+    """The rows of one case as aligned Markdown."""
+    measured = next((list(row["faster_than"]) for row in rows if "faster_than" in row), [])
+    head = ["", "n", "median", "p20", "p80", "MB", "TFLOP/s", "dense eq", "/bare"]
+    head += [f"vs {name}" for name in measured]
+    lines, notes = [head], defaultdict(list)
+    for row in rows:
+        if row["status"] != "ok":
+            notes[row["status"]].append(row["provider"])
+            continue
+        columns = "median_ms p20_ms p80_ms peak_extra_mb tflops dense_tflops over_products".split()
+        cells = [three_digits(row.get(name)) for name in columns]
+        cells += [three_digits(row["faster_than"][name]) + "x" for name in measured]
+        lines.append([row["provider"], str(row["runs"]), *cells])
+    text = ""
+    if len(lines) > 1:
+        widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+        for line in lines:
+            first, *others = line
+            cells = [first.ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+            text += "| " + " | ".join(cells) + " |\n"
+    return text + "".join(f"- {', '.join(names)} {status}\n" for status, names in notes.items())
+
+
+def three_digits(number: float | None) -> str:
+    """1234, 123, 12.3, 1.23, 0.123, 0.00123: for people; a dash where nothing was measured."""
+    if number is None:
+        return "-"
+    if number == 0 or number >= 100:
+        return f"{number:.0f}"
+    return f"{number:#.3g}" if number >= 1e-3 else f"{number:.2g}"
+
+
+def headlines(rows: list[Row]) -> list[str]:
+    """The fast back ends on the rows that matter most, a line each."""
+    lines = []
+    eager = {
+        (row["case"], row["negatives"], row["labels"]): row["median_ms"]
+        for row in rows
+        if (row["provider"], row["dtype"], row["status"]) == ("eager", "float32", "ok")
+    }
+    for row in rows:
+        wanted = row["case"] in HEADLINE_CASES and row["provider"] in FAST
+        if not wanted or row["status"] != "ok":
+            continue
+        ratios = {f"vs {name}": ratio for name, ratio in row["faster_than"].items()}
+        ratios.pop(f"vs {row['provider']}", None)
+        other = eager.get((row["case"], row["negatives"], row["labels"]))
+        if other and row["dtype"] != "float32":
+            ratios["vs eager in float32"] = other / row["median_ms"]
+        name = f"{row['case']}, M {row['negatives']:,}, {row['labels']}, {row['dtype']}"
+        parts = [
+            f"{three_digits(row['median_ms'])} ms",
+            f"{three_digits(row['tflops'])} TFLOP/s",
+            f"{three_digits(row['peak_extra_mb'])} MB",
+            f"{three_digits(row.get('over_products'))} /bare",
+            *(f"{three_digits(ratio)}x {text}" for text, ratio in ratios.items()),
+        ]
+        lines.append(f"- {name}: {row['provider']} " + ", ".join(parts))
+    return lines
+
+
+def plot(rows: list[Row], device: str, path: Path) -> None:
+    """Time and peak memory against M, log-log, for the A, labels and dtype with the most M."""
+    if not can_plot():
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = defaultdict(set)
+    for row in rows:
+        sizes[row["anchors"], row["active"], row["labels"], row["dtype"]].add(row["negatives"])
+    chosen = max(sizes, key=lambda group: len(sizes[group]))
+    anchors, active, labels, dtype = chosen
+    lines = defaultdict(list)
+    for row in rows:
+        group = row["anchors"], row["active"], row["labels"], row["dtype"]
+        if group == chosen and row["status"] == "ok":
+            lines[row["provider"]].append(row)
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    columns = (("median_ms", "time, ms"), ("peak_extra_mb", "peak extra memory, MB"))
+    for axis, (column, title) in zip(axes, columns, strict=True):
+        for number, (name, of_provider) in enumerate(lines.items()):
+            points = sorted(
+                (row["negatives"], row[column]) for row in of_provider if row.get(column)
+            )
+            if points:
+                style = MARKERS[number % len(MARKERS)] + ("--" if name == "products" else "-")
+                look = {"color": f"C{number}", "markersize": 4, "label": name}
+                axis.plot(*zip(*points, strict=True), style, **look)
+        axis.set(xscale="log", yscale="log", xlabel="negatives M", ylabel=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    size = f"A = {anchors:,} ({active:,} active)"
+    figure.suptitle(f"loss and gradient, {size}, {labels} labels, {dtype}: {device}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
