@@ -46,6 +46,9 @@ class BuildOrSayWhy(BuildExtension):
             if NO_TORCH:
                 raise RuntimeError(NO_TORCH)
             super().run()
+            # setuptools only warns of an optional extension that cannot be compiled.
+            if not any(folder.glob("_C.*")):
+                raise RuntimeError("it could not be compiled; pip install -v shows why")
         except Exception as error:
             self.inplace = inplace
             folder.mkdir(parents=True, exist_ok=True)
