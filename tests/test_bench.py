@@ -255,7 +255,7 @@ def test_row_over_its_time_is_skipped() -> None:
     runner = bench([EAGER])
     runner.rates["eager", "float32"] = 5 / SMALL.pairs
     runner.bytes["eager", "float32"] = 0.0
-    assert statuses(runner.row(SMALL))["eager"] == "skipped: about 10 s for two runs, limit 2.7 s"
+    assert statuses(runner.row(SMALL))["eager"] == "skipped: about 10 s for two runs, limit 0.9 s"
     # The goal row may take more.
     assert statuses(runner.row(replace(SMALL, name="goal")))["eager"] == "ok"
     # What was measured there is known from now on.
