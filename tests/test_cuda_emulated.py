@@ -167,6 +167,13 @@ def test_any_number_of_programs(programs: int) -> None:
         compare(operands("voc", torch.bfloat16, 700, 500, 64), temperature)
 
 
+def test_a_tile_between_others_that_meets_nothing() -> None:
+    *features, _, z, active = operands("voc", torch.bfloat16, 384, 192, 64)
+    torch.ops.cac_fast_emulated.set(1, 0)
+    labels = torch.arange(384) // 128
+    compare((*features, labels, torch.ones_like(z), torch.ones_like(active)), 0.1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_in_any_order_of_threads_and_copies(dtype: torch.dtype) -> None:
     given = operands("few", dtype, 300, 700, 64)

@@ -72,6 +72,9 @@ class Partial {
     const int64_t start = blockIdx.x * share - tile_start, stop = start + share;
     const int begin = static_cast<int>(start > 0 ? start : 0);
     const int end = static_cast<int>(stop < tile_met ? stop : tile_met);
+    // A tile between others that meets nothing: its anchors would still be on their way, waited
+    // for by nobody, when the next ones are sent to the same place.
+    if (begin >= end) return;
 
     const Walk walk = find_walk(tile);
     // Others may still be reading the last tile's anchors and blocks.

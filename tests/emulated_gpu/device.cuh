@@ -240,6 +240,11 @@ inline void copy_async_16(void* shared, const void* global) {
   require_shared(shared);
   emulated::require(reinterpret_cast<uintptr_t>(global) % 16 == 0, "copy not aligned to 16 bytes");
   emulated::Copy copy{static_cast<char*>(shared), {}};
+  for (const auto& group : emulated::gpu.thread().groups) {
+    for (const emulated::Copy& other : group) {
+      emulated::require(other.to != copy.to, "two copies on their way to one place");
+    }
+  }
   std::memcpy(copy.bytes.data(), global, 16);
   if (emulated::gpu.random() % 2) {
     std::memcpy(shared, copy.bytes.data(), 16);
