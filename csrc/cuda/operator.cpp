@@ -66,8 +66,9 @@ std::tuple<Tensor, Tensor> dc_loss_rows(
   const int64_t padded = anchors.size(1), tiles = ends.size(0), programs = first_tile.size(0);
   const int64_t slots = anchors.size(0) / tiles * (tiles + programs);
   for (const Tensor& features : {anchors, negatives}) {
+    const auto address = reinterpret_cast<uintptr_t>(features.const_data_ptr());
     TORCH_CHECK_VALUE(
-        features.is_contiguous() && reinterpret_cast<uintptr_t>(features.const_data_ptr()) % 16 == 0,
+        features.is_contiguous() && address % 16 == 0,
         "ordered features must be contiguous and aligned to 16 bytes");
   }
 

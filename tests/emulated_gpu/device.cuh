@@ -267,7 +267,8 @@ void copy_async_wait() {
 
 inline int not_hoisted(int value) { return value; }
 
-inline uint16_t element(const emulated::Meeting& meeting, unsigned matrix, unsigned row, unsigned column) {
+inline uint16_t element(
+    const emulated::Meeting& meeting, unsigned matrix, unsigned row, unsigned column) {
   uint16_t value;
   const auto* start = reinterpret_cast<const char*>(meeting.given[8 * matrix + row][1]);
   std::memcpy(&value, start + 2 * column, sizeof value);
