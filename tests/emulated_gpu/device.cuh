@@ -1,7 +1,7 @@
 // A GPU on the CPU, for the kernels of csrc/cuda: stands in for their device.cuh.
 //
 // The threads of a program are fibers on one core, run in random order between the points where
-// they must wait for each other. What the instructions of the matrix unit do is written down here
+// they must wait for each other, one warp far ahead of the others. What the instructions of the matrix unit do is written down here
 // a second time, from the layouts in the PTX ISA. Emulated as unkindly as the ISA allows: copies to
 // shared memory arrive at once or as late as possible, at random, and until then there is NaN.
 // Broken rules throw std::runtime_error: lanes that do not meet, addresses outside shared memory
@@ -91,6 +91,7 @@ class Gpu {
     all_ = {};
     for (unsigned i = 0; i < count; ++i) start(i);
     std::vector<unsigned> ready;
+    unsigned ahead = 0;
     while (true) {
       ready.clear();
       unsigned left = 0;
@@ -104,6 +105,12 @@ class Gpu {
       }
       if (left == 0) return;
       require(!ready.empty(), "threads wait for others that never come");
+      // One warp goes ahead as far as it can, so that warps are as far apart as barriers allow.
+      const auto is_ahead = [&](unsigned i) { return i / kWarp == ahead; };
+      if (random() % 64 == 0 || std::none_of(ready.begin(), ready.end(), is_ahead)) {
+        ahead = ready[random() % ready.size()] / kWarp;
+      }
+      ready.erase(std::stable_partition(ready.begin(), ready.end(), is_ahead), ready.end());
       std::shuffle(ready.begin(), ready.end(), random);
       for (const unsigned i : ready) {
         current_ = i;
