@@ -100,12 +100,12 @@ def standard_cases(device: str) -> list[Case]:
     table = [500, 1000, 2000, 6400, 12800, 19200, 25600]
     return [
         goal,
+        replace(goal, dtype=other),
         *([dense] if device == "cuda" else []),
         *(replace(goal, name="Table 4", negatives=m) for m in table),
         Case("Cityscapes", 16200, 129600, "cityscapes", main),
         *(replace(goal, name="large", negatives=m) for m in (2**18, 2**20)),
         *(replace(goal, name="labels", labels=labels) for labels in ("uniform", "cityscapes")),
-        replace(goal, dtype=other),
     ]
 
 

@@ -27,7 +27,7 @@ from cases import LABELS, Case, Check, Operands, make_operands, standard_cases
 from providers import Provider, find_providers
 from report import Row
 
-from cac_fast import backends
+from cac_fast import backends, build_info
 
 REPEATS = {"cpu": 10, "cuda": 30}
 # Share of the run's time that a provider may take for one row; more for what matters most.
@@ -233,6 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.providers is None or item.name in ("products", *options.providers)
     ]
     facts = measure.facts(device) | {"threads": torch.get_num_threads()}
+    build = build_info()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(report.LEGEND, flush=True)
     for name, reason in backends().items():
@@ -252,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:] if arguments is None else arguments
         command = measure.command_line("bench/dc_loss.py", arguments)
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"command": command, **facts, "rows": rows}
+        record = {"command": command, **facts, "extension": build, "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.plot:
         report.plot(rows, facts["device"], options.plot)

@@ -3,8 +3,8 @@
 #
 #   bench/gpu.sh [DATA_FOLDER WEIGHTS [SECONDS]]
 #
-# Tests and bench take about 4 minutes. With DATA_FOLDER (read with --dataset folder) and WEIGHTS
-# (mobilenet_v2's) the training follows; it stops after SECONDS (default 240) and goes on where it
+# Tests get 2 minutes, the bench 2. With DATA_FOLDER (read with --dataset folder) and WEIGHTS
+# (mobilenet_v2's) the training follows; it stops after SECONDS (default 210) and goes on where it
 # stopped when the script is run again. Results are in bench/results/. One part that fails does not
 # keep the others from running, but makes the exit code 1.
 set -uo pipefail
@@ -18,11 +18,12 @@ name=$("$python" -c 'import torch; print("-".join(torch.cuda.get_device_name().l
 results="bench/results/$name"
 
 # Without the project's pytest options, as pytest-timeout may not be there.
-"$python" -m pytest -q -o addopts= tests/test_gpu.py tests/test_gpu_loss.py || status=1
-"$python" bench/dc_loss.py --minutes 2 --json "$results-dc_loss.json" --plot "$results-dc_loss.png" ||
+timeout 120 "$python" -m pytest -q -o addopts= -k "gpu or cuda" \
+    tests/test_gpu_loss.py tests/test_ops.py tests/test_gpu.py || status=1
+timeout 150 "$python" bench/dc_loss.py --minutes 2 --json "$results-dc_loss.json" --plot "$results-dc_loss.png" ||
     status=1
 if [ $# -ge 2 ]; then
-    timeout "${3:-240}" "$python" bench/compare.py --name "$name-camvid" --dataset folder \
+    timeout "${3:-210}" "$python" bench/compare.py --name "$name-camvid" --dataset folder \
         --data-dir "$1" --shares 1/16,1/8 --seeds 0,1,2 --test --jobs 4 --threads 4 -- \
         --network deeplabv3plus --backbone mobilenet_v2 --weights "$2" \
         --iterations 10000 --batch-size 8 --crop-size 320 --learning-rate 0.005 --workers 3

@@ -17,7 +17,7 @@ from cac_fast.dispatch import BACKENDS, choose_backend
 
 # Tiles of the bare products, anchors x negatives; the fastest in the row at hand stands for them.
 PRODUCT_TILES = {
-    "cpu": [(512, 2048)],
+    "cpu": [(256, 1024), (512, 2048), (2048, 8192)],
     "cuda": [(2048, 8192), (4096, 8192), (16384, 8192), (16384, 131072)],
 }
 # Autograd takes 1 - w from a weight w of the positive, and loses digits where w is close to 1.

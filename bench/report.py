@@ -98,10 +98,10 @@ def three_digits(number: float | None) -> str:
 def headlines(rows: list[Row]) -> list[str]:
     """The fast back ends on the rows that matter most, a line each."""
     lines = []
-    eager = {
-        (row["case"], row["negatives"], row["labels"]): row["median_ms"]
+    in_float32 = {
+        (row["provider"], row["case"], row["anchors"], row["negatives"], row["labels"]): row
         for row in rows
-        if (row["provider"], row["dtype"], row["status"]) == ("eager", "float32", "ok")
+        if (row["dtype"], row["status"]) == ("float32", "ok")
     }
     for row in rows:
         wanted = row["case"] in HEADLINE_CASES and row["provider"] in FAST
@@ -109,10 +109,12 @@ def headlines(rows: list[Row]) -> list[str]:
             continue
         ratios = {f"vs {name}": ratio for name, ratio in row["faster_than"].items()}
         ratios.pop(f"vs {row['provider']}", None)
-        other = eager.get((row["case"], row["negatives"], row["labels"]))
-        if other and row["dtype"] != "float32":
-            ratios["vs eager in float32"] = other / row["median_ms"]
-        name = f"{row['case']}, M {row['negatives']:,}, {row['labels']}, {row['dtype']}"
+        size = row["anchors"], row["negatives"], row["labels"]
+        for rival in ("eager", "chunked"):
+            other = in_float32.get((rival, row["case"], *size))
+            if other and row["dtype"] != "float32":
+                ratios[f"vs {rival} in float32"] = other["median_ms"] / row["median_ms"]
+        name = "{}, A {:,}, M {:,}, {}, {}".format(row["case"], *size, row["dtype"])
         parts = [
             f"{three_digits(row['median_ms'])} ms",
             f"{three_digits(row['tflops'])} TFLOP/s",

@@ -14,7 +14,8 @@ class FeatureBank:
 
     The ring is allocated at the first push, on the device of what is pushed; its size is fixed from
     then on. Later pushes may be shorter (the rest of their place counts as empty), not longer.
-    Empty places have label -1, which no anchor admits.
+    Empty places have label -1, which no anchor admits. The place of a push is counted on the host:
+    a CUDA graph that captured one would write to that place for ever.
 
     steps: pushes kept. dim: channels. dtype: of the stored features.
     """

@@ -50,7 +50,7 @@ def dc_loss_rows(
     """
     dtype = torch.promote_types(anchors.dtype, torch.float32)
     loss = anchors.new_zeros(len(anchors), dtype=dtype)
-    gradient = torch.zeros_like(anchors)
+    gradient = anchors.new_zeros(anchors.shape)
     rows = active.nonzero().squeeze(1)
     if len(rows) == 0:
         return loss, gradient

@@ -253,8 +253,8 @@ def _cells(maps: Tensor) -> Tensor:
 def _unit(features: Tensor) -> Tensor:
     """Rows of unit norm, in at least float32. A row of zeros has no direction: it stays 0 and gets
     no gradient."""
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=dtype)
     return features / norm.masked_fill(norm < 1e-12, torch.inf)
 
 

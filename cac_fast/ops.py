@@ -34,7 +34,8 @@ def dc_loss_rows(
 
     Returns the loss (A,), float32 or float64, and its gradient by the anchors (A, D), in the dtype
     of the products; both are 0 in rows that are not active or admit no negative. Backward reaches
-    the anchors alone, and only through the loss. The same as `torch.ops.cac_fast.dc_loss_rows`.
+    the anchors alone, and only through the loss. `torch.ops.cac_fast.dc_loss_rows` is the same, but
+    cannot see whether negatives require grad.
 
     Raises ValueError for wrong shapes, dtypes, devices and choices, and for negatives that
     require grad.
@@ -112,9 +113,10 @@ def _register_autocast(device: str) -> None:
     """Under autocast the products are taken in its dtype, as those of a matrix product are."""
 
     def rule(*arguments: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device)
+        features = arguments[:3]
+        if features[0].dtype != torch.float64:
+            features = [x.to(torch.get_autocast_dtype(device)) for x in features]
         with torch.autocast(device, enabled=False):
-            features = (x if x.dtype == torch.float64 else x.to(dtype) for x in arguments[:3])
             return _operator(*features, *arguments[3:])
 
     _LIBRARY.impl("dc_loss_rows", rule, f"Autocast{device.upper()}")

@@ -6,7 +6,7 @@
 namespace cac_fast {
 
 // Replaces each logit x, in units of log 2, by 2^(x - offset) and returns their sum.
-// Differences below -126 count as -126: at most 1e-38 of the largest weight.
+// Differences below -126 give 0, not the 1e-38 or less of the largest weight that they are.
 float exp2_sum(float* logits, int64_t count, float offset);
 double exp2_sum(double* logits, int64_t count, double offset);
 

@@ -242,7 +242,8 @@ def dc_loss_combine(
         other=0.0,
     ).to(tl.float32)
 
-    admitted = used & (total > 0)
+    # Not > 0: what is not a number must not come out as 0.
+    admitted = used & (total != 0)
     # Rows without a sum get one, so that nothing on the way to their zeros is undefined.
     total = tl.where(admitted, total, 1.0)
     x = tl.log2(total) - tl.sum(b_anchors * b_positives, 1) * scale

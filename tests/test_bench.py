@@ -344,9 +344,9 @@ def test_headline_compares_across_dtypes() -> None:
         report.add_ratios(rows[-4:])
     rows.append(rows[0] | {"case": "Table 4", "provider": "cpp"})
     assert report.headlines(rows)[1::2] == [
-        "- goal, M 400, voc, float32: cpp 240 ms, 0.267 TFLOP/s, 3.00 MB, 1.60 /bare, "
+        "- goal, A 90, M 400, voc, float32: cpp 240 ms, 0.267 TFLOP/s, 3.00 MB, 1.60 /bare, "
         "12.5x vs dense, 1.25x vs eager",
-        "- goal, M 400, voc, bfloat16: cpp 80.0 ms, 0.800 TFLOP/s, 3.00 MB, 1.60 /bare, "
+        "- goal, A 90, M 400, voc, bfloat16: cpp 80.0 ms, 0.800 TFLOP/s, 3.00 MB, 1.60 /bare, "
         "12.5x vs dense, 1.25x vs eager, 3.75x vs eager in float32",
     ]
 

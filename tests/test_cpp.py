@@ -96,7 +96,10 @@ def check(given: Operands, temperature: float) -> None:
     rounding = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
     assert (found[0] - expected[0]).abs().max() <= relative * expected[0].abs().max() + 1e-6
     assert distance(found[0], expected[0]) <= relative * expected[0].norm() + 1e-6
-    assert distance(found[1], expected[1]) <= (relative + rounding) * expected[1].norm()
+    # Below it numbers are lost: rows far on the right side have such gradients.
+    smallest = torch.finfo(dtype).tiny * (torch.finfo(dtype).eps if dtype == torch.float16 else 1)
+    allowed = (relative + rounding) * expected[1].norm() + smallest * found[1].numel() ** 0.5
+    assert distance(found[1], expected[1]) <= allowed
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 0.02, 0.015, 0.0014, 0.0005])

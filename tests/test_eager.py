@@ -35,9 +35,8 @@ def operands(
     if labels == "voc":
         anchor_labels, negative_labels = voc_labels(a, rng), voc_labels(m, rng)
     elif labels == "ids":
-        anchor_labels, negative_labels = torch.randperm(a, generator=rng), torch.randperm(m)
-        anchor_labels = anchor_labels + 2**40
-        negative_labels = negative_labels + 2**40
+        anchor_labels = torch.randperm(a, generator=rng) + 2**40
+        negative_labels = torch.randperm(m, generator=rng) + 2**40
     elif labels == "few":
         anchor_labels = torch.randint(0, 2, (a,), generator=rng)
         negative_labels = torch.randint(-1, 3, (m,), generator=rng)

@@ -95,8 +95,12 @@ def test_failed_build_leaves_the_rest_and_the_reason(tmp_path: Path) -> None:
     torchless = tmp_path / "torchless" / "torch"
     torchless.mkdir(parents=True)
     (torchless / "__init__.py").write_text("raise ImportError('no torch for this test')\n")
+    # It answers when asked for its version, so that only compiling fails.
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\ncase "$1" in -*v*|-dump*) exec c++ "$@";; esac\nexit 1\n')
+    compiler.chmod(0o755)
     for name, environment, said in (
-        ("compiler", {"CC": "false", "CXX": "false"}, ""),
+        ("compiler", {"CC": str(compiler), "CXX": str(compiler)}, "compil"),
         ("torch", {"PYTHONPATH": str(torchless.parent)}, "no torch for this test"),
     ):
         build = tmp_path / name

@@ -8,14 +8,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from cac_fast import backends, directional_contrastive_loss
+from cac_fast import directional_contrastive_loss
+from cac_fast.dispatch import BACKENDS
 from cac_fast.ops import dc_loss_rows
 
-HERE = [name for name, missing in backends().items() if missing is None]
+
+def able(device: str, dtype: torch.dtype) -> list[str]:
+    """The back ends that can work there on such features."""
+    anchors = torch.empty(0, 16, dtype=dtype, device=device)
+    return [
+        name
+        for name, backend in BACKENDS.items()
+        if not backend.missing() and not backend.refuses(anchors)
+    ]
+
+
+HERE = able("cpu", torch.float64)
+ON_GPU = able("cuda", torch.float32) if torch.cuda.is_available() else []
 
 
 def operands(
-    a: int = 12, m: int = 20, d: int = 16, dtype: torch.dtype = torch.float64
+    a: int = 12,
+    m: int = 20,
+    d: int = 16,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(0)
 
@@ -23,15 +40,15 @@ def operands(
         features = torch.randn(rows, d, generator=rng, dtype=torch.float64)
         return torch.nn.functional.normalize(features, dim=1).to(dtype)
 
-    return {
+    tensors = {
         "anchors": draw(a),
         "positives": draw(a),
         "negatives": draw(m),
         "anchor_labels": torch.randint(0, 3, (a,), generator=rng),
         "negative_labels": torch.randint(-1, 3, (m,), generator=rng),
         "active": torch.rand(a, generator=rng) < 0.7,
-        "temperature": 0.1,
     }
+    return {name: tensor.to(device) for name, tensor in tensors.items()} | {"temperature": 0.1}
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
@@ -40,6 +57,22 @@ def operands(
 def test_opcheck(backend: str, a: int, m: int, requires_grad: bool) -> None:
     given = operands(a, m)
     given["anchors"].requires_grad_(requires_grad)
+    arguments = (*given.values(), backend)
+    torch.library.opcheck(torch.ops.cac_fast.dc_loss_rows.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_opcheck_on_a_gpu(backend: str) -> None:
+    given = operands(dtype=torch.float32, device="cuda")
+    given["anchors"].requires_grad_()
+    arguments = (*given.values(), backend)
+    torch.library.opcheck(torch.ops.cac_fast.dc_loss_rows.default, arguments)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_result_is_contiguous_whatever_the_anchors_are(backend: str) -> None:
+    given = operands()
+    given["anchors"] = given["anchors"].T.contiguous().T
     arguments = (*given.values(), backend)
     torch.library.opcheck(torch.ops.cac_fast.dc_loss_rows.default, arguments)
 
@@ -98,7 +131,9 @@ def test_autocast_takes_the_products_in_its_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss, gradient = dc_loss_rows(**given)
         loss.sum().backward()
-        double, _ = dc_loss_rows(**operands())
+        coarse = operands() | {"negatives": operands(dtype=torch.float32)["negatives"]}
+        double, _ = dc_loss_rows(**coarse)
+    torch.testing.assert_close(double, dc_loss_rows(**operands())[0], rtol=1e-5, atol=1e-5)
     expected = dc_loss_rows(**half)
     assert (loss.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
     assert torch.equal(loss, expected[0])
@@ -109,30 +144,35 @@ def test_autocast_takes_the_products_in_its_dtype() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("backend", HERE)
-def test_compiled_with_dynamic_shapes_equals_eager(backend: str, autocast: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "device"), [(name, "cpu") for name in HERE] + [(name, "cuda") for name in ON_GPU]
+)
+def test_compiled_with_dynamic_shapes_equals_eager(
+    backend: str, device: str, autocast: bool
+) -> None:
     torch.compiler.reset()
 
     def step(anchors: Tensor, given: dict[str, Any]) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             return directional_contrastive_loss(
                 2 * anchors, **given, threshold=0.2, reduction="none", backend=backend
             )
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for a, m in ((12, 20), (30, 7), (17, 41)):
-        given = operands(a, m, dtype=torch.float32)
+        given = operands(a, m, dtype=torch.float32, device=device)
         rng = torch.Generator().manual_seed(a)
         del given["active"], given["temperature"]
         for name in ("anchor_confidence", "positive_confidence"):
-            given[name] = torch.rand(a, generator=rng)
+            given[name] = torch.rand(a, generator=rng).to(device)
         anchors = given.pop("anchors").requires_grad_()
         losses = [function(anchors, given) for function in (compiled, step)]
         assert (losses[1] == 0).any()
         assert losses[1].any()
         torch.testing.assert_close(*losses)
+        upstream = torch.arange(1.0, 1 + a, device=device)
         torch.testing.assert_close(
-            *(torch.autograd.grad(loss, anchors, torch.arange(1.0, 1 + a)) for loss in losses)
+            *(torch.autograd.grad(loss, anchors, upstream) for loss in losses)
         )
 
 

@@ -35,39 +35,14 @@ SPILLED = {
 SHARED_MEMORY = {"sm_90": 232_448, "sm_80": 101_376, "gfx": 65_536}
 
 
-def build(family: str, kind: str, padded: int, offset: bool) -> Any:
-    """dc_loss_partial as a launch on such a GPU would compile it."""
+def compile_for(
+    family: str, function: Any, types: dict[str, str], constants: dict[str, Any], warps: int
+) -> Any:
+    """A kernel as a launch on such a GPU would compile it; int32 where `types` names nothing."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cac_fast.kernels.dc_loss_kernels import dc_loss_partial
-
-    config = configs.find(family, kind, padded)
-    dtype = "bf16" if kind == "half" else "fp32"
-    names = dc_loss_partial.arg_names
-    tma = family == "sm_90"
-    constants: dict[str, Any] = {
-        "anchors_stride_d": 1,
-        "D": padded,
-        "D_PAD": padded,
-        "TILE": config.tile,
-        "BLOCK": config.block,
-        "TMA": tma,
-        "OFFSET": offset,
-        "HEADROOM": 0,
-        "PRECISION": "ieee" if kind == "half" else kind,
-        "STAGES": config.stages,
-    }
-    types = {
-        "anchors_ptr": f"*{dtype}",
-        "negatives": f"tensordesc<{dtype}[{config.block}, {padded}]>" if tma else f"*{dtype}",
-        "anchors_stride": "i32",
-        "tiles": "i32",
-        "scale": "fp32",
-        "lowest": "fp32",
-    }
-    types |= dict.fromkeys(("order_ptr", "ends_ptr", "share_ptr"), "*i64")
-    types |= dict.fromkeys(("weighted_ptr", "total_ptr", "offset_ptr"), "*fp32")
+    names = function.arg_names
     signature = {
         name: "constexpr" if name in constants else types.get(name, "*i32") for name in names
     }
@@ -80,11 +55,59 @@ def build(family: str, kind: str, padded: int, offset: bool) -> Any:
         "sm_80": GPUTarget("cuda", 80, 32),
         "gfx": GPUTarget("hip", "gfx942", 64),
     }[family]
-    return triton.compile(
-        ASTSource(dc_loss_partial, signature, constants, attributes),
-        target=target,
-        options={"num_warps": config.warps},
-    )
+    source = ASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+FLOAT32 = ("weighted_ptr", "total_ptr", "offset_ptr", "loss_ptr")
+INT64 = ("order_ptr", "ends_ptr", "share_ptr")
+SHARED_TYPES = dict.fromkeys(INT64, "*i64") | dict.fromkeys(FLOAT32, "*fp32")
+SHARED_TYPES |= dict.fromkeys(("scale", "lowest", "inverse_temperature"), "fp32")
+SHARED_TYPES |= dict.fromkeys(("anchors_stride", "positives_stride", "tiles", "count"), "i32")
+
+
+def build_partial(
+    family: str, kind: str, padded: int, offset: bool, half: str = "bf16", dim: int | None = None
+) -> Any:
+    from cac_fast.kernels.dc_loss_kernels import dc_loss_partial
+
+    config = configs.find(family, kind, padded)
+    dtype = half if kind == "half" else "fp32"
+    tma = family == "sm_90"
+    constants: dict[str, Any] = {
+        "anchors_stride_d": 1,
+        "D": dim or padded,
+        "D_PAD": padded,
+        "TILE": config.tile,
+        "BLOCK": config.block,
+        "TMA": tma,
+        "OFFSET": offset,
+        "HEADROOM": 15 if dtype == "fp16" else 0,
+        "PRECISION": "ieee" if kind == "half" else kind,
+        "STAGES": config.stages,
+    }
+    types = SHARED_TYPES | {
+        "anchors_ptr": f"*{dtype}",
+        "negatives": f"tensordesc<{dtype}[{config.block}, {padded}]>" if tma else f"*{dtype}",
+    }
+    return compile_for(family, dc_loss_partial, types, constants, config.warps)
+
+
+def build_combine(family: str, dtype: str, dim: int, offset: bool) -> Any:
+    from cac_fast.kernels.dc_loss_kernels import dc_loss_combine
+
+    names = ("anchors_ptr", "positives_ptr", "gradient_ptr")
+    types = SHARED_TYPES | dict.fromkeys(names, f"*{dtype}")
+    constants = {
+        "anchors_stride_d": 1,
+        "positives_stride_d": 1,
+        "D": dim,
+        "D_PAD": triton.next_power_of_2(dim),
+        "TILE": 128,
+        "ROWS": 16,
+        "OFFSET": offset,
+    }
+    return compile_for(family, dc_loss_combine, types, constants, 4)
 
 
 def registers_and_stack(kernel: Any, folder: Path) -> tuple[int, int]:
@@ -94,7 +117,7 @@ def registers_and_stack(kernel: Any, folder: Path) -> tuple[int, int]:
     usage = subprocess.run(
         [TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True
     ).stdout
-    registers, stack = re.search(r"dc_loss_partial[\s\S]*?REG:(\d+) STACK:(\d+)", usage).groups()
+    registers, stack = re.search(r"dc_loss_\w+[\s\S]*?REG:(\d+) STACK:(\d+)", usage).groups()
     return int(registers), int(stack)
 
 
@@ -102,7 +125,7 @@ def registers_and_stack(kernel: Any, folder: Path) -> tuple[int, int]:
 def test_every_line_of_the_table_compiles(
     family: str, kind: str, padded: int, offset: bool, tmp_path: Path
 ) -> None:
-    kernel = build(family, kind, padded, offset)
+    kernel = build_partial(family, kind, padded, offset)
     assert kernel.metadata.shared <= SHARED_MEMORY[family]
     if family == "gfx":
         assert "v_mfma" in kernel.asm["amdgcn"]
@@ -119,3 +142,22 @@ def test_every_line_of_the_table_compiles(
     elif family == "sm_80":
         assert "mma.sync" in ptx
         assert "cp.async" in ptx or kind != "half"
+
+
+@pytest.mark.parametrize("family", ["sm_90", "sm_80"])
+def test_float16_and_padded_channels_compile(family: str, tmp_path: Path) -> None:
+    kernel = build_partial(family, "half", 128, offset=True, half="fp16", dim=100)
+    registers, stack = registers_and_stack(kernel, tmp_path)
+    assert registers <= 255
+    assert stack == 0
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [("bf16", 128), ("fp16", 100), ("fp32", 256)])
+@pytest.mark.parametrize("family", ["sm_90", "sm_80", "gfx"])
+def test_the_combining_kernel_compiles(family: str, dtype: str, dim: int, tmp_path: Path) -> None:
+    for offset in (False, True):
+        kernel = build_combine(family, dtype, dim, offset)
+        if family != "gfx":
+            registers, stack = registers_and_stack(kernel, tmp_path)
+            assert registers <= 255
+            assert stack == 0

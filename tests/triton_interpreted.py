@@ -189,6 +189,15 @@ def test_views_of_any_layout() -> None:
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(views, plain, strict=True))
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_nan_is_not_hidden(temperature: float) -> None:
+    *features, labels, negative_labels, active = operands("few", torch.float32, 50, 200, 16)
+    features[2][negative_labels == 2] = torch.nan
+    assert (negative_labels == 2).any()
+    for mine in kernels.dc_loss_rows(*features, labels, negative_labels, active, temperature):
+        assert mine[active].isnan().all()
+
+
 def test_same_bits_on_every_run() -> None:
     given = operands("voc", torch.bfloat16, 90, 200, 16)
     for temperature in (0.1, 0.005):

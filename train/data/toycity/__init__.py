@@ -1,6 +1,7 @@
 """Embedded street scenes: does a network look at an object, or only at what is around it?
 
-The few labeled scenes have a context that misleads; the unlabeled ones, val and test do not.
+The few labeled scenes have a context that misleads, and one light; the unlabeled ones, val and test
+have neither.
 """
 
 from cac_fast.train.data.toycity.classes import CLASSES, PALETTE

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WIDTH, HEIGHT = 256, 128
+WIDTH, HEIGHT = 96, 96
 Color = np.ndarray | Sequence[float]
 
 
 class Canvas:
     """A picture and its class ids.
 
-    `color` is (128, 256, 3), float32 in 0..255, `label` is (128, 256), uint8. A shape is painted
+    `color` is (96, 96, 3), float32 in 0..255, `label` is (96, 96), uint8. A shape is painted
     over what is there. Its color is one RGB triple or a texture that broadcasts to the canvas,
     which the shape cuts a piece from; without a label, the class ids below it stay. Coordinates are
     pixels from the top left corner; whatever lies off the canvas is cut away.
