@@ -53,7 +53,7 @@ def dc_loss_rows(
     """
     count, dim = anchors.shape
     if count == 0 or len(negatives) == 0:
-        return anchors.new_zeros(count, dtype=torch.float32), torch.zeros_like(anchors)
+        return anchors.new_zeros(count, dtype=torch.float32), anchors.new_zeros(count, dim)
     operators = _operators()
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     padded = next(size for size in _PADDED if size >= dim)

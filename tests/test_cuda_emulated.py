@@ -233,3 +233,12 @@ def test_a_small_loss_is_exact() -> None:
     assert rows.any()
     assert true_loss[rows].max() < 1e-7
     torch.testing.assert_close(loss[rows].double(), true_loss[rows], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_nan_is_not_hidden(temperature: float) -> None:
+    *features, labels, negative_labels, active = operands("few", torch.float32, 50, 200, 16)
+    features[2][negative_labels == 2] = torch.nan
+    assert (negative_labels == 2).any()
+    for mine in cuda.dc_loss_rows(*features, labels, negative_labels, active, temperature):
+        assert mine[active].isnan().all()
