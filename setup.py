@@ -1,26 +1,21 @@
 """Install the import root `cac_fast`: cac_fast/ itself, kernels/ and train/ as its subpackages.
 
-The compiled back ends (csrc/, module `cac_fast._C`) are built where torch and a C++ compiler are
-there; where they are not, the install succeeds all the same and `cac_fast.backends()` says why.
+The compiled back ends (csrc/: modules `cac_fast._C` and, with a CUDA compiler, `cac_fast._C_cuda`)
+are built where torch and the compilers are there; where they are not, the install succeeds all the
+same and `cac_fast.backends()` says why. CAC_FAST_CUDA=0 leaves the CUDA part out, with 1 it is an
+error if that cannot be built; TORCH_CUDA_ARCH_LIST says what it is built for.
 """
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-
-try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except Exception as error:  # a torch that cannot be imported is as good as none
-    BuildExtension, CppExtension = build_ext, Extension
-    NO_TORCH = (
-        f"torch could not be imported when cac_fast was installed ({error}); "
-        "install with pip install --no-build-isolation"
-    )
-else:
-    NO_TORCH = None
 
 ROOT = Path(__file__).parent
 FOLDERS = {"cac_fast": "cac_fast", "cac_fast.kernels": "kernels", "cac_fast.train": "train"}
@@ -32,29 +27,120 @@ DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "ninja", "pybind11", "m
 # at::parallel_for runs on in a Linux build of PyTorch.
 FLAGS = ["-O3", "-g0", "-fopenmp"] if sys.platform == "linux" else ["-O3", "-g0"]
 
+# Code for A100 and H100 (8.0 runs on all of 8.x too), and PTX for what comes after.
+CUDA_ARCHS = "8.0;9.0+PTX"
+CUDA_MODULE = "cac_fast._C_cuda"
+
+
+class Nvcc(NamedTuple):
+    """root: the toolkit's folder, with bin, include and nvvm. version: as in 13.0.88."""
+
+    root: Path
+    version: str
+
+
+def find_nvcc() -> Nvcc | None:
+    """The first CUDA compiler that works: CUDA_HOME's, the system's, that of a pip package."""
+    folders = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    if not folders:
+        on_path = shutil.which("nvcc")
+        folders = [Path(on_path).parent.parent] if on_path else []
+        folders += [Path("/usr/local/cuda")]
+        folders += [
+            nvcc.parent.parent
+            for base in map(Path, sys.path)
+            for pattern in ("nvidia/cu*/bin/nvcc", "nvidia/cuda_nvcc/bin/nvcc")
+            for nvcc in sorted(base.glob(pattern), reverse=True)
+        ]
+    return next(filter(None, map(ask_nvcc, folders)), None)
+
+
+def ask_nvcc(folder: Path) -> Nvcc | None:
+    nvcc = str(folder / "bin" / "nvcc")
+    try:
+        # A wrapper script may stand where no toolkit is; the compiler itself says where it lives.
+        dry_run = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
+        ).stderr
+        version = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
+    number = re.search(r"\bV(\d+\.\d+\.\d+)", version)
+    if not top or not number:
+        return None
+    root = Path(top[1].strip()).resolve()
+    return Nvcc(root, number[1]) if (root / "include" / "cuda_runtime.h").is_file() else None
+
+
+NVCC = None if os.environ.get("CAC_FAST_CUDA") == "0" else find_nvcc()
+if NVCC:
+    # PyTorch looks for it when its tools are imported, and takes a wrapper's folder for the root.
+    os.environ["CUDA_HOME"] = str(NVCC.root)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+except Exception as error:  # a torch that cannot be imported is as good as none
+    BuildExtension, CppExtension, CUDAExtension, torch = build_ext, Extension, Extension, None
+    NO_TORCH = (
+        f"torch could not be imported when cac_fast was installed ({error}); "
+        "install with pip install --no-build-isolation"
+    )
+else:
+    NO_TORCH = None
+
 
 class BuildOrSayWhy(BuildExtension):
     """A build that fails leaves its reason where the extension would have been."""
 
     def run(self) -> None:
-        inplace = self.inplace
         library = Path(self.build_lib) / "cac_fast"
-        folder = ROOT / FOLDERS["cac_fast"] if inplace else library
-        for old in (*library.glob("_C.*"), *folder.glob("_C.*")):
+        self.folder = ROOT / FOLDERS["cac_fast"] if self.inplace else library
+        for old in (*library.glob("_C*.*"), *self.folder.glob("_C*.*")):
             old.unlink(missing_ok=True)
+        inplace = self.inplace
+        for extension in list(self.extensions):
+            if reason := NO_TORCH or (why_no_cuda() if extension.name == CUDA_MODULE else None):
+                self.extensions.remove(extension)
+                self.say_why(extension, RuntimeError(reason))
         try:
-            if NO_TORCH:
-                raise RuntimeError(NO_TORCH)
             super().run()
-            # setuptools only warns of an optional extension that cannot be compiled.
-            if not any(folder.glob("_C.*")):
-                raise RuntimeError("it could not be compiled; pip install -v shows why")
         except Exception as error:
             self.inplace = inplace
-            folder.mkdir(parents=True, exist_ok=True)
-            reason = str(error).strip() or type(error).__name__
-            (folder / "_C.txt").write_text(reason + "\n", encoding="utf-8")
-            print(f"cac_fast._C is not built: {reason}", file=sys.stderr)
+            for extension in self.extensions:
+                self.say_why(extension, error)
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            super().build_extension(extension)
+        except Exception as error:
+            self.say_why(extension, error)
+
+    def say_why(self, extension: Extension, error: Exception) -> None:
+        if extension.name == CUDA_MODULE and os.environ.get("CAC_FAST_CUDA") == "1":
+            sys.exit(f"{extension.name} cannot be built: {error}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        reason = str(error).strip() or type(error).__name__
+        name = extension.name.rpartition(".")[2]
+        (self.folder / f"{name}.txt").write_text(reason + "\n", encoding="utf-8")
+        print(f"{extension.name} is not built: {reason}", file=sys.stderr)
+
+
+def why_no_cuda() -> str | None:
+    """Why there is no use in trying to build the CUDA back end, or None."""
+    if os.environ.get("CAC_FAST_CUDA") == "0":
+        return "CAC_FAST_CUDA=0 when cac_fast was installed"
+    if NVCC is None:
+        return "no CUDA compiler was found when cac_fast was installed"
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    if NVCC.version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"the CUDA compiler is {NVCC.version}, PyTorch is built with {torch.version.cuda}"
+    return None
 
 
 def read_version() -> str:
@@ -71,18 +157,43 @@ def list_packages() -> list[str]:
     ]
 
 
-def describe_extension() -> Extension:
+def list_sources(*patterns: str) -> list[str]:
     # Relative paths, as setuptools asks for.
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
-    return CppExtension(
+    paths = (path for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
+
+
+def describe_extensions() -> list[Extension]:
+    cpu = CppExtension(
         "cac_fast._C",
-        sources,
+        list_sources("*.cpp"),
         define_macros=[("CAC_FAST_FLAGS", ",".join(FLAGS))],
         extra_compile_args=FLAGS,
         extra_link_args=[flag for flag in FLAGS if flag == "-fopenmp"],
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")],
+        depends=list_sources("*.h"),
         optional=True,
     )
+    # A module of its own, so that the CPU's does not depend on it. Without a compiler it is there
+    # to say so.
+    describe = CUDAExtension if NVCC else Extension
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+    facts = {
+        "CAC_FAST_CUDA_ARCHS": ";".join(archs.replace(";", " ").split()),
+        "CAC_FAST_NVCC": NVCC.version if NVCC else "",
+    }
+    gpu = describe(
+        CUDA_MODULE,
+        list_sources("cuda/*.cpp", "cuda/*.cu"),
+        extra_compile_args={
+            "cxx": ["-O2", "-g0", *(f"-D{name}={value}" for name, value in facts.items())],
+            "nvcc": ["-O3"],
+        },
+        depends=list_sources("cuda/*.h", "cuda/*.cuh"),
+        optional=True,
+    )
+    # The toolkit's pip packages have no file of that name to link to; PyTorch brings the library.
+    gpu.libraries = [name for name in gpu.libraries if name != "cudart"]
+    return [cpu, gpu]
 
 
 setup(
@@ -94,7 +205,7 @@ setup(
     python_requires=">=3.11",
     package_dir=FOLDERS,
     packages=list_packages(),
-    ext_modules=[describe_extension()],
+    ext_modules=describe_extensions(),
     cmdclass={"build_ext": BuildOrSayWhy},
     install_requires=["torch>=2.11", "numpy"],
     extras_require={"train": TRAIN, "dev": TRAIN + DEV},

@@ -1,4 +1,4 @@
-"""The compiled module `cac_fast._C`: what it is, or why it is not there."""
+"""The compiled modules `cac_fast._C` and `_C_cuda`: what they are, or why they are not there."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _load() -> str | None:
+def _load(name: str) -> str | None:
     try:
-        import_module("cac_fast._C")
+        import_module(f"cac_fast.{name}")
     except ModuleNotFoundError as error:
-        if error.name != "cac_fast._C":
+        if error.name != f"cac_fast.{name}":
             return f"the extension cannot be loaded: {error}"
         # setup.py leaves the reason where the extension would have been.
-        reason = Path(__file__).with_name("_C.txt")
+        reason = Path(__file__).with_name(f"{name}.txt")
         said = reason.read_text(encoding="utf-8").strip() if reason.is_file() else "no build tried"
         return f"the extension is not built: {said}"
     # Anything can go wrong in a library that was built for another PyTorch.
@@ -29,26 +29,35 @@ def _load() -> str | None:
 
 
 # Found out at once, since torch.compile traces what asks for it.
-_WHY_NOT = _load()
+_WHY_NOT = {name: _load(name) for name in ("_C", "_C_cuda")}
 
 
-def why_not() -> str | None:
-    """None if the extension is loaded, and with it its operators; else the reason why not."""
-    return _WHY_NOT
+def why_not(name: str = "_C") -> str | None:
+    """None if an extension is loaded, and with it its operators; else the reason why not.
+
+    name: "_C" for the CPU's operators, "_C_cuda" for the GPU's.
+    """
+    return _WHY_NOT[name]
 
 
 def build_info() -> dict[str, Any]:
     """How the compiled extension was built; without one, {"built": False, "reason": why not}.
 
     With one: "built": True, "compiler", "standard" (of C++), "flags", "torch" (the version built
-    against), and "cuda_archs" (none: the CUDA back end is not there yet).
+    against); "cuda_archs", a tuple of the architectures the GPU's part was built for, as in
+    TORCH_CUDA_ARCH_LIST, and "nvcc", the compiler's version; () and None without that part.
     """
     reason = why_not()
     if reason is not None:
         return {"built": False, "reason": reason}
     module = import_module("cac_fast._C")
-    names = ("compiler", "standard", "flags", "torch", "cuda_archs")
-    return {"built": True, **{name: getattr(module, name) for name in names}}
+    names = ("compiler", "standard", "flags", "torch")
+    info = {"built": True, **{name: getattr(module, name) for name in names}}
+    info |= {"cuda_archs": (), "nvcc": None}
+    if why_not("_C_cuda") is None:
+        cuda = import_module("cac_fast._C_cuda")
+        info |= {"cuda_archs": tuple(cuda.archs.split(";")), "nvcc": cuda.nvcc}
+    return info
 
 
 def refuses(anchors: Tensor) -> str | None:

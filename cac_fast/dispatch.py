@@ -9,7 +9,7 @@ from functools import cache
 
 from torch import Tensor
 
-from cac_fast import _extension, eager, kernels, reference
+from cac_fast import _extension, cuda, eager, kernels, reference
 
 Rows = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float],
@@ -38,16 +38,12 @@ class Backend:
     refuses: Callable[[Tensor], str | None] = _anything
 
 
-def _not_built(*_: object) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError("not built yet")
-
-
 BACKENDS = {
     "reference": Backend(reference.dc_loss_rows),
     "eager": Backend(eager.dc_loss_rows),
     "cpp": Backend(_extension.dc_loss_rows, _extension.why_not, _extension.refuses),
     "triton": Backend(kernels.dc_loss_rows, kernels.why_not, kernels.refuses),
-    "cuda": Backend(_not_built, lambda: "not built yet"),
+    "cuda": Backend(cuda.dc_loss_rows, cuda.why_not, cuda.refuses),
 }
 
 # The fastest first.

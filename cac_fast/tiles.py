@@ -107,5 +107,19 @@ def plan(order: LabelOrder, tile: int, block: int, programs: int) -> Plan:
     return Plan(borders, ends, share, first_tile, last_tile)
 
 
+def gather(features: Tensor, order: Tensor, block: int, padded: int) -> Tensor:
+    """Features (N, D) in order, with zeros up to whole blocks of rows and `padded` channels."""
+    count, dim = features.shape
+    rows = -(-count // block) * block
+    gathered = features.new_empty((rows, padded))
+    gathered[count:] = 0
+    if dim == padded:
+        torch.index_select(features, 0, order, out=gathered[:count])
+    else:
+        gathered[:count, dim:] = 0
+        gathered[:count, :dim] = features.index_select(0, order)
+    return gathered
+
+
 def _blocks(negatives: Tensor, block: int) -> Tensor:
     return (negatives + (block - 1)) // block

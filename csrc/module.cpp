@@ -6,8 +6,6 @@
 #define CAC_FAST_TEXT_OF(...) #__VA_ARGS__
 #define CAC_FAST_TEXT(...) CAC_FAST_TEXT_OF(__VA_ARGS__)
 
-namespace py = pybind11;
-
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 #if defined(__clang__)
   module.attr("compiler") = "Clang " __clang_version__;
@@ -19,5 +17,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("standard") = static_cast<int64_t>(__cplusplus);
   module.attr("flags") = CAC_FAST_TEXT(CAC_FAST_FLAGS);
   module.attr("torch") = TORCH_VERSION;
-  module.attr("cuda_archs") = py::tuple();
 }

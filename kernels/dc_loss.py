@@ -58,7 +58,7 @@ def _launch(
     tma = gpu.family == "sm_90"
     order = tiles.order_by_label(anchor_labels, negative_labels, active)
     plan = tiles.plan(order, config.tile, config.block, programs)
-    sorted_negatives = _gather(negatives, order.negatives, config.block, padded)
+    sorted_negatives = tiles.gather(negatives, order.negatives, config.block, padded)
 
     count_tiles = len(plan.ends)
     slots = (count_tiles + programs - 1) * config.tile
@@ -126,18 +126,3 @@ def _launch(
         OFFSET=offset_needed,
     )
     return loss, gradient
-
-
-def _gather(negatives: Tensor, order: Tensor, block: int, padded: int) -> Tensor:
-    """The negatives in order, with zeros up to whole blocks (rows) and `padded` channels."""
-    count, dim = negatives.shape
-    rows = -(-count // block) * block
-    gathered = negatives.new_empty((rows, padded))
-    gathered[count:] = 0
-    if dim == padded:
-        torch.index_select(negatives, 0, order, out=gathered[:count])
-    else:
-        gathered[:count, dim:] = 0
-        gathered[:count, :dim] = negatives.index_select(0, order)
-    return gathered
-

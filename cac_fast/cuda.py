@@ -1,0 +1,78 @@
+"""The CUDA C++ back end (csrc/cuda): the plan of tiles.py, and its kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cac_fast import _extension, tiles
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What there are kernels for; other numbers of channels are padded to the next.
+_PADDED = (64, 128, 256)
+
+
+def why_not() -> str | None:
+    """Why this back end cannot be used here, or None if it can."""
+    if reason := _extension.why_not("_C_cuda"):
+        return reason
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def refuses(anchors: Tensor) -> str | None:
+    """Why these anchors (A, D) cannot be worked on, or None."""
+    if anchors.device.type != "cuda":
+        return f"it works on a CUDA device, not on {anchors.device}"
+    if anchors.dtype not in _DTYPES:
+        return f"it works on {', '.join(map(str, _DTYPES))}, not on {anchors.dtype}"
+    if anchors.shape[1] > _PADDED[-1]:
+        return f"it takes features of up to {_PADDED[-1]} channels, not {anchors.shape[1]}"
+    return None
+
+
+def dc_loss_rows(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    active: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss (A,) and its gradient by the anchors (A, D), Eq. 5, on the current stream.
+
+    Arguments as `cac_fast.ops` hands them to a back end, if `refuses` has nothing against them.
+    The loss is float32, the gradient has the anchors' dtype. float32 products are made in full
+    unless `torch.backends.cuda.matmul` allows TF32. The same bits on every run on one device.
+    """
+    count, dim = anchors.shape
+    if count == 0 or len(negatives) == 0:
+        return anchors.new_zeros(count, dtype=torch.float32), anchors.new_zeros(count, dim)
+    operators = _operators()
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    padded = next(size for size in _PADDED if size >= dim)
+    tile, block, programs = operators.dc_loss_sizes_cuda(anchors, padded, tf32)
+    order = tiles.order_by_label(anchor_labels, negative_labels, active)
+    return operators.dc_loss_rows_cuda(
+        tiles.gather(anchors, order.anchors, tile, padded),
+        positives,
+        tiles.gather(negatives, order.negatives, block, padded),
+        order.anchors,
+        order.excluded_from,
+        order.excluded_to,
+        order.active,
+        order.admissible,
+        *tiles.plan(order, tile, block, programs),
+        temperature,
+        tf32,
+    )
+
+
+def _operators() -> Any:
+    return torch.ops.cac_fast

@@ -1,0 +1,181 @@
+"""The CUDA back end's build: what setup.py finds and says, and what the compiler made of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cac_fast
+from cac_fast import _extension, cuda, dispatch
+
+ROOT = Path(__file__).parent.parent
+
+built = pytest.mark.skipif(
+    _extension.why_not("_C_cuda") is not None, reason=str(_extension.why_not("_C_cuda"))
+)
+
+
+def find_cuobjdump() -> str | None:
+    """Triton's, since the toolkit's pip packages and minimal installs have none."""
+    triton = pytest.importorskip("triton")
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return shutil.which("cuobjdump", path=f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def inspect(*options: str) -> str:
+    tool = find_cuobjdump()
+    if tool is None:
+        pytest.skip("there is no cuobjdump")
+    module = sys.modules["cac_fast._C_cuda"].__file__
+    return subprocess.run(
+        [tool, *options, module], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@built
+def test_no_kernel_spills_a_register() -> None:
+    usage = inspect("-res-usage")
+    kernels = 0
+    for image in usage.split("Fatbin elf code:")[1:]:
+        for name, registers, stack, local in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", image
+        ):
+            assert (int(stack), int(local)) == (0, 0), name
+            assert int(registers) <= 255
+            kernels += "dc_loss_partial" in name
+    archs = [arch for arch in cac_fast.build_info()["cuda_archs"] if arch[0].isdigit()]
+    # Four kinds of products, three numbers of channels, with an offset and without.
+    assert kernels == 4 * 3 * 2 * len(archs)
+
+
+@built
+def test_products_run_on_the_matrix_unit_from_shared_memory() -> None:
+    arch = re.search(r"arch = (sm_\w+)", inspect("-res-usage"))[1]
+    seen = 0
+    for kernel in inspect("-sass", "-arch", arch).split("Function : ")[1:]:
+        name, code = kernel.split("\n", 1)
+        if "dc_loss_partial" not in name:
+            continue
+        seen += 1
+        assert not re.search(r"\b(STL|LDL)\b", code), name
+        assert "LDGSTS.E.BYPASS.128" in code, name
+        if "Float32Shape" in name:
+            assert "HMMA" not in code
+            assert len(re.findall(r"\bFFMA\b", code)) > 500
+        else:
+            kind = {"BFloat16": "16816.F32.BF16", "Half": "16816.F32"}
+            expected = next((code for key, code in kind.items() if key in name), "1688.F32.TF32")
+            products = set(re.findall(r"HMMA\.(\S+)", code))
+            assert products == {expected}, name
+            assert "LDSM.16.M88.4" in code, name
+            assert ("LDSM.16.MT88.4" in code) == (expected != "1688.F32.TF32"), name
+    assert seen == 4 * 3 * 2
+
+
+@built
+def test_build_info_and_reason() -> None:
+    info = cac_fast.build_info()
+    assert info["cuda_archs"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["nvcc"])
+    if not torch.cuda.is_available():
+        assert cac_fast.backends()["cuda"] == "needs a CUDA device"
+
+
+def test_it_says_what_it_refuses() -> None:
+    assert "on a CUDA device, not on cpu" in cuda.refuses(torch.empty(0, 8))
+    for gpu, said in (
+        (torch.empty(0, 8, dtype=torch.float64, device="meta"), "not on torch.float64"),
+        (torch.empty(0, 257, device="meta"), "up to 256 channels, not 257"),
+    ):
+        like = type("Anchors", (), {"device": torch.device("cuda"), "dtype": gpu.dtype})
+        like.shape = gpu.shape
+        assert said in cuda.refuses(like)
+
+
+def test_auto_stays_on_triton() -> None:
+    assert "cuda" not in {name for names in dispatch._PREFERRED.values() for name in names}
+
+
+def run_setup(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+READ_SETUP = """
+import runpy, setuptools
+setuptools.setup = lambda **_: None
+found = runpy.run_path("setup.py")
+"""
+
+
+def test_finds_the_toolkit_behind_a_wrapper(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc on the path")
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@"\n')
+    wrapper.chmod(0o755)
+    done = run_setup(
+        READ_SETUP + "print(found['NVCC'].root)",
+        PATH=f"{wrapper.parent}{os.pathsep}{os.environ['PATH']}",
+        CAC_FAST_CUDA="1",
+    )
+    root = Path(done.stdout.strip())
+    assert (root / "bin" / "nvcc").is_file()
+    assert (root / "include" / "cuda_runtime.h").is_file()
+    assert root != tmp_path
+
+
+# Two extensions that build or fail at once, in the place of minutes of compiling.
+BUILD = """
+import runpy, sys
+from pathlib import Path
+from setuptools.command.build_ext import build_ext
+def build(self, extension):
+    if extension.name == "cac_fast._C_cuda":
+        raise RuntimeError("broken by a test")
+    path = Path(self.get_ext_fullpath(extension.name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+build_ext.build_extension = build
+sys.argv = ["setup.py", "--quiet", "build", "--build-base", FOLDER]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({}, "broken by a test" if shutil.which("nvcc") else "no CUDA compiler"),
+        ({"CAC_FAST_CUDA": "0"}, "CAC_FAST_CUDA=0"),
+        ({"CUDA_HOME": "/nowhere"}, "no CUDA compiler"),
+    ],
+)
+def test_a_missing_build_leaves_the_cpu_back_end_and_the_reason(
+    environment: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    done = run_setup(f"FOLDER = {str(tmp_path)!r}\n{BUILD}", **environment)
+    assert done.returncode == 0, done.stderr
+    (reason,) = tmp_path.glob("lib*/cac_fast/_C_cuda.txt")
+    assert said in reason.read_text(encoding="utf-8")
+    assert list(reason.parent.glob("_C.*.so"))
+    assert not list(reason.parent.glob("_C_cuda.*.so"))
+
+
+def test_a_build_that_is_asked_for_must_succeed(tmp_path: Path) -> None:
+    done = run_setup(f"FOLDER = {str(tmp_path)!r}\n{BUILD}", CAC_FAST_CUDA="1")
+    assert done.returncode != 0
+    assert "cac_fast._C_cuda cannot be built: " in done.stderr
