@@ -253,9 +253,9 @@ def test_backends_that_can_be_used_take_part(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_row_over_its_time_is_skipped() -> None:
     runner = bench([EAGER])
-    runner.rates["eager", "float32"] = 5 / SMALL.pairs
+    runner.rates["eager", "float32"] = 3 / SMALL.pairs
     runner.bytes["eager", "float32"] = 0.0
-    assert statuses(runner.row(SMALL))["eager"] == "skipped: about 10 s for two runs, limit 0.9 s"
+    assert statuses(runner.row(SMALL))["eager"] == "skipped: about 6 s for two runs, limit 0.9 s"
     # The goal row may take more.
     assert statuses(runner.row(replace(SMALL, name="goal")))["eager"] == "ok"
     # What was measured there is known from now on.
