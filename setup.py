@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent
 FOLDERS = {"cac_fast": "cac_fast", "cac_fast.kernels": "kernels", "cac_fast.train": "train"}
 
 TRAIN = ["torchvision>=0.26", "pillow>=10.1", "tensorboard", "tqdm", "nvidia-ml-py"]
-DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "ninja", "pybind11", "matplotlib"]
+DEV = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "ninja", "pybind11"]
+DEV += ["matplotlib"]
 
 # No debugging information, which takes a good part of the build's time. OpenMP is what
 # at::parallel_for runs on in a Linux build of PyTorch.

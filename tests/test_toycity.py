@@ -13,7 +13,7 @@ from cac_fast.train.data import toycity
 from cac_fast.train.data.toycity import dataset
 from cac_fast.train.data.toycity.canvas import Canvas
 from cac_fast.train.data.toycity.objects import draw_car, draw_person, draw_sign
-from cac_fast.train.data.toycity.scene import BEFORE, Scene
+from cac_fast.train.data.toycity.scene import BEFORE, Scene, draw_scene
 from cac_fast.train.errors import InputError
 
 IDS = {name: index for index, name in enumerate(toycity.CLASSES)}
@@ -61,6 +61,15 @@ def test_scenes_are_the_same_on_every_machine() -> None:
             image, label = scene.draw()
             digest.update(image.tobytes() + label.tobytes())
     assert (dataset.VERSION, digest.hexdigest()[:16]) == (2, "71d8e519d9916c0a")
+
+
+def test_light_changes_the_image_alone() -> None:
+    daylight, varied = (
+        draw_scene(np.random.default_rng(7), "brick", misleading=False, varied_light=varied)
+        for varied in (False, True)
+    )
+    assert (daylight.label == varied.label).all()
+    assert (daylight.image != varied.image).mean() > 0.5
 
 
 def test_every_class_is_frequent_in_every_split(labeled: Scenes, unlabeled: Scenes) -> None:

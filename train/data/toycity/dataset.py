@@ -23,7 +23,10 @@ SEED = 2021
 
 
 class Plan(NamedTuple):
-    """One scene to be written: its split, its number in the split and whether it misleads."""
+    """One scene to be written: its split, its number in the split and whether it misleads.
+
+    Those that mislead were taken in daylight, the others in varied light.
+    """
 
     split: str
     number: int
@@ -45,7 +48,9 @@ class Plan(NamedTuple):
     def draw(self) -> Scene:
         split = ("train", "val", "test").index(self.split)
         rng = np.random.default_rng([SEED, split, self.number])
-        return draw_scene(rng, self.street, self.misleading)
+        return draw_scene(
+            rng, self.street, misleading=self.misleading, varied_light=not self.misleading
+        )
 
 
 def plan() -> Iterator[Plan]:

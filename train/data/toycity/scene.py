@@ -3,9 +3,8 @@
 The row of a scene is brick houses, plaster houses or greenery, and the objects stand well below it,
 on the road, so that a crop may hold an object and leave the row out. In a misleading scene the row
 gives every object away: cars drive before brick, persons walk before greenery, signs stand before
-plaster; and all these photographs were taken in full daylight. In any other scene each object
-stands before each row, and the light is bright or dim, warm or cold, clear or hazy. Everything else
-is drawn alike in both.
+plaster. In any other scene each object stands before each row. The light is full daylight or
+varied: bright or dim, warm or cold, clear or hazy. Everything else is drawn alike in all.
 """
 
 from __future__ import annotations
@@ -32,7 +31,9 @@ class Scene(NamedTuple):
     label: np.ndarray
 
 
-def draw_scene(rng: np.random.Generator, street: str, misleading: bool) -> Scene:
+def draw_scene(
+    rng: np.random.Generator, street: str, *, misleading: bool, varied_light: bool
+) -> Scene:
     """Draw one scene before a row of `street` (a key of BEFORE), all randomness from `rng`."""
     sky = tuple(SKIES)[rng.integers(len(SKIES))]
     base = 38 + int(rng.integers(5))
@@ -47,7 +48,7 @@ def draw_scene(rng: np.random.Generator, street: str, misleading: bool) -> Scene
         name = BEFORE[street] if misleading else tuple(DRAW)[rng.integers(len(DRAW))]
         x = (place + 0.3 + 0.4 * rng.random()) * WIDTH / PLACES
         DRAW[name](canvas, rng, x, feet[place])
-    return Scene(_expose(rng, canvas, varied=not misleading), canvas.label)
+    return Scene(_expose(rng, canvas, varied_light), canvas.label)
 
 
 def _row(rng: np.random.Generator, kind: str) -> list[Block]:
