@@ -98,7 +98,7 @@ class Stream:
                 self.skipped += int(second.pop("skipped").sum())
             self.recent.append((iteration, names))
             yield Step(
-                self._to_device(first), None if second is None else self._to_device(second), waited
+                self.to_device(first), None if second is None else self.to_device(second), waited
             )
 
     def names(self, iteration: int) -> list[str]:
@@ -138,7 +138,7 @@ class Stream:
             **self._common(start),
         )
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch) -> Batch:
         """Move a batch; images travel as uint8, and change their colours on the device."""
         device = self.world.device
         changes = {name: batch.pop(name) for name in tuple(batch) if name.startswith("changes")}
