@@ -219,9 +219,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = "median_ms p20_ms p80_ms images_per_s cpu_ms".split()
     lines = [head]
     for row in rows:
-        ratios = [
-            f"{row[name]:.3g}x" for name in ("faster_than_authors", "cpu_faster_than_authors")
-        ]
+        ratios = [three_digits(row.get(name)) for name in ("faster_than_authors", "cpu_faster")]
         numbers = [three_digits(row[name]) for name in names]
         lines.append([f"{row['kind']}: {row['way']}", str(row["runs"]), *numbers, *ratios])
     return report.aligned(lines)
