@@ -33,4 +33,5 @@ if [ $# -ge 2 ]; then
         *) status=1 ;;
     esac
 fi
+timeout 240 "$python" bench/loader.py --json "$results-loader.json" || status=1
 exit $status

@@ -15,9 +15,9 @@ from cac_fast.train.data.augment import (
     PADDING_COLOR,
     LabeledTransform,
     UnlabeledTransform,
-    photometric,
     resize_part,
 )
+from cac_fast.train.data.photometric import CHANGES, apply_photometric
 from cac_fast.train.errors import InputError
 
 SIZES = st.integers(1, 150)
@@ -176,6 +176,8 @@ def test_shapes_and_types_at_any_scale(height, width, crop, seed):
         assert item[f"image{view}"].shape == (3, crop, crop)
         assert item[f"image{view}"].dtype == torch.uint8
         assert item[f"truth{view}"].shape == (crop // 8, crop // 8)
+        assert item[f"image{view}"].permute(1, 2, 0).is_contiguous()
+        assert item[f"changes{view}"].shape == (CHANGES,)
         assert item[f"flip{view}"].shape == () and item[f"flip{view}"].dtype == torch.bool
         assert item[f"valid{view}"].shape == (2,) and item[f"valid{view}"].dtype == torch.int64
     assert item["offset"].shape == (2,) and item["offset"].dtype == torch.int64
@@ -195,48 +197,33 @@ def test_same_generator_same_item():
     assert not torch.equal(first["image1"], other["image1"])
 
 
+def changed(item, view: int) -> torch.Tensor:
+    """A view with its colours changed, float, its flip undone."""
+    image = apply_photometric(item[f"image{view}"][None].float(), item[f"changes{view}"][None])[0]
+    return image.flip(2) if item[f"flip{view}"] else image
+
+
 def test_views_get_their_own_colors():
     transform = UnlabeledTransform(32, (1.0, 1.0), iou_range=(1.0, 1.0))
     same = 0
     for seed in range(40):
         item = transform(noise(32, 32), None, np.random.default_rng(seed))
-        images = [
-            item[f"image{v}"].flip(2) if item[f"flip{v}"] else item[f"image{v}"] for v in (1, 2)
-        ]
-        same += torch.equal(*images)
+        same += torch.equal(changed(item, 1), changed(item, 2))
     assert same <= 3  # both left alone: 0.0064
 
 
-def test_photometric_leaves_padding_alone():
-    transform = UnlabeledTransform(32, (1.0, 1.0))
+def test_photometric_sees_no_padding():
+    """It changes a small image in a crop as it changes the image alone, and no padding."""
     for seed in range(20):
-        item = transform(noise(20, 20), None, np.random.default_rng(seed))
-        for image in unflipped(item):
-            for padding in (image[:, 20:], image[:, :, 20:]):
+        items = [
+            UnlabeledTransform(crop, (1.0, 1.0))(noise(16, 24), None, np.random.default_rng(seed))
+            for crop in (24, 32)
+        ]
+        for view in (1, 2):
+            small, large = (changed(item, view) for item in items)
+            for padding in (small[:, 16:], large[:, 16:], large[:, :, 24:]):
                 assert padding.flatten(1).unique(dim=1).flatten().tolist() == [*PADDING_COLOR]
-
-
-def test_photometric_probabilities(monkeypatch):
-    """Blur 0.5, jitter 0.8, grey 0.2; within five sigma of 1,000 draws."""
-    from cac_fast.train.data import augment
-
-    calls = {"gaussian_blur": 0, "adjust_hue": 0, "rgb_to_grayscale": 0}
-    sigmas = []
-    for name in calls:
-
-        def count(image, *arguments, name=name, **options):
-            calls[name] += 1
-            if name == "gaussian_blur":
-                assert arguments[0] == [5, 5]
-                sigmas.append(arguments[1][0])
-            return image
-
-        monkeypatch.setattr(augment.functional, name, count)
-    for seed in range(1000):
-        photometric(noise(8, 8), np.random.default_rng(seed))
-    for name, share in (("gaussian_blur", 0.5), ("adjust_hue", 0.8), ("rgb_to_grayscale", 0.2)):
-        assert abs(calls[name] / 1000 - share) < 5 * (share * (1 - share) / 1000) ** 0.5
-    assert 0.1 <= min(sigmas) < 0.15 and 1.95 < max(sigmas) <= 2
+            assert (small[:, :16] - large[:, :16, :24]).abs().max() < 1e-3
 
 
 def test_jitter_changes_labeled_colors_only():
@@ -246,7 +233,10 @@ def test_jitter_changes_labeled_colors_only():
         for jitter in (False, True)
     )
     assert torch.equal(plain["label"], jittered["label"])
-    assert not torch.equal(plain["image"], jittered["image"])
+    assert torch.equal(plain["image"], jittered["image"]) and "changes" not in plain
+    image = jittered["image"][None].float()
+    found = apply_photometric(image.clone(), jittered["changes"][None])
+    assert (found - image).abs().mean() > 1
 
 
 @pytest.mark.parametrize("transform", [LabeledTransform, UnlabeledTransform])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cac_fast.train import config, engine
+from cac_fast.train.data.stream import Stream
 from cac_fast.train.distributed import World
 from cac_fast.train.log import read_metrics
 
@@ -34,6 +36,35 @@ def test_gpu_gives_the_losses_of_the_cpu(folder_data, tmp_path):
     on_cpu = train(folder_data, tmp_path / "cpu", "cpu")
     on_gpu = train(folder_data, tmp_path / "gpu", "cuda", "--precision", "fp32")
     assert on_gpu == pytest.approx(on_cpu, rel=1e-2)
+
+
+def test_batches_of_the_cpu_without_waiting(folder_data, tmp_path):
+    """Pinned memory, and colours changed on the device, through the cache: as on the CPU."""
+    found = []
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        settings = config.Config(
+            "folder", str(folder_data), batch_size=4, crop_size=32, workers=1, jitter_labeled=True
+        )
+        settings = replace(settings, cache=str(tmp_path / "cache"))
+        stream = Stream(settings, World(0, 1, device), *engine._open_data(settings))
+        move, modes = stream.to_device, []
+
+        def watched(batch, move=move, modes=modes):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                modes.append({name: value.is_pinned() for name, value in batch.items()})
+                return move(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        stream.to_device = watched
+        found.append([step.labeled | step.unlabeled for step in stream.steps(0, 3, True)])
+        assert all(all(mode.values()) == (device.type == "cuda") for mode in modes)
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        for name, value in on_cpu.items():
+            assert on_gpu[name].device.type == "cuda" and on_gpu[name].dtype == value.dtype
+            # Of normalised values: 0.005 is a quarter of a level.
+            torch.testing.assert_close(on_gpu[name].cpu(), value, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

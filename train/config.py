@@ -60,6 +60,9 @@ class Config:
     workers: int = setting(
         2, "loader processes per loader and rank; 0 loads in the training process"
     )
+    cache: str | None = setting(
+        None, "folder for decoded images, written once: training then reads no PNG or JPEG"
+    )
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda"))
     precision: str = setting(
         "auto",
@@ -203,8 +206,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # what they name may not change.)
 FREE = frozenset(
     (
-        "data_dir output workers device eval_every save_every log_every restart dc_backend labeled "
-        "unlabeled"
+        "data_dir output workers cache device eval_every save_every log_every restart dc_backend "
+        "labeled unlabeled"
     ).split()
 )
 

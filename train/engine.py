@@ -21,7 +21,7 @@ from cac_fast.train.config import Config, differences
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.data.loaders import check_samples
 from cac_fast.train.data.splits import select
-from cac_fast.train.data.stream import Step, Stream
+from cac_fast.train.data.stream import Step, Stream, fill_cache
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.evaluation import evaluate
@@ -402,6 +402,8 @@ def _open_data(config: Config) -> tuple[SegmentationData, list[Sample], list[Sam
     lists = path(config.labeled), path(config.unlabeled)
     labeled, unlabeled = select(data, *lists, config.labeled_share, config.data_list)
     check_samples([*labeled, *data.splits["val"]], data, show_progress("checking images"))
+    if config.cache is not None:
+        fill_cache(config, data, labeled, unlabeled)
     return data, labeled, unlabeled
 
 

@@ -1,20 +1,29 @@
-"""From an image of any size to crops: resize, crop, photometric changes, padding, flip.
+"""From an image of any size to crops: resize, crop, flip, padding, and photometric changes drawn.
 
-Only the part of the image under the crops is resized, which gives the same pixels as resizing all
-of it. Both crops of a pair are cut from one resized region, so shared locations hold equal pixels.
+Only the part of the image under the crops is read and resized, which gives the same pixels as
+resizing all of it. Both crops of a pair are cut from one resized region, so shared locations hold
+equal pixels. The photometric changes come later, to whole batches (`photometric`).
+
+Images of batches are (B, 3, c, c) with the channels last in memory, as Pillow has them: the loader
+need not reorder pixels.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from cac_fast.train.data.crops import CELL, draw_box, draw_pair, draw_size, whole_cells
 from cac_fast.train.data.images import IGNORE, IMAGENET_MEAN
+from cac_fast.train.data.photometric import draw_jitter, draw_photometric, set_place
 from cac_fast.train.errors import InputError
+
+Pixels = Image.Image | np.ndarray
+"""An RGB image, or uint8 (H, W, 3); a mask, or uint8 (H, W). Arrays may be memory-mapped."""
 
 PADDING_COLOR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
@@ -43,21 +52,27 @@ class LabeledTransform:
         self.jitter = jitter
 
     def __call__(
-        self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator
+        self, image: Pixels, mask: np.ndarray, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """image RGB (H, W), mask uint8 (H, W) -> "image" uint8 (3, c, c), "label" uint8 (c, c)."""
-        height, width = draw_size(image.height, image.width, self.scale, rng, self.base_size)
+        """A crop and its labels.
+
+        Returns, with c the crop's side: "image" uint8 (3, c, c), "label" uint8 (c, c) and, with
+        jitter, "changes" float32 (13,) for `photometric.apply_photometric`.
+        """
+        size = image_size(image)
+        height, width = draw_size(*size, self.scale, rng, self.base_size)
         top, left = draw_box(height, width, self.crop, rng)
         flip = bool(rng.random() < 0.5)
         box = (top, left, min(top + self.crop, height), min(left + self.crop, width))
         part = resize_part(image, (height, width), box, Image.Resampling.BILINEAR)
-        if self.jitter:
-            part = color_jitter(part, rng)
-        labels = resize_part(Image.fromarray(mask), (height, width), box, Image.Resampling.NEAREST)
-        return {
+        labels = resize_part(mask, (height, width), box, Image.Resampling.NEAREST)
+        item = {
             "image": _image_tensor(part, self.crop, flip),
-            "label": torch.from_numpy(_pad_and_flip(np.asarray(labels), self.crop, flip, IGNORE)),
+            "label": torch.from_numpy(_flip_and_pad(labels, self.crop, flip, IGNORE)),
         }
+        if self.jitter:
+            item["changes"] = _placed(draw_jitter(rng), part, self.crop, flip)
+        return item
 
 
 class UnlabeledTransform:
@@ -66,7 +81,7 @@ class UnlabeledTransform:
     Args:
         crop, scale, base_size: as `LabeledTransform`.
         iou_range: closed range of the boxes' intersection over union.
-        photometric: False leaves the pixels as they are.
+        photometric: False leaves the colours as they are.
 
     Raises:
         InputError: `crop` is not a multiple of 8.
@@ -84,18 +99,19 @@ class UnlabeledTransform:
         self.iou_range, self.photometric = iou_range, photometric
 
     def __call__(
-        self, image: Image.Image, mask: np.ndarray | None, rng: np.random.Generator
+        self, image: Pixels, mask: np.ndarray | None, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """Two crops and where they are.
+        """Two crops of an RGB image and where they are.
 
         Returns, with c the crop's side and v = 1, 2 the view: "imagev" uint8 (3, c, c); "offset"
         int64 (2,), view 2's box minus view 1's in cells (down, right); "flipv" bool (); "validv"
-        int64 (2,), rows and columns of cells on the image, before the flip; and, with a mask
+        int64 (2,), rows and columns of cells on the image, before the flip; with photometric
+        changes, "changesv" float32 (13,) for `photometric.apply_photometric`; and, with a mask
         uint8 (H, W), "truthv" uint8 (c/8, c/8), the id at the centre of each cell, flipped as its
         image is, 255 where unknown.
         """
         crop = self.crop
-        height, width = draw_size(image.height, image.width, self.scale, rng, self.base_size)
+        height, width = draw_size(*image_size(image), self.scale, rng, self.base_size)
         pair = draw_pair(height, width, crop, self.iou_range, rng)
         boxes = ((pair.top1, pair.left1, pair.flip1), (pair.top2, pair.left2, pair.flip2))
         top0, left0 = min(pair.top1, pair.top2), min(pair.left1, pair.left2)
@@ -105,9 +121,7 @@ class UnlabeledTransform:
         part = resize_part(image, (height, width), region, Image.Resampling.BILINEAR)
         if mask is not None:
             labels = np.asarray(
-                resize_part(
-                    Image.fromarray(mask), (height, width), region, Image.Resampling.NEAREST
-                )
+                resize_part(mask, (height, width), region, Image.Resampling.NEAREST)
             )
         item = {
             "offset": torch.tensor(
@@ -118,7 +132,7 @@ class UnlabeledTransform:
             y, x = top - top0, left - left0
             cut = part.crop((x, y, min(x + crop, part.width), min(y + crop, part.height)))
             if self.photometric:
-                cut = photometric(cut, rng)
+                item[f"changes{view}"] = _placed(draw_photometric(rng), cut, crop, flip)
             item[f"image{view}"] = _image_tensor(cut, crop, flip)
             item[f"flip{view}"] = torch.tensor(flip)
             item[f"valid{view}"] = torch.tensor(whole_cells(top, left, height, width, crop))
@@ -127,7 +141,7 @@ class UnlabeledTransform:
                 half = CELL // 2
                 centers = labels[y + half : y + crop : CELL, x + half : x + crop : CELL]
                 item[f"truth{view}"] = torch.from_numpy(
-                    _pad_and_flip(centers, crop // CELL, flip, IGNORE)
+                    _flip_and_pad(Image.fromarray(centers), crop // CELL, flip, IGNORE)
                 )
         return item
 
@@ -142,62 +156,65 @@ def check_crop(crop: int) -> int:
     return crop
 
 
+def image_size(image: Pixels) -> tuple[int, int]:
+    """Height and width."""
+    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
 def resize_part(
-    image: Image.Image,
+    image: Pixels,
     size: tuple[int, int],
     box: tuple[int, int, int, int],
     resample: Image.Resampling,
 ) -> Image.Image:
-    """The part `box` (top, left, bottom, right) of `image` resized to `size` (height, width)."""
-    down, across = image.height / size[0], image.width / size[1]
-    top, left, bottom, right = box
-    source = (
-        left * across,
-        top * down,
-        min(right * across, image.width),
-        min(bottom * down, image.height),
-    )
-    return image.resize((right - left, bottom - top), resample, box=source)
+    """The part `box` (top, left, bottom, right) of `image` resized to `size` (height, width).
+
+    By Pillow, since a box in fractions of a source pixel is what the other libraries' resize lacks.
+    Of an array only the rows and columns that count are read.
+    """
+    bounds, source = [], []
+    spans = zip(image_size(image), size, zip(box[:2], box[2:], strict=True), strict=True)
+    for old, new, (first, last) in spans:
+        ratio = old / new
+        begin, end = first * ratio, min(last * ratio, old)
+        reach = math.ceil(max(ratio, 1)) + 1  # of the bilinear filter, to either side
+        low, high = max(int(begin) - reach, 0), min(int(end) + 1 + reach, old)
+        bounds.append((low, high))
+        source.append((begin - low, end - low))
+    (top, bottom), (left, right) = bounds
+    if isinstance(image, np.ndarray):
+        part = Image.fromarray(image[top:bottom, left:right])
+    else:
+        part = image.crop((left, top, right, bottom))
+    (y0, y1), (x0, x1) = source
+    new_size = (box[3] - box[1], box[2] - box[0])
+    return part.resize(new_size, resample, box=(x0, y0, x1, y1))
 
 
-def photometric(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Gaussian blur (5 x 5, p 0.5), colour jitter (p 0.8) and grey (p 0.2)."""
-    blur, jitter, grey = rng.random(3) < (0.5, 0.8, 0.2)
-    sigma = rng.uniform(0.1, 2.0)
-    if blur and min(image.size) > 2:  # the border is reflected, which takes 3 pixels
-        image = functional.gaussian_blur(image, [5, 5], [sigma, sigma])
-    if jitter:
-        image = color_jitter(image, rng)
-    return functional.rgb_to_grayscale(image, num_output_channels=3) if grey else image
-
-
-def color_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast, saturation (each within 0.4) and hue (0.1) in random order."""
-    changes = (
-        (functional.adjust_brightness, rng.uniform(0.6, 1.4)),
-        (functional.adjust_contrast, rng.uniform(0.6, 1.4)),
-        (functional.adjust_saturation, rng.uniform(0.6, 1.4)),
-        (functional.adjust_hue, rng.uniform(-0.1, 0.1)),
-    )
-    for index in rng.permutation(len(changes)):
-        change, amount = changes[index]
-        image = change(image, amount)
-    return image
+def _placed(changes: np.ndarray, part: Image.Image, crop: int, flip: bool) -> Tensor:
+    left = crop - part.width if flip else 0
+    set_place(changes, part.height, left, left + part.width)
+    return torch.from_numpy(changes)
 
 
 def _image_tensor(part: Image.Image, crop: int, flip: bool) -> Tensor:
-    padded = _pad_and_flip(np.asarray(part), crop, flip, PADDING_COLOR)
-    return torch.from_numpy(np.ascontiguousarray(padded.transpose(2, 0, 1)))
+    return torch.from_numpy(_flip_and_pad(part, crop, flip, PADDING_COLOR)).permute(2, 0, 1)
 
 
-def _pad_and_flip(
-    part: np.ndarray, side: int, flip: bool, fill: int | tuple[int, ...]
+def _flip_and_pad(
+    part: Image.Image, side: int, flip: bool, fill: int | tuple[int, ...]
 ) -> np.ndarray:
-    """`part` at the top left of a `side` x `side` array of `fill`, then flipped left to right."""
-    if part.shape[:2] != (side, side):
-        padded = np.empty((side, side, *part.shape[2:]), np.uint8)
-        padded[:] = fill
-        padded[: part.shape[0], : part.shape[1]] = part
-        part = padded
-    # A copy either way: torch wants memory that is writable and without negative strides.
-    return np.array(part[:, ::-1] if flip else part)
+    """`part`, flipped left to right if asked for, in a `side` x `side` array of `fill`.
+
+    Padding is at the bottom, and at the right before the flip.
+    """
+    if flip:  # by Pillow, which is faster than NumPy at pixels in reverse
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.array(part)
+    if part.size == (side, side):
+        return pixels
+    padded = np.empty((side, side, *pixels.shape[2:]), np.uint8)
+    padded[:] = fill
+    left = side - part.width if flip else 0
+    padded[: part.height, left : left + part.width] = pixels
+    return padded

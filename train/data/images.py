@@ -28,6 +28,9 @@ def read_image(path: Path) -> Image.Image:
         InputError: the file is missing, truncated, no image, or holds floating-point values.
     """
     try:
+        # Pillow, though torchvision and OpenCV took 0.85 to 0.9 of its time (PNG and JPEG of 2048 x
+        # 1024): they do not tell what else is in a file, as EXIF behind a PNG's pixels, and a
+        # JPEG drafted at half size would not be the one that the cache and the others see.
         # Given a path, Pillow maps a TIFF without compression, and garbles it if it is rotated.
         with path.open("rb") as stream, Image.open(stream) as file:
             file.load()

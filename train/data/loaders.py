@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
+from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform, image_size
+from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IGNORE, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.errors import InputError
@@ -79,12 +81,14 @@ def labeled_loader(
     start_iteration: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
+    cache: Path | None = None,
 ) -> DataLoader:
     """Endless batches of `LabeledTransform`'s items, and "name", a list of str.
 
-    `batch_size` is that of all ranks together. Iterate with `batches`.
+    `batch_size` is that of all ranks together. `cache` is the folder of a `PixelReader`. Iterate
+    with `batches`.
     """
-    dataset = _LabeledItems(tuple(samples), data, transform, seed)
+    dataset = _LabeledItems(tuple(samples), PixelReader(data, cache), transform, seed)
     sampler = PositionSampler(start_iteration, batch_size, rank, world_size)
     return _loader(dataset, sampler, workers, pin_memory)
 
@@ -101,6 +105,7 @@ def unlabeled_loader(
     start_iteration: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
+    cache: Path | None = None,
     with_truth: bool = False,
 ) -> DataLoader:
     """Endless batches of `UnlabeledTransform`'s items, "name" and "skipped" int64 (B,).
@@ -109,7 +114,8 @@ def unlabeled_loader(
     in "skipped". `with_truth` adds the masks' cells, 255 where an image has no usable mask.
     Otherwise as `labeled_loader`.
     """
-    dataset = _UnlabeledItems(tuple(samples), data, transform, seed, with_truth)
+    reader = PixelReader(data, cache)
+    dataset = _UnlabeledItems(tuple(samples), reader, transform, seed, with_truth)
     sampler = PositionSampler(start_iteration, batch_size, rank, world_size)
     return _loader(dataset, sampler, workers, pin_memory)
 
@@ -179,15 +185,15 @@ class _Failure:
 @dataclass(frozen=True)
 class _LabeledItems(Dataset):
     samples: tuple[Sample, ...]
-    data: SegmentationData
+    reader: PixelReader
     transform: LabeledTransform
     seed: int
 
     def __getitem__(self, position: int) -> dict[str, Any] | _Failure:
         sample = self.samples[item_index(self.seed, LABELED, position, len(self.samples))]
         try:
-            image, mask = read_image(sample.image), self.data.read_mask(sample.mask)
-            _check_size(sample, mask.shape, (image.height, image.width))
+            image, mask = self.reader.image(sample.image), self.reader.mask(sample.mask)
+            _check_size(sample, mask.shape, image_size(image))
         except InputError as error:
             return _Failure(str(error))
         item = self.transform(image, mask, position_rng(self.seed, LABELED, position))
@@ -197,7 +203,7 @@ class _LabeledItems(Dataset):
 @dataclass(frozen=True)
 class _UnlabeledItems(Dataset):
     samples: tuple[Sample, ...]
-    data: SegmentationData
+    reader: PixelReader
     transform: UnlabeledTransform
     seed: int
     with_truth: bool
@@ -207,11 +213,11 @@ class _UnlabeledItems(Dataset):
         for index in self._candidates(position):
             sample = self.samples[index]
             try:
-                image = read_image(sample.image)
+                image = self.reader.image(sample.image)
             except InputError as error:
                 messages.append(str(error))
                 continue
-            mask = self._truth(sample, (image.height, image.width)) if self.with_truth else None
+            mask = self._truth(sample, image_size(image)) if self.with_truth else None
             item = self.transform(image, mask, position_rng(self.seed, UNLABELED, position))
             skipped = torch.tensor(len(messages))
             return {**item, "name": sample.name, "skipped": skipped, "skipped_files": messages}
@@ -233,7 +239,7 @@ class _UnlabeledItems(Dataset):
         """The mask; unknown everywhere if there is none of this size: it only feeds a meter."""
         if sample.mask is not None:
             try:
-                mask = self.data.read_mask(sample.mask)
+                mask = self.reader.mask(sample.mask)
                 _check_size(sample, mask.shape, size)
                 return mask
             except InputError:
@@ -254,7 +260,14 @@ def _collate(items: list[dict[str, Any] | _Failure]) -> dict[str, Any] | _Failur
         if isinstance(item, _Failure):
             return item
     files = [message for item in items for message in item.pop("skipped_files", ())]
-    return {**default_collate(items), "skipped_files": files}
+    # Stacked as they lie in memory, channels last; the batch keeps it so.
+    images = {
+        name: default_collate([item.pop(name).permute(1, 2, 0) for item in items])
+        for name in ("image", "image1", "image2")
+        if name in items[0]
+    }
+    moved = {name: values.permute(0, 3, 1, 2) for name, values in images.items()}
+    return {**default_collate(items), **moved, "skipped_files": files}
 
 
 def _loader(

@@ -5,17 +5,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from cac_fast.train.config import Config
 from cac_fast.train.data import loaders
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
+from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD
 from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.data.photometric import apply_photometric
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError, RankInputError
+from cac_fast.train.progress import show_progress
 
 Batch = dict[str, torch.Tensor]
 
@@ -26,6 +30,22 @@ class Step(NamedTuple):
     labeled: Batch
     unlabeled: Batch | None
     waited: float
+
+
+def fill_cache(
+    config: Config, data: SegmentationData, labeled: list[Sample], unlabeled: list[Sample]
+) -> None:
+    """Bring ``config.cache`` up to date with what the streams will read, and nothing more.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
+    images, masks = labeled, labeled
+    if config.method != "supervised":
+        images = labeled + unlabeled
+        masks = images if config.false_negatives else labeled
+    reader = PixelReader(data, Path(config.cache))
+    reader.fill(images, masks, show_progress("writing the cache"))
 
 
 class Stream:
@@ -78,14 +98,14 @@ class Stream:
                 self.skipped += int(second.pop("skipped").sum())
             self.recent.append((iteration, names))
             yield Step(
-                self._to_device(first), None if second is None else self._to_device(second), waited
+                self.to_device(first), None if second is None else self.to_device(second), waited
             )
 
     def names(self, iteration: int) -> list[str]:
         """The images of one of the last ``log_every`` iterations on this rank."""
         return [name for number, names in self.recent if number == iteration for name in names]
 
-    def _common(self, start: int) -> dict[str, int | bool]:
+    def _common(self, start: int) -> dict[str, Any]:
         return {
             "seed": self.config.seed,
             "batch_size": self.config.batch_size,
@@ -94,6 +114,7 @@ class Stream:
             "start_iteration": start,
             "workers": self.config.workers,
             "pin_memory": self.world.device.type == "cuda",
+            "cache": None if self.config.cache is None else Path(self.config.cache),
         }
 
     def _labeled_loader(self, start: int) -> torch.utils.data.DataLoader:
@@ -117,12 +138,18 @@ class Stream:
             **self._common(start),
         )
 
-    def _to_device(self, batch: Batch) -> Batch:
-        """Move a batch; images travel as uint8 and are normalised on the device."""
+    def to_device(self, batch: Batch) -> Batch:
+        """Move a batch; images travel as uint8, and change their colours on the device."""
         device = self.world.device
+        changes = {name: batch.pop(name) for name in tuple(batch) if name.startswith("changes")}
         moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         for name, value in moved.items():
             if name.startswith("image"):
+                change = changes.get(name.replace("image", "changes"))
+                if change is not None:
+                    # Planes: the changes mix channels, pixel by pixel.
+                    value = value.to(torch.float32, memory_format=torch.contiguous_format)
+                    apply_photometric(value, change)
                 image = value.to(torch.float32, memory_format=self.memory_format)
                 moved[name] = image.sub_(self.mean).div_(self.std)
         return moved

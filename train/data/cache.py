@@ -1,0 +1,183 @@
+"""Decoded images and masks on disk: raw pixels, memory-mapped, so that a crop reads only its rows.
+
+An entry is one file: a header and the pixels as `read_image` or `read_mask` gave them. The header
+names the source's size and time of change and holds a checksum of the pixels. Entries appear whole
+(written aside, then renamed), so several processes may fill one cache, and an interrupted one goes
+on where it stopped. An entry that does not fit is never used: the source is read instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import time
+import uuid
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cac_fast.train.data.augment import Pixels
+from cac_fast.train.data.images import read_image
+from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.errors import InputError
+from cac_fast.train.progress import Progress
+
+VERSION = 1
+"""To be raised with every change of an entry's form or of what decoding gives."""
+
+_DRAFT = ".part"
+_HOUR = 3600
+
+
+class _Header(NamedTuple):
+    """Height, width and channels of the pixels, size and time (ns) of the source, CRC-32."""
+
+    height: int
+    width: int
+    channels: int
+    source_size: int
+    source_time: int
+    checksum: int
+
+
+_FORM = struct.Struct("<8s3IQqI")
+_MAGIC = b"cacfast%d" % VERSION
+_PIXELS_AT = 64
+"""Where the pixels start in an entry."""
+
+
+@dataclass(frozen=True)
+class PixelReader:
+    """Reads images and masks of a data folder, from a cache where one is given.
+
+    Args:
+        data: the folder, which knows how its masks are read.
+        cache: folder of decoded files, or None. What is not there, or older than its source, is
+            read from the source: a crop has the same bits either way.
+    """
+
+    data: SegmentationData
+    cache: Path | None = None
+
+    def image(self, path: Path) -> Pixels:
+        """RGB, a Pillow image or memory-mapped uint8 (H, W, 3); raises as `images.read_image`."""
+        pixels = self._mapped(path, self._entry(path))
+        return read_image(path) if pixels is None else pixels
+
+    def mask(self, path: Path) -> np.ndarray:
+        """Class ids, uint8 (H, W), perhaps memory-mapped; raises as `images.read_mask`."""
+        pixels = self._mapped(path, self._entry(path, mask=True))
+        return self.data.read_mask(path) if pixels is None else pixels[..., 0]
+
+    def fill(
+        self,
+        images: Sequence[Sample],
+        masks: Sequence[Sample],
+        progress: Progress | None = None,
+    ) -> None:
+        """Check every entry and write those that are missing, damaged or stale.
+
+        Files that cannot be read get none: whoever asks for them hears of it. Samples without a
+        mask are passed over in `masks`.
+
+        Raises:
+            InputError: the cache cannot be written, because the disk is full for one.
+        """
+        jobs = dict.fromkeys((sample.image, False) for sample in images)
+        jobs |= dict.fromkeys((sample.mask, True) for sample in masks if sample.mask is not None)
+        done = 0
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            self._remove_drafts()
+            for done, _ in enumerate(pool.map(lambda job: self._ensure(*job), jobs), start=1):
+                if progress is not None:
+                    progress(done, len(jobs))
+        except OSError as error:
+            raise InputError(
+                f"the cache {self.cache} cannot be written ({error.strerror or error}) after "
+                f"{done} of {len(jobs)} files: make room, or give --cache another folder; what is "
+                "written is kept"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _entry(self, path: Path, mask: bool = False) -> Path | None:
+        if self.cache is None:
+            return None
+        # What a mask decodes to depends on the classes.
+        form = (self.data.num_classes, self.data.label_map) if mask else "image"
+        key = hashlib.sha256(f"{path.absolute()}\n{form}".encode()).hexdigest()[:16]
+        return self.cache / f"{path.stem[:80]}-{key}.raw"
+
+    def _mapped(self, path: Path, entry: Path | None) -> np.ndarray | None:
+        """The pixels, or None where there is no entry or it does not fit the source."""
+        if entry is None:
+            return None
+        try:
+            with entry.open("rb") as file:
+                header = _read_header(file.read(_PIXELS_AT), os.fstat(file.fileno()).st_size)
+                if header is None or _identity(path) != header[3:5]:
+                    return None
+                return np.memmap(file, np.uint8, "r", _PIXELS_AT, header[:3])
+        except OSError:
+            return None
+
+    def _ensure(self, path: Path, mask: bool) -> None:
+        entry = self._entry(path, mask)
+        if self._is_whole(path, entry):
+            return
+        try:
+            identity = _identity(path)  # first: a source that changes meanwhile makes it stale
+            pixels = self.data.read_mask(path) if mask else np.asarray(read_image(path))
+        except (InputError, OSError):
+            return
+        pixels = np.ascontiguousarray(pixels)
+        height, width = pixels.shape[:2]
+        checksum = zlib.crc32(pixels)
+        header = _Header(height, width, 1 if mask else 3, *identity, checksum)
+        draft = entry.with_name(f".{uuid.uuid4().hex}{_DRAFT}")
+        try:
+            with draft.open("wb") as file:
+                file.write(_FORM.pack(_MAGIC, *header).ljust(_PIXELS_AT, b"\0"))
+                file.write(pixels)
+            os.replace(draft, entry)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _is_whole(self, path: Path, entry: Path) -> bool:
+        pixels = self._mapped(path, entry)
+        if pixels is None:
+            return False
+        # Read, not mapped: an error of the disk is then an exception and not a signal.
+        content = entry.read_bytes()
+        header = _read_header(content[:_PIXELS_AT], len(content))
+        return header is not None and zlib.crc32(memoryview(content)[_PIXELS_AT:]) == header[-1]
+
+    def _remove_drafts(self) -> None:
+        """Remove what a killed process left; what is younger, another one may be writing."""
+        for draft in self.cache.glob(f".*{_DRAFT}"):
+            if time.time() - draft.stat().st_mtime > _HOUR:
+                draft.unlink(missing_ok=True)
+
+
+def _read_header(start: bytes, size: int) -> _Header | None:
+    """The header of an entry of `size` bytes; None if it is none of this version, or cut off."""
+    if len(start) < _PIXELS_AT:
+        return None
+    magic, *fields = _FORM.unpack(start[: _FORM.size])
+    header = _Header(*fields)
+    whole = size == _PIXELS_AT + header.height * header.width * header.channels
+    return header if magic == _MAGIC and whole else None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What tells a source from another version of it: its size, and when it changed, in ns."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
