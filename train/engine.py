@@ -28,6 +28,7 @@ from cac_fast.train.evaluation import evaluate
 from cac_fast.train.log import Meters, RunLog, train_line
 from cac_fast.train.methods import build_method
 from cac_fast.train.networks import build_network, load_backbone_weights
+from cac_fast.train.profiling import StepProfile, phase
 from cac_fast.train.progress import show_progress
 from cac_fast.train.samples import SampleSheet
 
@@ -72,10 +73,16 @@ class Trainer:
                 f"--batch-size {config.batch_size} cannot be split over {world.size} processes: "
                 "use a multiple of it"
             )
-        if config.batch_size == world.size and not config.freeze_bn and not self._syncs_bn():
+        images = config.batch_size // world.size
+        if images % config.accumulate:
             raise InputError(
-                "batch statistics need two images per process: use a larger --batch-size "
-                "or --freeze-bn"
+                f"--accumulate {config.accumulate} cannot slice the {images} images per process: "
+                "use a divisor of them"
+            )
+        if images == config.accumulate and not config.freeze_bn and not self._syncs_bn():
+            raise InputError(
+                "batch statistics need two images per process and slice: use a larger "
+                "--batch-size, a smaller --accumulate or --freeze-bn"
             )
         _set_determinism(config, world)
         self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
@@ -107,6 +114,8 @@ class Trainer:
         if self._syncs_bn():
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
         self.network = self.method.network
+        if config.checkpoint_activations:
+            self.network.checkpoint_activations()
         self.method.to(device=device, memory_format=self.stream.memory_format)
         backbone = list(self.network.backbone.parameters())
         inside = {id(parameter) for parameter in backbone}
@@ -177,7 +186,7 @@ class Trainer:
         result = None
         try:
             with self._stop_signals():
-                for step in self._steps():
+                for step in self._profiled(self._steps()):
                     self._train_step(step)
                     result = self._after_step() or result
                     if self.stopped_by is not None:
@@ -219,6 +228,14 @@ class Trainer:
                 self.model = DistributedDataParallel(self.method, gradient_as_bucket_view=True)
             yield from self.stream.steps(self.iteration, end, both)
 
+    def _profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
+        config = self.config
+        if config.profile is None or not self.world.is_main:
+            return steps
+        trace = self.folder / "trace.json"
+        profile = StepProfile(config.profile, self.world.device, trace, self.log.say)
+        return profile.watch(steps, contrastive=config.method != "supervised")
+
     def _train_step(self, step: Step) -> None:
         config = self.config
         factor = poly(self.iteration, config.iterations, config.poly_power)
@@ -230,10 +247,12 @@ class Trainer:
         amp = self.autocast_dtype is not None
         with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=amp):
             losses = self.model(step.labeled, step.unlabeled)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses["loss"]).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        with phase("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(losses["loss"]).backward()
+        with phase("optimizer"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.iteration += 1
         self.meters.add(self.iteration, losses, step.waited)
         self.log.step()
