@@ -70,6 +70,13 @@ class Config:
     accumulate: int = setting(
         1, "less memory: the network sees the batch in this many slices, computed twice"
     )
+    forward: str = setting(
+        "separate",
+        "separate (authors): labelled images and both views have batch statistics of their own; "
+        "joint: one pass over all",
+        ("separate", "joint"),
+    )
+    compile: bool = setting(False, "compile the network for training (torch.compile)")
     checkpoint_activations: bool = setting(
         False, "less memory: the network's blocks are computed again in the backward pass"
     )
@@ -125,6 +132,9 @@ class Config:
     )
     negatives_per_view: int | None = setting(
         None, "authors: this many random negatives per view and process (default, paper: all)"
+    )
+    max_negatives: int | None = setting(
+        None, "the loss meets so many random negatives of the bank, each counted M/N-fold"
     )
     bank_past_steps: int = setting(
         0, "past steps whose negatives are kept besides the current one's"
@@ -213,7 +223,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 FREE = frozenset(
     (
         "data_dir output workers device eval_every save_every log_every restart dc_backend labeled "
-        "unlabeled checkpoint_activations profile"
+        "unlabeled checkpoint_activations compile profile"
     ).split()
 )
 
@@ -388,7 +398,7 @@ def _check(config: Config) -> None:
         )
     counts = (
         "iterations batch_size save_every log_every eval_every negatives_per_view base_size "
-        "accumulate profile"
+        "accumulate profile max_negatives"
     )
     for name in [*counts.split(), "temperature", "learning_rate", "head_learning_rate_factor"]:
         value = getattr(config, name)
@@ -405,6 +415,11 @@ def _check(config: Config) -> None:
             raise InputError(
                 f"--{name.replace('_', '-')} {low},{high}: give two positive numbers, lower first"
             )
+    if config.compile and config.checkpoint_activations:
+        raise InputError(
+            "--compile cuts its graph at each block of --checkpoint-activations: use one of them, "
+            "or --compile with --accumulate"
+        )
     if config.momentum >= 1:
         raise InputError(f"--momentum {config.momentum}: must be below 1")
     if config.seed >= 2**32:

@@ -84,6 +84,11 @@ class Trainer:
                 "batch statistics need two images per process and slice: use a larger "
                 "--batch-size, a smaller --accumulate or --freeze-bn"
             )
+        if config.compile and self._syncs_bn() and not config.freeze_bn:
+            raise InputError(
+                "--compile cannot pass a batch norm over several processes: add --no-sync-bn "
+                "or --freeze-bn"
+            )
         _set_determinism(config, world)
         self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
@@ -116,6 +121,8 @@ class Trainer:
         self.network = self.method.network
         if config.checkpoint_activations:
             self.network.checkpoint_activations()
+        if config.compile:
+            self.method.compile_features()
         self.method.to(device=device, memory_format=self.stream.memory_format)
         backbone = list(self.network.backbone.parameters())
         inside = {id(parameter) for parameter in backbone}
@@ -127,6 +134,7 @@ class Trainer:
             lr=rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            fused=True,  # on a GPU one kernel a group, which reads fp16's overflow flag there too
         )
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=self.autocast_dtype is torch.float16

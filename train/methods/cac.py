@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from cac_fast.train.profiling import phase
 
 PROJECTOR_CHANNELS = 128  # paper, Sec. 4.1
 
+View = tuple[Tensor, Tensor]
+"""Projected features (B, D, h, w) and class logits (B, K, h, w)."""
+
 
 class CAC(Supervised):
     """``L = L_ce + lambda * L_dc`` (Eq. 9), L_dc between two overlapping crops.
@@ -32,6 +36,7 @@ class CAC(Supervised):
     def __init__(self, network: Segmenter, world: World, config: Config, bank_dtype: Any) -> None:
         super().__init__(network, world, config)
         self.weight = config.dc_weight
+        self.joint = config.forward == "joint"
         channels = network.feature_channels
         self.projector: nn.Module = nn.Identity()
         if config.projector:
@@ -51,6 +56,8 @@ class CAC(Supervised):
             contrastive=config.contrastive,
             negative_sampling=config.negative_sampling,
             negatives_per_view=config.negatives_per_view,
+            max_negatives=config.max_negatives,
+            seed=config.seed,
             backend=config.dc_backend,
         )
 
@@ -58,7 +65,7 @@ class CAC(Supervised):
         # DDP waits for the gradient of every parameter that requires one.
         self.projector.requires_grad_(used)
 
-    def view(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def view(self, features: Tensor) -> View:
         """Projected features (B, D, h, w) and logits (B, K, h, w), at 1/8 of the crop, of E's."""
         if self.network.feature_stride == 4:
             features = F.avg_pool2d(features, 2)
@@ -67,11 +74,8 @@ class CAC(Supervised):
     def forward(self, labeled: Batch, unlabeled: Batch | None) -> Batch:
         if unlabeled is None:
             return super().forward(labeled, unlabeled)
-        loss_ce, views = self.supervised_loss(labeled, keep_last=False), []
-        with phase("forward unlabelled"):
-            for name, last in (("image1", False), ("image2", True)):
-                slices = self.sliced(self.unlabeled_view, unlabeled[name], keep_last=last)
-                views.append([torch.cat(parts) for parts in zip(*slices, strict=True)])
+        networks = self.joint_forward if self.joint else self.separate_forward
+        loss_ce, views = networks(labeled, unlabeled)
         with phase("loss"):
             dc = self.contrast(*views, unlabeled)
         losses = {
@@ -87,12 +91,35 @@ class CAC(Supervised):
             losses["false_negatives"] = dc.false_negatives
         return losses
 
-    def unlabeled_view(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`view` of images (B, 3, H, W)."""
-        return self.view(self.network.features(images))
+    def separate_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, list[View]]:
+        """Cross entropy and both views of three passes, each with its own batch statistics."""
+        loss_ce, views = self.supervised_loss(labeled, keep_last=False), []
+        with phase("forward unlabelled"):
+            for name, last in (("image1", False), ("image2", True)):
+                slices = self.sliced(self.unlabeled_view, unlabeled[name], keep_last=last)
+                views.append(_join(slices))
+        return loss_ce, views
 
-    def contrast(self, view1: list[Tensor], view2: list[Tensor], unlabeled: Batch) -> DCLossOutput:
-        """The contrastive loss of two views, each (B, D, h, w) features and (B, K, h, w) logits."""
+    def joint_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, list[View]]:
+        """The same of one pass over all images, with batch statistics of all of them."""
+        images = labeled["image"], labeled["label"], unlabeled["image1"], unlabeled["image2"]
+        with phase("forward"):
+            sums, *views = zip(*self.sliced(self.joint_slice, *images, keep_last=True), strict=True)
+            return self.normalized(list(sums), labeled["label"]), [_join(view) for view in views]
+
+    def joint_slice(
+        self, images: Tensor, labels: Tensor, images1: Tensor, images2: Tensor
+    ) -> tuple[Tensor, View, View]:
+        """Summed cross entropy and both views of a slice, each part with as many images."""
+        parts = self.features(torch.cat((images, images1, images2))).chunk(3)
+        return self.cross_entropy_sum(parts[0], labels), self.view(parts[1]), self.view(parts[2])
+
+    def unlabeled_view(self, images: Tensor) -> View:
+        """:meth:`view` of images (B, 3, H, W)."""
+        return self.view(self.features(images))
+
+    def contrast(self, view1: View, view2: View, unlabeled: Batch) -> DCLossOutput:
+        """The contrastive loss of two views of a batch."""
         (features1, logits1), (features2, logits2) = view1, view2
         overlap = overlap_from_crops(
             *(unlabeled[name] for name in ("offset", "flip1", "flip2", "valid1", "valid2")),
@@ -108,3 +135,8 @@ class CAC(Supervised):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.bank.load_state_dict(state["bank"])
+
+
+def _join(slices: Iterable[View]) -> View:
+    features, logits = (torch.cat(parts) for parts in zip(*slices, strict=True))
+    return features, logits

@@ -34,6 +34,15 @@ class Supervised(nn.Module):
         self.network = network
         self.world = world
         self.num_slices = config.accumulate
+        self.features = network.features
+
+    def compile_features(self) -> None:
+        """Compile the encoder for training, once for each shape of batch.
+
+        The network itself stays as it was: its weight names too, and evaluation in original sizes
+        would compile for every size.
+        """
+        self.features = torch.compile(self.network.features, dynamic=False)
 
     def set_unlabeled(self, used: bool) -> None:
         """Say whether the coming steps use unlabelled images (no part of this method does)."""
@@ -49,7 +58,7 @@ class Supervised(nn.Module):
 
     def labeled_sum(self, images: Tensor, labels: Tensor) -> Tensor:
         """Summed cross entropy of images (B, 3, H, W)."""
-        return self.cross_entropy_sum(self.network.features(images), labels)
+        return self.cross_entropy_sum(self.features(images), labels)
 
     def normalized(self, sums: list[Tensor], labels: Tensor) -> Tensor:
         """The slices' summed cross entropy over the valid pixels of all ranks."""
