@@ -136,6 +136,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,  # on a GPU one kernel a group, which reads fp16's overflow flag there too
         )
+        _start_momentum(self.optimizer)
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=self.autocast_dtype is torch.float16
         )
@@ -174,6 +175,7 @@ class Trainer:
         checkpoint.load_model(self.method, former["method"], self.last)
         self.method.load_extra_state(former["extra"])
         self.optimizer.load_state_dict(former["optimizer"])
+        _start_momentum(self.optimizer)
         self.scaler.load_state_dict(former["scaler"])
         self.iteration, self.best = former["iteration"], former["best"]
         if self.world.is_main:
@@ -458,6 +460,17 @@ def _set_determinism(config: Config, world: World) -> None:
     warn_only = world.device.type == "cuda"
     torch.use_deterministic_algorithms(config.deterministic, warn_only=warn_only)
     torch.backends.cudnn.benchmark = not config.deterministic
+
+
+def _start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Momentum 0, the same as none, for weights without: the projector has no gradient at first.
+
+    A fused step takes a group whose weights either all have one or all have none.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if group["momentum"] and "momentum_buffer" not in optimizer.state[weight]:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def _freeze_batch_norm(model: nn.Module) -> None:
