@@ -28,6 +28,7 @@ from cac_fast.train.evaluation import evaluate
 from cac_fast.train.log import Meters, RunLog, train_line
 from cac_fast.train.methods import build_method
 from cac_fast.train.networks import build_network, load_backbone_weights
+from cac_fast.train.optimizer import base_rates, build_optimizer, poly, start_momentum
 from cac_fast.train.profiling import StepProfile, phase
 from cac_fast.train.progress import show_progress
 from cac_fast.train.samples import SampleSheet
@@ -42,11 +43,6 @@ def train(config: Config, world: World) -> dict[str, Any]:
         InputError: something in the settings or the data cannot be used.
     """
     return Trainer(config, world).run()
-
-
-def poly(iteration: int, total: int, power: float) -> float:
-    """Factor of the poly schedule for the step after ``iteration`` ones (paper, Sec. 4.1)."""
-    return (1 - iteration / total) ** power
 
 
 class Trainer:
@@ -124,19 +120,7 @@ class Trainer:
         if config.compile:
             self.method.compile_features()
         self.method.to(device=device, memory_format=self.stream.memory_format)
-        backbone = list(self.network.backbone.parameters())
-        inside = {id(parameter) for parameter in backbone}
-        rest = [item for item in self.method.parameters() if id(item) not in inside]
-        rate = config.learning_rate
-        self.base_rates = (rate, rate * config.head_learning_rate_factor)
-        self.optimizer = torch.optim.SGD(
-            [{"params": backbone}, {"params": rest}],
-            lr=rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,  # on a GPU one kernel a group, which reads fp16's overflow flag there too
-        )
-        _start_momentum(self.optimizer)
+        self.optimizer = build_optimizer(self.method, config)
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=self.autocast_dtype is torch.float16
         )
@@ -175,7 +159,7 @@ class Trainer:
         checkpoint.load_model(self.method, former["method"], self.last)
         self.method.load_extra_state(former["extra"])
         self.optimizer.load_state_dict(former["optimizer"])
-        _start_momentum(self.optimizer)
+        start_momentum(self.optimizer)
         self.scaler.load_state_dict(former["scaler"])
         self.iteration, self.best = former["iteration"], former["best"]
         if self.world.is_main:
@@ -249,7 +233,7 @@ class Trainer:
     def _train_step(self, step: Step) -> None:
         config = self.config
         factor = poly(self.iteration, config.iterations, config.poly_power)
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, base_rates(config), strict=True):
             group["lr"] = rate * factor
         self.model.train()
         if config.freeze_bn:
@@ -460,17 +444,6 @@ def _set_determinism(config: Config, world: World) -> None:
     warn_only = world.device.type == "cuda"
     torch.use_deterministic_algorithms(config.deterministic, warn_only=warn_only)
     torch.backends.cudnn.benchmark = not config.deterministic
-
-
-def _start_momentum(optimizer: torch.optim.SGD) -> None:
-    """Momentum 0, the same as none, for weights without: the projector has no gradient at first.
-
-    A fused step takes a group whose weights either all have one or all have none.
-    """
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if group["momentum"] and "momentum_buffer" not in optimizer.state[weight]:
-                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def _freeze_batch_norm(model: nn.Module) -> None:
