@@ -28,6 +28,8 @@ from cac_fast.train.evaluation import evaluate
 from cac_fast.train.log import Meters, RunLog, train_line
 from cac_fast.train.methods import build_method
 from cac_fast.train.networks import build_network, load_backbone_weights
+from cac_fast.train.optimizer import base_rates, build_optimizer, poly, start_momentum
+from cac_fast.train.profiling import StepProfile, phase
 from cac_fast.train.progress import show_progress
 from cac_fast.train.samples import SampleSheet
 
@@ -41,11 +43,6 @@ def train(config: Config, world: World) -> dict[str, Any]:
         InputError: something in the settings or the data cannot be used.
     """
     return Trainer(config, world).run()
-
-
-def poly(iteration: int, total: int, power: float) -> float:
-    """Factor of the poly schedule for the step after ``iteration`` ones (paper, Sec. 4.1)."""
-    return (1 - iteration / total) ** power
 
 
 class Trainer:
@@ -72,9 +69,20 @@ class Trainer:
                 f"--batch-size {config.batch_size} cannot be split over {world.size} processes: "
                 "use a multiple of it"
             )
-        if config.batch_size == world.size and not config.freeze_bn and not self._syncs_bn():
+        images = config.batch_size // world.size
+        if images % config.accumulate:
             raise InputError(
-                "batch statistics need two images per process: use a larger --batch-size "
+                f"--accumulate {config.accumulate} cannot slice the {images} images per process: "
+                "use a divisor of them"
+            )
+        if images == config.accumulate and not config.freeze_bn and not self._syncs_bn():
+            raise InputError(
+                "batch statistics need two images per process and slice: use a larger "
+                "--batch-size, a smaller --accumulate or --freeze-bn"
+            )
+        if config.compile and self._syncs_bn() and not config.freeze_bn:
+            raise InputError(
+                "--compile cannot pass a batch norm over several processes: add --no-sync-bn "
                 "or --freeze-bn"
             )
         _set_determinism(config, world)
@@ -107,18 +115,12 @@ class Trainer:
         if self._syncs_bn():
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
         self.network = self.method.network
+        if config.checkpoint_activations:
+            self.network.checkpoint_activations()
+        if config.compile:
+            self.method.compile_features()
         self.method.to(device=device, memory_format=self.stream.memory_format)
-        backbone = list(self.network.backbone.parameters())
-        inside = {id(parameter) for parameter in backbone}
-        rest = [item for item in self.method.parameters() if id(item) not in inside]
-        rate = config.learning_rate
-        self.base_rates = (rate, rate * config.head_learning_rate_factor)
-        self.optimizer = torch.optim.SGD(
-            [{"params": backbone}, {"params": rest}],
-            lr=rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = build_optimizer(self.method, config)
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=self.autocast_dtype is torch.float16
         )
@@ -157,6 +159,7 @@ class Trainer:
         checkpoint.load_model(self.method, former["method"], self.last)
         self.method.load_extra_state(former["extra"])
         self.optimizer.load_state_dict(former["optimizer"])
+        start_momentum(self.optimizer)
         self.scaler.load_state_dict(former["scaler"])
         self.iteration, self.best = former["iteration"], former["best"]
         if self.world.is_main:
@@ -177,7 +180,7 @@ class Trainer:
         result = None
         try:
             with self._stop_signals():
-                for step in self._steps():
+                for step in self._profiled(self._steps()):
                     self._train_step(step)
                     result = self._after_step() or result
                     if self.stopped_by is not None:
@@ -219,10 +222,18 @@ class Trainer:
                 self.model = DistributedDataParallel(self.method, gradient_as_bucket_view=True)
             yield from self.stream.steps(self.iteration, end, both)
 
+    def _profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
+        config = self.config
+        if config.profile is None or not self.world.is_main:
+            return steps
+        trace = self.folder / "trace.json"
+        profile = StepProfile(config.profile, self.world.device, trace, self.log.say)
+        return profile.watch(steps, contrastive=config.method != "supervised")
+
     def _train_step(self, step: Step) -> None:
         config = self.config
         factor = poly(self.iteration, config.iterations, config.poly_power)
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, base_rates(config), strict=True):
             group["lr"] = rate * factor
         self.model.train()
         if config.freeze_bn:
@@ -230,10 +241,12 @@ class Trainer:
         amp = self.autocast_dtype is not None
         with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=amp):
             losses = self.model(step.labeled, step.unlabeled)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses["loss"]).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        with phase("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(losses["loss"]).backward()
+        with phase("optimizer"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.iteration += 1
         self.meters.add(self.iteration, losses, step.waited)
         self.log.step()
