@@ -74,16 +74,20 @@ def table(rows: list[Row]) -> str:
         cells = [three_digits(row.get(name)) for name in columns]
         cells += [three_digits(row["faster_than"][name]) + "x" for name in measured]
         lines.append([row["provider"], str(row["runs"]), *cells])
-    text = ""
-    if len(lines) > 1:
-        widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-        for line in lines:
-            first, *others = line
-            cells = [first.ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-            text += "| " + " | ".join(cells) + " |\n"
+    text = aligned(lines) if len(lines) > 1 else ""
     return text + "".join(f"- {', '.join(names)} {status}\n" for status, names in notes.items())
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """A head and lines of cells as a Markdown table, numbers to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    text = ""
+    for first, *others in (lines[0], rule, *lines[1:]):
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        text += "| " + " | ".join(cells) + " |\n"
+    return text
 
 
 def three_digits(number: float | None) -> str:

@@ -213,13 +213,24 @@ class Trainer:
             if self.iteration >= end:
                 continue
             both = self.iteration >= contrastive_from
-            self.method.set_unlabeled(both)
-            self.model: nn.Module = self.method
-            if self.world.size > 1:
-                self.model = DistributedDataParallel(self.method, gradient_as_bucket_view=True)
+            self.begin_phase(both)
             yield from self.stream.steps(self.iteration, end, both)
 
+    def begin_phase(self, both: bool) -> None:
+        """Make ready for steps with both batches, or with the labelled one alone."""
+        self.method.set_unlabeled(both)
+        self.model: nn.Module = self.method
+        if self.world.size > 1:
+            self.model = DistributedDataParallel(self.method, gradient_as_bucket_view=True)
+
     def _train_step(self, step: Step) -> None:
+        losses = self.optimize(step)
+        self.iteration += 1
+        self.meters.add(self.iteration, losses, step.waited)
+        self.log.step()
+
+    def optimize(self, step: Step) -> dict[str, torch.Tensor]:
+        """One optimizer step on the batches of ``step``; return the method's named scalars."""
         config = self.config
         factor = poly(self.iteration, config.iterations, config.poly_power)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
@@ -234,9 +245,7 @@ class Trainer:
         self.scaler.scale(losses["loss"]).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.iteration += 1
-        self.meters.add(self.iteration, losses, step.waited)
-        self.log.step()
+        return losses
 
     def _after_step(self) -> dict[str, Any] | None:
         """Log, evaluate and save where due; return the evaluation's result if there was one."""

@@ -1,0 +1,296 @@
+"""What one training step costs, on a synthetic batch that is already on the device.
+
+    python bench/train_step.py --baseline [--json FILE] [-- OPTION OF train/main.py ...]
+
+The step is the trainer's own, from the forward passes to the optimizer; data and logging are left
+out. The baseline (bench/train_step_baseline.py) is the same step as the paper's authors do it. Both
+start from equal weights, batch and negatives, and their losses and gradients must agree in float32
+before anything is timed; then all take turns. What follows ``--`` goes to the trainer as it is.
+Without options: the goal row of the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import report
+import torch
+from measure import Laps
+from report import three_digits
+from torch import Tensor, nn
+from train_step_baseline import BaselineStep
+from train_step_case import Case, make_step, make_trainer, problem
+
+from cac_fast import build_info
+from cac_fast.train.engine import Trainer
+from cac_fast.train.errors import InputError
+from cac_fast.train.networks import BACKBONES, NETWORKS
+
+PARTS = ("labelled forward", "unlabelled forward", "loss", "backward", "optimizer")
+# The goal rows.
+GOALS = {
+    "cpu": {"backbone": "resnet18", "crop_size": 128, "negatives": 25_600},
+    "cuda": {"backbone": "resnet50", "crop_size": 720, "negatives": 129_600},
+}
+WARM_UPS = 2
+LEGEND = """
+median, p20, p80: milliseconds a step; img/s: labelled and unlabelled images; then the medians of
+the parts; MB: peak memory in 10^6 bytes: weights, gradients, momentum, bank, what the step adds."""
+
+
+@dataclass
+class Contender:
+    """One way to do the step, and what was measured of it."""
+
+    name: str
+    case: Case
+    call: Callable[[], dict[str, Tensor]]
+    held: Callable[[], Iterable[Tensor]]
+    laps: Laps
+    times: list[dict[str, float]] = field(default_factory=list)
+    peak: int | None = None
+    active: int | None = None
+
+    def warm_up(self) -> None:
+        """Run a few times; take the peak memory of the last."""
+        for _ in range(WARM_UPS):
+            losses, extra = measure.peak_extra_bytes(self.call, self.laps.device)
+        if "active" in losses:
+            self.active = int(losses["active"])
+        if extra is not None:
+            self.peak = extra + sum(tensor.nbytes for tensor in self.held())
+
+    def run(self) -> None:
+        """Run once and keep its times."""
+        self.laps.start()
+        self.call()
+        self.times.append(self.laps.seconds())
+
+    def row(self) -> dict[str, Any]:
+        """The columns of the table and of the JSON file."""
+        totals = [sum(parts.values()) for parts in self.times]
+        median, low, high = (1e3 * float(np.percentile(totals, share)) for share in (50, 20, 80))
+        parts = {
+            name: 1e3 * float(np.median([lap.get(name, 0.0) for lap in self.times]))
+            for name in PARTS
+        }
+        case = {key: value for key, value in vars(self.case).items() if key != "device"}
+        return {
+            **case,
+            "provider": self.name,
+            "active": self.active,
+            "runs": len(totals),
+            "median_ms": median,
+            "p20_ms": low,
+            "p80_ms": high,
+            "images_per_s": 2e3 * self.case.batch_size / median,
+            "parts_ms": parts,
+            "loss_share": parts["loss"] / sum(parts.values()),
+            "peak_mb": None if self.peak is None else self.peak / 1e6,
+        }
+
+
+def trainer_contender(case: Case, trainer: Trainer) -> Contender:
+    """The trainer's step; its parts end where the method's own functions return."""
+    laps, method = Laps(case.device), trainer.method
+
+    def ends(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            laps.mark("loss")  # what lies between the forward passes
+            result = function(*arguments)
+            laps.mark(part)
+            return result
+
+        return timed
+
+    method.supervised_loss = ends("labelled forward", method.supervised_loss)
+    method.view = ends("unlabelled forward", method.view)
+    method.register_forward_hook(lambda *_: laps.mark("loss"))
+    trainer.optimizer.register_step_pre_hook(lambda *_: laps.mark("backward"))
+    trainer.optimizer.register_step_post_hook(lambda *_: laps.mark("optimizer"))
+    step = make_step(case, trainer.stream.memory_format)
+
+    def held() -> list[Tensor]:
+        bank = trainer.method.bank
+        return [*training_state(trainer.method, trainer.optimizer), bank.features, bank.labels]
+
+    return Contender("trainer", case, lambda: trainer.optimize(step), held, laps)
+
+
+def baseline_contender(case: Case, trainer: Trainer) -> Contender:
+    """The authors' step, from the same weights."""
+    laps = Laps(case.device)
+    baseline = BaselineStep(trainer, laps.mark)
+    step = make_step(case, torch.contiguous_format)
+
+    def held() -> list[Tensor]:
+        past = [tensor for pair in baseline.past for tensor in pair]
+        return [*training_state(baseline.method, baseline.optimizer), *past]
+
+    case = replace(case, precision="fp32", more=())
+    return Contender(
+        "baseline", case, lambda: baseline(step.labeled, step.unlabeled), held, laps
+    )
+
+
+def training_state(method: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Weights, buffers, gradients and momentum."""
+    weights = list(method.parameters())
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    momentum = [value for value in states if isinstance(value, Tensor)]
+    return [*weights, *method.buffers(), *gradients, *momentum]
+
+
+def take_turns(contenders: list[Contender], steps: int, minutes: float) -> None:
+    """Round-robin, so that what slows the machine down for a while hits all alike."""
+    begin = time.monotonic()
+    for contender in contenders:
+        progress(f"warm-up: {contender.name}, M {contender.case.negatives:,}")
+        contender.warm_up()
+    for turn in range(steps):
+        for contender in contenders:
+            contender.run()
+        shown = ", ".join(f"{1e3 * sum(c.times[-1].values()):.0f}" for c in contenders)
+        progress(f"step {turn + 1} of {steps}: {shown} ms")
+        if time.monotonic() - begin > 60 * minutes:
+            progress(f"the {minutes:g} minutes are over")
+            break
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows as Markdown."""
+    head = ["", "M", "n", "median", "p20", "p80", "img/s", *PARTS, "MB"]
+    lines = [head]
+    for row in rows:
+        numbers = [row[name] for name in ("median_ms", "p20_ms", "p80_ms", "images_per_s")]
+        numbers += [*row["parts_ms"].values(), row["peak_mb"]]
+        first = [row["provider"], f"{row['negatives']:,}", str(row["runs"])]
+        lines.append([*first, *map(three_digits, numbers)])
+    return report.aligned(lines)
+
+
+def add_ratios(contenders: list[Contender], rows: list[dict[str, Any]]) -> list[str]:
+    """Compare all with the first, the trainer's step; turn by turn, as these ran side by side."""
+    lines = []
+    first, ours = contenders[0], rows[0]
+    for contender, row in zip(contenders[1:], rows[1:], strict=True):
+        pairs = zip(contender.times, first.times, strict=True)
+        ratio = float(np.median([sum(a.values()) / sum(b.values()) for a, b in pairs]))
+        row["time_over_first"] = ratio
+        line = f"- {row['provider']}, M {row['negatives']:,}: {three_digits(ratio)} of the time"
+        if row["peak_mb"] is not None:
+            row["memory_over_first"] = row["peak_mb"] / ours["peak_mb"]
+            extra = row["peak_mb"] - ours["peak_mb"]
+            line += f", {three_digits(row['memory_over_first'])} of the memory ({extra:+.0f} MB)"
+        lines.append(f"{line} of the trainer's step with M {ours['negatives']:,}")
+    shares = ", ".join(
+        f"{100 * row['loss_share']:.2g}% with M {row['negatives']:,}"
+        for row in rows
+        if row["provider"] == "trainer"
+    )
+    return [*lines, f"- the loss's share of the step, without its backward: {shares}"]
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    def count(text: str) -> int:
+        factors = {"k": 1_000, "M": 1_000_000}
+        digits, factor = (text[:-1], factors[text[-1]]) if text[-1:] in factors else (text, 1)
+        number = round(float(digits) * factor)
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not positive")
+        return number
+
+    def counts(text: str) -> list[int]:
+        return [count(item) for item in text.split(",")]
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    size = {"type": count, "metavar": "N"}
+    parser.add_argument("--network", default="deeplabv3plus", choices=NETWORKS)
+    parser.add_argument("--backbone", choices=BACKBONES, help="resnet18; on a GPU resnet50")
+    parser.add_argument("--batch-size", **size, default=8, help="labelled, and as many unlabelled")
+    parser.add_argument("--crop-size", **size, help="128; on a GPU 720")
+    parser.add_argument("--negatives", **size, help="M in all: 25.6k; on a GPU 129.6k")
+    parser.add_argument(
+        "--sweep-negatives", type=counts, default=[], metavar="M,...", help="the trainer's step too"
+    )
+    parser.add_argument("--baseline", action="store_true", help="the authors' step too")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--device", default=devices[0], choices=devices)
+    parser.add_argument("--steps", **size, default=10, help="timed, of each (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for timing (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all rows, device, versions")
+    more: list[str] = []
+    if "--" in arguments:
+        cut = arguments.index("--")
+        arguments, more = arguments[:cut], arguments[cut + 1 :]
+    options = parser.parse_args(arguments)
+    for name, value in GOALS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.more = more
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and report; 1 where the two steps differ, 2 for options that cannot be used."""
+    options = parse(arguments)
+    names = "network backbone batch_size crop_size negatives precision more".split()
+    case = Case(device=torch.device(options.device), **{n: getattr(options, n) for n in names})
+    facts = measure.facts(case.device) | {"threads": torch.get_num_threads()}
+    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    try:
+        if options.baseline:
+            progress("comparing losses and gradients with the baseline's")
+            if wrong := problem(case):
+                print(f"nothing was timed: {wrong}")
+                return 1
+            gc.collect()
+        trainer = make_trainer(case)
+        contenders = [trainer_contender(case, trainer)]
+        if options.baseline:
+            contenders.append(baseline_contender(case, make_trainer(case)))
+        for negatives in options.sweep_negatives:
+            other = replace(case, negatives=negatives)
+            contenders.append(trainer_contender(other, make_trainer(other)))
+    except (InputError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    take_turns(contenders, options.steps, options.minutes)
+    rows = [contender.row() for contender in contenders]
+    lines = add_ratios(contenders, rows)
+    print(f"{LEGEND}\n\n{table(rows)}\n" + "\n".join(lines))
+    if options.json:
+        command = measure.command_line("bench/train_step.py", arguments)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "command": command,
+            **facts,
+            "gpu": measure.gpu_state(case.device),
+            "precision": trainer.precision,
+            "extension": build_info(),
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
