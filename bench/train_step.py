@@ -16,8 +16,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,131 +24,25 @@ import measure
 import numpy as np
 import report
 import torch
-from measure import Laps
 from report import three_digits
-from torch import Tensor, nn
-from train_step_baseline import BaselineStep
-from train_step_case import Case, make_step, make_trainer, problem
+from train_step_case import Case, make_trainer, problem
+from train_step_contenders import PARTS, Contender, baseline_contender, trainer_contender
 
 from cac_fast import build_info
-from cac_fast.train.engine import Trainer
 from cac_fast.train.errors import InputError
 from cac_fast.train.networks import BACKBONES, NETWORKS
 
-PARTS = ("labelled forward", "unlabelled forward", "loss", "backward", "optimizer")
 # The goal rows.
 GOALS = {
     "cpu": {"backbone": "resnet18", "crop_size": 128, "negatives": 25_600},
     "cuda": {"backbone": "resnet50", "crop_size": 720, "negatives": 129_600},
 }
-WARM_UPS = 2
+TIMES = ("median_ms", "p20_ms", "p80_ms", "cpu_ms", "images_per_s")
 LEGEND = """
-median, p20, p80: milliseconds a step; img/s: labelled and unlabelled images; then the medians of
-the parts; MB: peak memory in 10^6 bytes: weights, gradients, momentum, bank, what the step adds."""
-
-
-@dataclass
-class Contender:
-    """One way to do the step, and what was measured of it."""
-
-    name: str
-    case: Case
-    call: Callable[[], dict[str, Tensor]]
-    held: Callable[[], Iterable[Tensor]]
-    laps: Laps
-    times: list[dict[str, float]] = field(default_factory=list)
-    peak: int | None = None
-    active: int | None = None
-
-    def warm_up(self) -> None:
-        """Run a few times; take the peak memory of the last."""
-        for _ in range(WARM_UPS):
-            losses, extra = measure.peak_extra_bytes(self.call, self.laps.device)
-        if "active" in losses:
-            self.active = int(losses["active"])
-        if extra is not None:
-            self.peak = extra + sum(tensor.nbytes for tensor in self.held())
-
-    def run(self) -> None:
-        """Run once and keep its times."""
-        self.laps.start()
-        self.call()
-        self.times.append(self.laps.seconds())
-
-    def row(self) -> dict[str, Any]:
-        """The columns of the table and of the JSON file."""
-        totals = [sum(parts.values()) for parts in self.times]
-        median, low, high = (1e3 * float(np.percentile(totals, share)) for share in (50, 20, 80))
-        parts = {
-            name: 1e3 * float(np.median([lap.get(name, 0.0) for lap in self.times]))
-            for name in PARTS
-        }
-        case = {key: value for key, value in vars(self.case).items() if key != "device"}
-        return {
-            **case,
-            "provider": self.name,
-            "active": self.active,
-            "runs": len(totals),
-            "median_ms": median,
-            "p20_ms": low,
-            "p80_ms": high,
-            "images_per_s": 2e3 * self.case.batch_size / median,
-            "parts_ms": parts,
-            "loss_share": parts["loss"] / sum(parts.values()),
-            "peak_mb": None if self.peak is None else self.peak / 1e6,
-        }
-
-
-def trainer_contender(case: Case, trainer: Trainer) -> Contender:
-    """The trainer's step; its parts end where the method's own functions return."""
-    laps, method = Laps(case.device), trainer.method
-
-    def ends(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            laps.mark("loss")  # what lies between the forward passes
-            result = function(*arguments)
-            laps.mark(part)
-            return result
-
-        return timed
-
-    method.supervised_loss = ends("labelled forward", method.supervised_loss)
-    method.view = ends("unlabelled forward", method.view)
-    method.register_forward_hook(lambda *_: laps.mark("loss"))
-    trainer.optimizer.register_step_pre_hook(lambda *_: laps.mark("backward"))
-    trainer.optimizer.register_step_post_hook(lambda *_: laps.mark("optimizer"))
-    step = make_step(case, trainer.stream.memory_format)
-
-    def held() -> list[Tensor]:
-        bank = trainer.method.bank
-        return [*training_state(trainer.method, trainer.optimizer), bank.features, bank.labels]
-
-    return Contender("trainer", case, lambda: trainer.optimize(step), held, laps)
-
-
-def baseline_contender(case: Case, trainer: Trainer) -> Contender:
-    """The authors' step, from the same weights."""
-    laps = Laps(case.device)
-    baseline = BaselineStep(trainer, laps.mark)
-    step = make_step(case, torch.contiguous_format)
-
-    def held() -> list[Tensor]:
-        past = [tensor for pair in baseline.past for tensor in pair]
-        return [*training_state(baseline.method, baseline.optimizer), *past]
-
-    case = replace(case, precision="fp32", more=())
-    return Contender(
-        "baseline", case, lambda: baseline(step.labeled, step.unlabeled), held, laps
-    )
-
-
-def training_state(method: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Weights, buffers, gradients and momentum."""
-    weights = list(method.parameters())
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    momentum = [value for value in states if isinstance(value, Tensor)]
-    return [*weights, *method.buffers(), *gradients, *momentum]
+median, p20, p80: milliseconds a step; cpu: of all threads of the process, steadier than the clock's
+where others use the machine; img/s: labelled and unlabelled images; then the medians of the parts;
+MB: peak memory in 10^6 bytes: weights, gradients, momentum, bank, what the step adds; syncs: how
+often a step makes the host wait for a GPU."""
 
 
 def take_turns(contenders: list[Contender], steps: int, minutes: float) -> None:
@@ -170,11 +63,11 @@ def take_turns(contenders: list[Contender], steps: int, minutes: float) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """All rows as Markdown."""
-    head = ["", "M", "n", "median", "p20", "p80", "img/s", *PARTS, "MB"]
+    head = ["", "M", "n", "median", "p20", "p80", "cpu", "img/s", *PARTS, "MB", "syncs"]
     lines = [head]
     for row in rows:
-        numbers = [row[name] for name in ("median_ms", "p20_ms", "p80_ms", "images_per_s")]
-        numbers += [*row["parts_ms"].values(), row["peak_mb"]]
+        numbers = [row[name] for name in TIMES]
+        numbers += [*row["parts_ms"].values(), row["peak_mb"], row["host_syncs"]]
         first = [row["provider"], f"{row['negatives']:,}", str(row["runs"])]
         lines.append([*first, *map(three_digits, numbers)])
     return report.aligned(lines)
@@ -187,8 +80,9 @@ def add_ratios(contenders: list[Contender], rows: list[dict[str, Any]]) -> list[
     for contender, row in zip(contenders[1:], rows[1:], strict=True):
         pairs = zip(contender.times, first.times, strict=True)
         ratio = float(np.median([sum(a.values()) / sum(b.values()) for a, b in pairs]))
-        row["time_over_first"] = ratio
+        row["time_over_first"], row["cpu_over_first"] = ratio, row["cpu_ms"] / ours["cpu_ms"]
         line = f"- {row['provider']}, M {row['negatives']:,}: {three_digits(ratio)} of the time"
+        line += f" ({three_digits(row['cpu_over_first'])} of the CPU time)"
         if row["peak_mb"] is not None:
             row["memory_over_first"] = row["peak_mb"] / ours["peak_mb"]
             extra = row["peak_mb"] - ours["peak_mb"]
