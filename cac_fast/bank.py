@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -85,6 +86,37 @@ class FeatureBank:
         self._labels[slot, : len(labels)] = labels
         self._labels[slot, len(labels) :] = -1
         self.pushes += 1
+
+    @torch.no_grad()
+    def sample(self, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A uniform random subset of `count` of all the places, of every rank and step.
+
+        Returns features (count, dim), labels (count,) int64, and the weight, a 0-d float32: how
+        many stored rows each drawn one stands for, at least 1. The weight times a sum over the
+        drawn rows is an unbiased estimate of that sum over all. Empty places are drawn only where
+        fewer than `count` are filled; with `count` places or less, all are returned.
+
+        The draw is a function of `seed` and the number of pushes: the same on every rank, and after
+        a resume. Nothing waits for the device.
+
+        Raises ValueError for a count below 1.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, not {count}")
+        features, labels = self.features, self.labels
+        if count >= len(labels):
+            return features, labels, torch.ones((), device=labels.device)
+        generator = torch.Generator(labels.device)
+        # Hashed, as the generator of a CPU heeds 32 bits alone.
+        state = np.random.SeedSequence((seed, self.pushes)).generate_state(1)
+        generator.manual_seed(int(state[0]))
+        # Among float32 keys some would be equal, and which of them are drawn up to the algorithm.
+        keys = torch.rand(
+            len(labels), generator=generator, dtype=torch.float64, device=labels.device
+        )
+        rows = (keys + (labels < 0)).topk(count, largest=False, sorted=False).indices
+        weight = ((labels >= 0).sum() / count).clamp_min(1)
+        return features[rows], labels[rows], weight
 
     def state_dict(self) -> dict[str, Any]:
         """The ring and the number of pushes, as plain tensors and numbers (not copies)."""

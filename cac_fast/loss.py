@@ -103,6 +103,11 @@ class DirectionalContrastiveLoss(nn.Module):
     directional, contrastive, negative_sampling: switches of Table 3. Off, they mean: both
         directions are always active; squared l2 distance of each active pair instead of the
         contrast; all negatives but those of the anchor's own image location.
+    max_negatives: the loss meets a random subset of the bank, of so many rows, drawn from `seed`
+        and the number of pushes: its time stays the same as ranks and steps are added. With N of M
+        rows drawn, the sum over the negatives in Eq. 5 is M/N times that over the drawn ones, an
+        unbiased estimate of it; the loss, as its logarithm, is on average a little below that of
+        all negatives, by less the larger N. None: all.
     negatives_per_view: so many random locations of each view are negatives (all if there are
         fewer); None: all.
     backend: "auto" or a name from `cac_fast.backends()`.
@@ -120,6 +125,8 @@ class DirectionalContrastiveLoss(nn.Module):
         contrastive: bool = True,
         negative_sampling: bool = True,
         negatives_per_view: int | None = None,
+        max_negatives: int | None = None,
+        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -128,6 +135,8 @@ class DirectionalContrastiveLoss(nn.Module):
         check_choice("normalization", normalization, _NORMALIZATIONS)
         if negatives_per_view is not None and negatives_per_view < 1:
             raise ValueError(f"negatives_per_view must be at least 1, not {negatives_per_view}")
+        if max_negatives is not None and (max_negatives < 1 or bank is None):
+            raise ValueError(f"max_negatives ({max_negatives}) must be at least 1 and needs a bank")
         check_backend(backend)
         self.temperature = temperature
         self.threshold = threshold
@@ -137,6 +146,8 @@ class DirectionalContrastiveLoss(nn.Module):
         self.contrastive = contrastive
         self.negative_sampling = negative_sampling
         self.negatives_per_view = negatives_per_view
+        self.max_negatives = max_negatives
+        self.seed = seed
         self.backend = backend
 
     def forward(
@@ -185,11 +196,18 @@ class DirectionalContrastiveLoss(nn.Module):
             if self.bank is not None:
                 self.bank.push(pool, pool_labels)
                 pool, pool_labels = self.bank.features, self.bank.labels
+            targets = positives
+            if self.max_negatives is not None:
+                pool, pool_labels, weight = self.bank.sample(self.max_negatives, self.seed)
+                # Eq. 5 knows sum and positive by their ratio alone: a weight on the sum is as much
+                # off the positive's logit. Along the anchor, as the cosine's Jacobian then takes
+                # what this adds to the gradient away again.
+                targets = positives - self.temperature * weight.log() * constants
             negatives = (pool_labels >= 0).sum()
             dtype = features1.dtype
             loss, _ = dc_loss_rows(
                 anchors.to(dtype),
-                positives.to(dtype),
+                targets.to(dtype),
                 pool,
                 labels,
                 pool_labels,

@@ -152,6 +152,58 @@ def test_state_of_another_bank_is_refused() -> None:
             other.load_state_dict(state)
 
 
+def filled(pushes: int) -> FeatureBank:
+    """Two steps of 20 rows, whose features are their labels; the last 5 of a push are empty."""
+    bank = FeatureBank(steps=2, dim=1, dtype=torch.float32)
+    for number in range(pushes):
+        labels = 100 * (number % 2) + torch.arange(20)
+        bank.push(labels.unsqueeze(1).float(), labels.masked_fill(torch.arange(20) >= 15, -1))
+    return bank
+
+
+def test_sample_is_a_uniform_subset() -> None:
+    """Each of the 30 filled places is drawn equally often; the weighted sum meets the whole one."""
+    bank = filled(2)
+    counts: dict[int, int] = dict.fromkeys(bank.labels[bank.labels >= 0].tolist(), 0)
+    sums = []
+    draws = 600
+    for seed in range(draws):
+        features, labels, weight = bank.sample(10, seed)
+        assert weight == 3 and labels.unique().numel() == 10 and labels.min() >= 0
+        assert torch.equal(features[:, 0], labels.float())
+        sums.append((weight * features.sum()).item())
+        for label in labels.tolist():
+            counts[label] += 1
+    spread = (draws * (1 / 3) * (2 / 3)) ** 0.5
+    assert len(counts) == 30
+    assert all(abs(count - draws / 3) < 4.5 * spread for count in counts.values())
+    whole = bank.features[bank.labels >= 0].sum().item()
+    mean, error = torch.tensor(sums).mean().item(), torch.tensor(sums).std().item() / draws**0.5
+    assert abs(mean - whole) < 4 * error
+
+
+def test_sample_depends_on_seed_and_pushes_alone() -> None:
+    bank, resumed = filled(4), FeatureBank(steps=2, dim=1, dtype=torch.float32)
+    resumed.load_state_dict(bank.state_dict())
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = bank.sample(10, seed=1)[1]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(resumed.sample(10, seed=1)[1], first)
+    assert not torch.equal(bank.sample(10, seed=2)[1], first)
+    assert not torch.equal(filled(6).sample(10, seed=1)[1], first)  # the same rows, two steps on
+
+
+def test_sample_takes_empty_places_last() -> None:
+    bank = filled(1)
+    _, labels, weight = bank.sample(18, seed=0)
+    assert sorted(labels.tolist()) == [-1] * 3 + list(range(15)) and weight == 1
+    _, labels, weight = bank.sample(40, seed=0)
+    assert len(labels) == 40 and weight == 1
+    with pytest.raises(ValueError, match="count"):
+        bank.sample(0, seed=0)
+
+
 TWO_RANKS = """
 import sys
 import torch
@@ -177,6 +229,13 @@ found = sorted((bank.labels[used] - big).tolist())
 assert found == [100, 101, 110, 111, 112, 200, 210], found
 assert torch.equal(bank.features[used][:, 2].float(), (bank.labels[used] - big).float())
 assert bank.labels.shape == (12,), bank.labels.shape
+
+# What is drawn is the same on every rank.
+rows, labels, weight = bank.sample(5, seed=3)
+everyone = [torch.zeros_like(labels) for _ in range(2)]
+dist.all_gather(everyone, labels)
+assert torch.equal(*everyone)
+assert weight == 7 / 5, weight
 
 # A ring of another number of ranks, which two do not divide: nothing of it outlives its steps.
 bank = FeatureBank(steps=1, dim=3)

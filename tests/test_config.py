@@ -86,6 +86,15 @@ def test_differences_name_what_changes_the_result():
     assert difference.startswith("crop_size: 320 there, 64 here")
 
 
+def test_a_run_made_before_a_setting_was_there_goes_on():
+    settings = config.parse(BASE)
+    former = dataclasses.asdict(settings)
+    del former["forward"], former["accumulate"]
+    assert config.differences(settings, former) == []
+    changed = config.parse([*BASE, "--forward", "joint"])
+    assert config.differences(changed, former) == ["forward: 'separate' there, 'joint' here"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -105,6 +114,9 @@ def test_differences_name_what_changes_the_result():
         ([*BASE, "--learning-rate", "-1"], "--learning-rate -1.0: must be positive"),
         ([*BASE, "--learning-rate", "nan"], "--learning-rate nan: expected a number"),
         ([*BASE, "--batch-size", "0"], "--batch-size 0: must be positive"),
+        ([*BASE, "--accumulate", "0"], "--accumulate 0: must be positive"),
+        ([*BASE, "--forward", "jiont"], "did you mean joint?"),
+        ([*BASE, "--compile", "--checkpoint-activations"], "use one of them"),
         ([*BASE, "--labeled-scale", "2"], "two numbers"),
         ([*BASE, "--labeled-scale", "2,1"], "lower first"),
         ([*BASE, "--iou-range", "0.5,1.5"], "at most 1"),

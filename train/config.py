@@ -67,6 +67,19 @@ class Config:
         ("auto", "fp32", "bf16", "fp16"),
     )
     channels_last: bool = setting(True, "channels_last memory format")
+    accumulate: int = setting(
+        1, "less memory: the network sees the batch in this many slices, computed twice"
+    )
+    forward: str = setting(
+        "separate",
+        "separate (authors): labelled images and both views have batch statistics of their own; "
+        "joint: one pass over all",
+        ("separate", "joint"),
+    )
+    compile: bool = setting(False, "compile the network for training (torch.compile)")
+    checkpoint_activations: bool = setting(
+        False, "less memory: the network's blocks are computed again in the backward pass"
+    )
     deterministic: bool = setting(False, "deterministic algorithms only")
     restart: bool = setting(False, "start over even if the run folder holds a run")
     eval_every: int | None = setting(
@@ -74,6 +87,9 @@ class Config:
     )
     save_every: int = setting(500, "iterations between checkpoints")
     log_every: int = setting(20, "iterations between lines of metrics.jsonl")
+    profile: int | None = setting(
+        None, "profile this many steps: shares of time, and trace.json in the run folder"
+    )
 
     # Optimisation (paper, Sec. 4.1)
     learning_rate: float = setting(0.002, "base learning rate of the backbone")
@@ -116,6 +132,9 @@ class Config:
     )
     negatives_per_view: int | None = setting(
         None, "authors: this many random negatives per view and process (default, paper: all)"
+    )
+    max_negatives: int | None = setting(
+        None, "the loss meets so many random negatives of the bank, each counted M/N-fold"
     )
     bank_past_steps: int = setting(
         0, "past steps whose negatives are kept besides the current one's"
@@ -204,7 +223,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 FREE = frozenset(
     (
         "data_dir output workers device eval_every save_every log_every restart dc_backend labeled "
-        "unlabeled"
+        "unlabeled checkpoint_activations compile profile"
     ).split()
 )
 
@@ -239,9 +258,12 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 def differences(config: Config, former: dict[str, Any]) -> list[str]:
     """Settings that change what is computed and differ from those of a ``former`` run."""
     return [
-        f"{name}: {former.get(name)!r} there, {value!r} here"
-        for name, value in dataclasses.asdict(config).items()
-        if name not in FREE and _plain(former.get(name)) != _plain(value)
+        f"{field.name}: {there!r} there, {here!r} here"
+        for field in dataclasses.fields(config)
+        # A run made before a setting was there did what is the default now.
+        for there in [former.get(field.name, field.default)]
+        for here in [getattr(config, field.name)]
+        if field.name not in FREE and _plain(there) != _plain(here)
     ]
 
 
@@ -374,7 +396,10 @@ def _check(config: Config) -> None:
         raise InputError(
             f"--crop-size {config.crop_size} is not a multiple of 8: use {lower} or {lower + 8}"
         )
-    counts = "iterations batch_size save_every log_every eval_every negatives_per_view base_size"
+    counts = (
+        "iterations batch_size save_every log_every eval_every negatives_per_view base_size "
+        "accumulate profile max_negatives"
+    )
     for name in [*counts.split(), "temperature", "learning_rate", "head_learning_rate_factor"]:
         value = getattr(config, name)
         if value is not None and (value <= 0 if isinstance(value, float) else value < 1):
@@ -390,6 +415,11 @@ def _check(config: Config) -> None:
             raise InputError(
                 f"--{name.replace('_', '-')} {low},{high}: give two positive numbers, lower first"
             )
+    if config.compile and config.checkpoint_activations:
+        raise InputError(
+            "--compile cuts its graph at each block of --checkpoint-activations: use one of them, "
+            "or --compile with --accumulate"
+        )
     if config.momentum >= 1:
         raise InputError(f"--momentum {config.momentum}: must be below 1")
     if config.seed >= 2**32:

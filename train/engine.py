@@ -28,6 +28,7 @@ from cac_fast.train.evaluation import evaluate
 from cac_fast.train.log import Meters, RunLog, train_line
 from cac_fast.train.methods import build_method
 from cac_fast.train.networks import build_network, load_backbone_weights
+from cac_fast.train.profiling import StepProfile, phase
 from cac_fast.train.progress import show_progress
 from cac_fast.train.samples import SampleSheet
 
@@ -72,9 +73,20 @@ class Trainer:
                 f"--batch-size {config.batch_size} cannot be split over {world.size} processes: "
                 "use a multiple of it"
             )
-        if config.batch_size == world.size and not config.freeze_bn and not self._syncs_bn():
+        images = config.batch_size // world.size
+        if images % config.accumulate:
             raise InputError(
-                "batch statistics need two images per process: use a larger --batch-size "
+                f"--accumulate {config.accumulate} cannot slice the {images} images per process: "
+                "use a divisor of them"
+            )
+        if images == config.accumulate and not config.freeze_bn and not self._syncs_bn():
+            raise InputError(
+                "batch statistics need two images per process and slice: use a larger "
+                "--batch-size, a smaller --accumulate or --freeze-bn"
+            )
+        if config.compile and self._syncs_bn() and not config.freeze_bn:
+            raise InputError(
+                "--compile cannot pass a batch norm over several processes: add --no-sync-bn "
                 "or --freeze-bn"
             )
         _set_determinism(config, world)
@@ -107,6 +119,10 @@ class Trainer:
         if self._syncs_bn():
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
         self.network = self.method.network
+        if config.checkpoint_activations:
+            self.network.checkpoint_activations()
+        if config.compile:
+            self.method.compile_features()
         self.method.to(device=device, memory_format=self.stream.memory_format)
         backbone = list(self.network.backbone.parameters())
         inside = {id(parameter) for parameter in backbone}
@@ -118,6 +134,7 @@ class Trainer:
             lr=rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            fused=True,  # on a GPU one kernel a group, which reads fp16's overflow flag there too
         )
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=self.autocast_dtype is torch.float16
@@ -177,7 +194,7 @@ class Trainer:
         result = None
         try:
             with self._stop_signals():
-                for step in self._steps():
+                for step in self._profiled(self._steps()):
                     self._train_step(step)
                     result = self._after_step() or result
                     if self.stopped_by is not None:
@@ -213,15 +230,23 @@ class Trainer:
             if self.iteration >= end:
                 continue
             both = self.iteration >= contrastive_from
-            self.begin_phase(both)
+            self.use_unlabeled(both)
             yield from self.stream.steps(self.iteration, end, both)
 
-    def begin_phase(self, both: bool) -> None:
-        """Make ready for steps with both batches, or with the labelled one alone."""
-        self.method.set_unlabeled(both)
+    def use_unlabeled(self, used: bool) -> None:
+        """Make ready for steps with unlabelled images, or for steps without."""
+        self.method.set_unlabeled(used)
         self.model: nn.Module = self.method
         if self.world.size > 1:
             self.model = DistributedDataParallel(self.method, gradient_as_bucket_view=True)
+
+    def _profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
+        config = self.config
+        if config.profile is None or not self.world.is_main:
+            return steps
+        trace = self.folder / "trace.json"
+        profile = StepProfile(config.profile, self.world.device, trace, self.log.say)
+        return profile.watch(steps, contrastive=config.method != "supervised")
 
     def _train_step(self, step: Step) -> None:
         losses = self.optimize(step)
@@ -241,10 +266,12 @@ class Trainer:
         amp = self.autocast_dtype is not None
         with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=amp):
             losses = self.model(step.labeled, step.unlabeled)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses["loss"]).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        with phase("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(losses["loss"]).backward()
+        with phase("optimizer"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         return losses
 
     def _after_step(self) -> dict[str, Any] | None:

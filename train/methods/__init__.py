@@ -24,4 +24,4 @@ def build_method(
         raise InputError(f"--dc-backend {config.dc_backend} cannot be used: {missing}; use auto")
     if config.method == "cac":
         return CAC(network, world, config, bank_dtype)
-    return Supervised(network, world)
+    return Supervised(network, world, config)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cac_fast import DirectionalContrastiveLoss, FeatureBank, overlap_from_crops
+from cac_fast.loss import DCLossOutput
 from cac_fast.train.config import Config
 from cac_fast.train.distributed import World
 from cac_fast.train.methods.supervised import Batch, Supervised
 from cac_fast.train.networks import Segmenter
+from cac_fast.train.profiling import phase
 
 PROJECTOR_CHANNELS = 128  # paper, Sec. 4.1
+
+View = tuple[Tensor, Tensor]
+"""Projected features (B, D, h, w) and class logits (B, K, h, w)."""
 
 
 class CAC(Supervised):
@@ -27,8 +34,9 @@ class CAC(Supervised):
     """
 
     def __init__(self, network: Segmenter, world: World, config: Config, bank_dtype: Any) -> None:
-        super().__init__(network, world)
+        super().__init__(network, world, config)
         self.weight = config.dc_weight
+        self.joint = config.forward == "joint"
         channels = network.feature_channels
         self.projector: nn.Module = nn.Identity()
         if config.projector:
@@ -48,6 +56,8 @@ class CAC(Supervised):
             contrastive=config.contrastive,
             negative_sampling=config.negative_sampling,
             negatives_per_view=config.negatives_per_view,
+            max_negatives=config.max_negatives,
+            seed=config.seed,
             backend=config.dc_backend,
         )
 
@@ -55,19 +65,62 @@ class CAC(Supervised):
         # DDP waits for the gradient of every parameter that requires one.
         self.projector.requires_grad_(used)
 
-    def view(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected features (B, D, h, w) and logits (B, K, h, w) of a view, at 1/8 of the crop."""
-        features = self.network.features(images)
+    def view(self, features: Tensor) -> View:
+        """Projected features (B, D, h, w) and logits (B, K, h, w), at 1/8 of the crop, of E's."""
         if self.network.feature_stride == 4:
             features = F.avg_pool2d(features, 2)
         return self.projector(features), self.network.classify(features)
 
     def forward(self, labeled: Batch, unlabeled: Batch | None) -> Batch:
-        losses = super().forward(labeled, unlabeled)
         if unlabeled is None:
-            return losses
-        features1, logits1 = self.view(unlabeled["image1"])
-        features2, logits2 = self.view(unlabeled["image2"])
+            return super().forward(labeled, unlabeled)
+        networks = self.joint_forward if self.joint else self.separate_forward
+        loss_ce, views = networks(labeled, unlabeled)
+        with phase("loss"):
+            dc = self.contrast(*views, unlabeled)
+        losses = {
+            "loss": loss_ce + self.weight * dc.loss,
+            "loss_ce": loss_ce.detach(),
+            "loss_dc": dc.loss.detach(),
+            "active": dc.active,
+            "pairs": dc.pairs,
+            "negatives": dc.negatives,
+            "positive_cosine": dc.positive_cosine,
+        }
+        if dc.false_negatives is not None:
+            losses["false_negatives"] = dc.false_negatives
+        return losses
+
+    def separate_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, list[View]]:
+        """Cross entropy and both views of three passes, each with its own batch statistics."""
+        loss_ce, views = self.supervised_loss(labeled, keep_last=False), []
+        with phase("forward unlabelled"):
+            for name, last in (("image1", False), ("image2", True)):
+                slices = self.sliced(self.unlabeled_view, unlabeled[name], keep_last=last)
+                views.append(_join(slices))
+        return loss_ce, views
+
+    def joint_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, list[View]]:
+        """The same of one pass over all images, with batch statistics of all of them."""
+        images = labeled["image"], labeled["label"], unlabeled["image1"], unlabeled["image2"]
+        with phase("forward"):
+            sums, *views = zip(*self.sliced(self.joint_slice, *images, keep_last=True), strict=True)
+            return self.normalized(list(sums), labeled["label"]), [_join(view) for view in views]
+
+    def joint_slice(
+        self, images: Tensor, labels: Tensor, images1: Tensor, images2: Tensor
+    ) -> tuple[Tensor, View, View]:
+        """Summed cross entropy and both views of a slice, each part with as many images."""
+        parts = self.features(torch.cat((images, images1, images2))).chunk(3)
+        return self.cross_entropy_sum(parts[0], labels), self.view(parts[1]), self.view(parts[2])
+
+    def unlabeled_view(self, images: Tensor) -> View:
+        """:meth:`view` of images (B, 3, H, W)."""
+        return self.view(self.features(images))
+
+    def contrast(self, view1: View, view2: View, unlabeled: Batch) -> DCLossOutput:
+        """The contrastive loss of two views of a batch."""
+        (features1, logits1), (features2, logits2) = view1, view2
         overlap = overlap_from_crops(
             *(unlabeled[name] for name in ("offset", "flip1", "flip2", "valid1", "valid2")),
             size=features1.shape[-2:],
@@ -75,19 +128,15 @@ class CAC(Supervised):
         truth = None
         if "truth1" in unlabeled:
             truth = (unlabeled["truth1"].long(), unlabeled["truth2"].long())
-        dc = self.dc_loss(features1, features2, logits1, logits2, overlap, truth)
-        losses["loss"] = losses["loss"] + self.weight * dc.loss
-        losses["loss_dc"] = dc.loss.detach()
-        losses["active"] = dc.active
-        losses["pairs"] = dc.pairs
-        losses["negatives"] = dc.negatives
-        losses["positive_cosine"] = dc.positive_cosine
-        if dc.false_negatives is not None:
-            losses["false_negatives"] = dc.false_negatives
-        return losses
+        return self.dc_loss(features1, features2, logits1, logits2, overlap, truth)
 
     def extra_state(self) -> dict[str, Any]:
         return {"bank": self.bank.state_dict()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.bank.load_state_dict(state["bank"])
+
+
+def _join(slices: Iterable[View]) -> View:
+    features, logits = (torch.cat(parts) for parts in zip(*slices, strict=True))
+    return features, logits

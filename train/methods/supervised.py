@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cac_fast.train.config import Config
 from cac_fast.train.distributed import World
-from cac_fast.train.networks import Segmenter
+from cac_fast.train.networks import Segmenter, in_slices, upsample_logits
+from cac_fast.train.profiling import phase
 
 Batch = dict[str, Tensor]
 
@@ -18,26 +22,58 @@ class Supervised(nn.Module):
     ``forward(labeled, unlabeled)`` returns named scalars; ``"loss"`` is the one to minimise. It is
     scaled so that the mean of the gradients over ranks, which DDP takes, is the gradient of the
     global loss.
+
+    With ``config.accumulate`` > 1 the network sees the batch in so many slices, whose activations
+    backward computes again, a slice at a time. The losses are taken once, of the whole batch, so
+    that every denominator and every negative is that of the step in one pass. It costs one more
+    forward pass, which a loss with fewer negatives for the earlier slices would have saved.
     """
 
-    def __init__(self, network: Segmenter, world: World) -> None:
+    def __init__(self, network: Segmenter, world: World, config: Config) -> None:
         super().__init__()
         self.network = network
         self.world = world
+        self.num_slices = config.accumulate
+        self.features = network.features
+
+    def compile_features(self) -> None:
+        """Compile the encoder for training, once for each shape of batch.
+
+        The network itself stays as it was: its weight names too, and evaluation in original sizes
+        would compile for every size.
+        """
+        self.features = torch.compile(self.network.features, dynamic=False)
 
     def set_unlabeled(self, used: bool) -> None:
         """Say whether the coming steps use unlabelled images (no part of this method does)."""
 
-    def supervised_loss(self, labeled: Batch) -> Tensor:
-        """Cross entropy of ``image`` (B, 3, H, W) by ``label`` (B, H, W) uint8, 255 ignored."""
-        labels = labeled["label"].long()
-        logits = self.network(labeled["image"]).float()
-        total = F.cross_entropy(logits, labels, ignore_index=255, reduction="sum")
+    def sliced(self, function: Any, *batch: Tensor, keep_last: bool = False) -> list[Any]:
+        """``function`` of each slice of a batch; see :func:`in_slices`."""
+        return in_slices(function, self.num_slices, self, *batch, keep_last=keep_last)
+
+    def cross_entropy_sum(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross entropy by labels (B, H, W) uint8, 255 ignored, of the upsampled logits."""
+        logits = upsample_logits(self.network.classify(features), labels.shape[-2:])
+        return F.cross_entropy(logits, labels.long(), ignore_index=255, reduction="sum")
+
+    def labeled_sum(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross entropy of images (B, 3, H, W)."""
+        return self.cross_entropy_sum(self.features(images), labels)
+
+    def normalized(self, sums: list[Tensor], labels: Tensor) -> Tensor:
+        """The slices' summed cross entropy over the valid pixels of all ranks."""
         valid = self.world.all_reduce((labels != 255).sum()).clamp(min=1)
-        return total * self.world.size / valid
+        return torch.stack(sums).sum() * self.world.size / valid
+
+    def supervised_loss(self, labeled: Batch, keep_last: bool) -> Tensor:
+        """Cross entropy of ``image`` (B, 3, H, W) by ``label`` (B, H, W) uint8, 255 ignored."""
+        images, labels = labeled["image"], labeled["label"]
+        with phase("forward labelled"):
+            sums = self.sliced(self.labeled_sum, images, labels, keep_last=keep_last)
+            return self.normalized(sums, labels)
 
     def forward(self, labeled: Batch, unlabeled: Batch | None) -> Batch:
-        loss = self.supervised_loss(labeled)
+        loss = self.supervised_loss(labeled, keep_last=True)
         return {"loss": loss, "loss_ce": loss.detach()}
 
     def extra_state(self) -> dict[str, torch.Tensor]:

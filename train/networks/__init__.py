@@ -6,6 +6,7 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.networks.backbones import BACKBONES, build_backbone
 from cac_fast.train.networks.deeplabv3plus import DeepLabV3PlusHead
 from cac_fast.train.networks.pspnet import PSPHead
+from cac_fast.train.networks.recompute import in_slices
 from cac_fast.train.networks.segmenter import Segmenter, upsample_logits
 from cac_fast.train.networks.weights import WeightsReport, load_backbone_weights
 
@@ -17,6 +18,7 @@ __all__ = [
     "Segmenter",
     "WeightsReport",
     "build_network",
+    "in_slices",
     "load_backbone_weights",
     "upsample_logits",
 ]

@@ -44,6 +44,10 @@ class ResNetBackbone(nn.Module):
         low = self.layer1(x)
         return low, self.layer4(self.layer3(self.layer2(low)))
 
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks."""
+        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
+
 
 class MobileNetV2Backbone(nn.Module):
     """torchvision's mobilenet_v2 without its last 1x1 convolution (`features.18`) and classifier.
@@ -69,6 +73,10 @@ class MobileNetV2Backbone(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low = self.features[:4](x)
         return low, self.features[4:](low)
+
+    def blocks(self) -> list[nn.Module]:
+        """The inverted residual blocks, without the stem."""
+        return list(self.features[1:])
 
 
 def build_backbone(name: str, output_stride: int) -> ResNetBackbone | MobileNetV2Backbone:

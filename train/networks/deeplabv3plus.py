@@ -60,3 +60,7 @@ class DeepLabV3PlusHead(nn.Module):
         high = self.dropout(self.aspp(high))
         high = F.interpolate(high, size=low.shape[-2:], mode="bilinear", align_corners=True)
         return self.decoder(torch.cat([high, self.reduce(low)], dim=1))
+
+    def blocks(self) -> list[nn.Module]:
+        """ASPP, the reduction of the low-level features, decoder."""
+        return [self.aspp, self.reduce, self.decoder]

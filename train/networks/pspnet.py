@@ -34,3 +34,7 @@ class PSPHead(nn.Module):
         size = high.shape[-2:]
         pooled = [F.interpolate(bins(high), size=size, mode="bilinear") for bins in self.pyramid]
         return self.bottleneck(torch.cat([high, *pooled], dim=1))
+
+    def blocks(self) -> list[nn.Module]:
+        """The bins and the bottleneck."""
+        return [*self.pyramid, self.bottleneck]

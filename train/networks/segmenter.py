@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cac_fast.train.networks.recompute import recompute_blocks
+
 
 class Segmenter(nn.Module):
     """backbone -> head (together the encoder E of the paper) -> classifier C.
@@ -36,6 +38,10 @@ class Segmenter(nn.Module):
     def feature_stride(self) -> int:
         """Pixels of the image per location of `features`, per axis."""
         return self.head.feature_stride
+
+    def checkpoint_activations(self) -> None:
+        """Keep the inputs of the encoder's blocks alone; backward computes the rest again."""
+        recompute_blocks([*self.backbone.blocks(), *self.head.blocks()])
 
     def features(self, x: Tensor) -> Tensor:
         """E: normalized images (B, 3, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""

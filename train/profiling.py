@@ -1,0 +1,129 @@
+"""Where the time of a step goes: a Chrome trace of a few steps, and the share of each phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from cac_fast.train.data.stream import Step
+
+WARM_UP = 5  # steps; the first ones choose algorithms, compile and allocate
+
+_clock: Clock | None = None
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Name a part of the step; phases do not nest. Nothing is timed unless a profile is running."""
+    clock = _clock
+    with record_function(name):
+        if clock is None:
+            yield
+            return
+        start = clock.now()
+        yield
+        clock.spans.append((name, start, clock.now()))
+
+
+@contextmanager
+def clocked(device: torch.device) -> Iterator[Clock]:
+    """Time the phases of what runs inside."""
+    global _clock
+    _clock = Clock(device)
+    try:
+        yield _clock
+    finally:
+        _clock = None
+
+
+class StepProfile:
+    """Profiles ``count`` steps of a run, which goes on unchanged (but slower) meanwhile.
+
+    It begins ``WARM_UP`` steps after the unlabelled images, or for the supervised method after the
+    first step. ``path`` gets the Chrome trace. ``say`` gets one line: milliseconds a step, and each
+    phase's share of them, in time of the device. The rest is what has no name: copies to the
+    device, logging, and evaluations that fell due.
+    """
+
+    def __init__(
+        self, count: int, device: torch.device, path: Path, say: Callable[[str], None]
+    ) -> None:
+        self.count, self.device, self.path, self.say = count, device, path, say
+
+    def watch(self, steps: Iterator[Step], contrastive: bool) -> Iterator[Step]:
+        """Hand on ``steps``. ``contrastive``: wait for those with unlabelled images."""
+        global _clock
+        seen = 0
+        profiler = profile(activities=_activities(self.device))
+        began = 0.0
+        try:
+            while True:
+                with phase("data wait"):
+                    step = next(steps, None)
+                if step is None:
+                    break
+                yield step
+                seen += step.unlabeled is not None or not contrastive
+                if _clock is None and seen == WARM_UP:
+                    profiler.start()
+                    _clock = Clock(self.device)
+                    began = _settled(self.device)
+                elif _clock is not None and seen == WARM_UP + self.count:
+                    seconds = _settled(self.device) - began
+                    clock, _clock = _clock, None
+                    profiler.stop()
+                    profiler.export_chrome_trace(str(self.path))
+                    self._report(seconds, clock.totals())
+        finally:
+            if _clock is not None:
+                _clock = None
+                profiler.stop()
+        if seen < WARM_UP + self.count:
+            self.say(f"the run was too short to profile {self.count} steps: no trace")
+
+    def _report(self, seconds: float, totals: dict[str, float]) -> None:
+        totals["rest"] = seconds - sum(totals.values())
+        shares = ", ".join(f"{name} {value / seconds:.1%}" for name, value in totals.items())
+        self.say(
+            f"profile of {self.count} steps, {1000 * seconds / self.count:.1f} ms each: {shares}; "
+            f"trace in {self.path}"
+        )
+
+
+class Clock:
+    """Times on the device, read at the end: taking one never waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.spans: list[tuple[str, torch.cuda.Event | float, torch.cuda.Event | float]] = []
+
+    def now(self) -> torch.cuda.Event | float:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by phase, in the order in which they first came."""
+        sums: dict[str, float] = {}
+        for name, start, end in self.spans:
+            seconds = start.elapsed_time(end) / 1000 if self.cuda else end - start
+            sums[name] = sums.get(name, 0.0) + seconds
+        return sums
+
+
+def _activities(device: torch.device) -> list[ProfilerActivity]:
+    cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    return [ProfilerActivity.CPU, *cuda]
+
+
+def _settled(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
