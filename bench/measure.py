@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import itertools
 import platform
 import shlex
 import subprocess
@@ -34,44 +33,6 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end) / 1e3
-
-
-class Laps:
-    """Time of the parts of a call, each from the end of the one before, by their names.
-
-    On CUDA between events in the stream, so that no part waits for the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[tuple[str, Any]] = []
-
-    def start(self) -> None:
-        """Begin anew, with an idle device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.marks = []
-        self.mark("")
-
-    def mark(self, name: str) -> None:
-        """The part `name` ends here; one that comes in pieces is marked after each."""
-        if self.device.type != "cuda":
-            self.marks.append((name, time.perf_counter()))
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append((name, event))
-
-    def seconds(self) -> dict[str, float]:
-        """Of every part, in the order of their first end; waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        parts: dict[str, float] = {}
-        for (_, begin), (name, end) in itertools.pairwise(self.marks):
-            cuda = self.device.type == "cuda"
-            took = begin.elapsed_time(end) / 1e3 if cuda else end - begin
-            parts[name] = parts.get(name, 0.0) + took
-        return parts
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:

@@ -25,8 +25,8 @@ import numpy as np
 import report
 import torch
 from report import three_digits
-from train_step_case import Case, make_trainer, problem
-from train_step_contenders import PARTS, Contender, baseline_contender, trainer_contender
+from train_step_case import Case, problem
+from train_step_contenders import Contender, baseline_contender, trainer_contender
 
 from cac_fast import build_info
 from cac_fast.train.errors import InputError
@@ -54,7 +54,7 @@ def take_turns(contenders: list[Contender], steps: int, minutes: float) -> None:
     for turn in range(steps):
         for contender in contenders:
             contender.run()
-        shown = ", ".join(f"{1e3 * sum(c.times[-1].values()):.0f}" for c in contenders)
+        shown = ", ".join(f"{1e3 * c.times[-1]:.0f}" for c in contenders)
         progress(f"step {turn + 1} of {steps}: {shown} ms")
         if time.monotonic() - begin > 60 * minutes:
             progress(f"the {minutes:g} minutes are over")
@@ -63,11 +63,13 @@ def take_turns(contenders: list[Contender], steps: int, minutes: float) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """All rows as Markdown."""
-    head = ["", "M", "n", "median", "p20", "p80", "cpu", "img/s", *PARTS, "MB", "syncs"]
+    parts = dict.fromkeys(name for row in rows for name in row["parts_ms"])
+    head = ["", "M", "n", "median", "p20", "p80", "cpu", "img/s", *parts, "MB", "syncs"]
     lines = [head]
     for row in rows:
         numbers = [row[name] for name in TIMES]
-        numbers += [*row["parts_ms"].values(), row["peak_mb"], row["host_syncs"]]
+        numbers += [row["parts_ms"].get(name) for name in parts]
+        numbers += [row["peak_mb"], row["host_syncs"]]
         first = [row["provider"], f"{row['negatives']:,}", str(row["runs"])]
         lines.append([*first, *map(three_digits, numbers)])
     return report.aligned(lines)
@@ -78,8 +80,7 @@ def add_ratios(contenders: list[Contender], rows: list[dict[str, Any]]) -> list[
     lines = []
     first, ours = contenders[0], rows[0]
     for contender, row in zip(contenders[1:], rows[1:], strict=True):
-        pairs = zip(contender.times, first.times, strict=True)
-        ratio = float(np.median([sum(a.values()) / sum(b.values()) for a, b in pairs]))
+        ratio = float(np.median(np.divide(contender.times, first.times)))
         row["time_over_first"], row["cpu_over_first"] = ratio, row["cpu_ms"] / ours["cpu_ms"]
         line = f"- {row['provider']}, M {row['negatives']:,}: {three_digits(ratio)} of the time"
         line += f" ({three_digits(row['cpu_over_first'])} of the CPU time)"
@@ -157,13 +158,11 @@ def main(arguments: list[str]) -> int:
                 print(f"nothing was timed: {wrong}")
                 return 1
             gc.collect()
-        trainer = make_trainer(case)
-        contenders = [trainer_contender(case, trainer)]
+        contenders = [trainer_contender(case)]
         if options.baseline:
-            contenders.append(baseline_contender(case, make_trainer(case)))
+            contenders.append(baseline_contender(case))
         for negatives in options.sweep_negatives:
-            other = replace(case, negatives=negatives)
-            contenders.append(trainer_contender(other, make_trainer(other)))
+            contenders.append(trainer_contender(replace(case, negatives=negatives)))
     except (InputError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -178,7 +177,6 @@ def main(arguments: list[str]) -> int:
             "command": command,
             **facts,
             "gpu": measure.gpu_state(case.device),
-            "precision": trainer.precision,
             "extension": build_info(),
             "rows": rows,
         }

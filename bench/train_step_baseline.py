@@ -1,51 +1,48 @@
 """One training step the way the paper's authors do it: what the trainer's step is measured against.
 
-float32, NCHW, a forward for each of the three batches, a loop over the images that reads the boxes
-back from the device, every overlap location against the negatives in checkpointed chunks, the past
-negatives joined anew in every step, and an optimizer that goes from parameter to parameter.
+float32, NCHW, a forward for each of the three batches, maps upsampled and joined before they are
+convolved, a loop over the images that reads the boxes back from the device, every overlap
+location against the negatives in checkpointed chunks, the past negatives joined anew in every step,
+and an optimizer that goes from parameter to parameter.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from functools import partial
 
 import baselines
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cac_fast.train.config import Config
 from cac_fast.train.engine import Trainer
+from cac_fast.train.profiling import phase
 
 Batch = dict[str, Tensor]
 Rows = tuple[Tensor, Tensor]
 
 
 class BaselineStep:
-    """The step of a trainer in float32, from a copy of its weights and of its negatives.
+    """The step of a trainer, whose weights and negatives it takes over.
 
-    trainer: for method cac with normalization active and all switches on; it is left alone.
-    lap: called with the name of each part as it ends.
+    trainer: in float32, for method cac with normalization active and all switches on.
     """
 
-    def __init__(self, trainer: Trainer, lap: Callable[[str], None]) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.config: Config = trainer.config
-        self.lap = lap
-        self.method = copy.deepcopy(trainer.method).to(memory_format=torch.contiguous_format)
+        self.method = trainer.method.to(memory_format=torch.contiguous_format)
+        head = self.method.network.head
+        head.forward = partial(HEADS[self.config.network], head)
         bank = self.method.bank.state_dict()
         first = bank["pushes"] % len(bank["features"])  # the oldest
         order = [*range(first, len(bank["features"])), *range(first)]
-        self.past = [(bank["features"][i].float(), bank["labels"][i]) for i in order]
+        self.past = [(bank["features"][i].clone(), bank["labels"][i].clone()) for i in order]
         del self.method.bank, self.method.dc_loss.bank
-        network = self.method.network
-        inside = {id(parameter) for parameter in network.backbone.parameters()}
         groups = [
-            {"params": [p for p in self.method.parameters() if (id(p) in inside) == backbone]}
-            for backbone in (True, False)
+            {"params": group["params"], "lr": rate}
+            for group, rate in zip(trainer.optimizer.param_groups, trainer.base_rates, strict=True)
         ]
-        for group, rate in zip(groups, trainer.base_rates, strict=True):
-            group["lr"] = rate
         self.optimizer = torch.optim.SGD(
             groups,
             momentum=self.config.momentum,
@@ -56,20 +53,20 @@ class BaselineStep:
     def __call__(self, labeled: Batch, unlabeled: Batch) -> Batch:
         """One step on NCHW batches; ``loss``, ``loss_ce`` and ``loss_dc`` as tensors."""
         method = self.method.train()
-        logits = method.network(labeled["image"])
-        loss_ce = F.cross_entropy(logits, labeled["label"].long(), ignore_index=255)
-        self.lap("labelled forward")
-        views = [method.view(unlabeled[name]) for name in ("image1", "image2")]
-        self.lap("unlabelled forward")
-        loss_dc = self.contrastive_loss(views, unlabeled)
+        with phase("forward labelled"):
+            logits = method.network(labeled["image"])
+            loss_ce = F.cross_entropy(logits, labeled["label"].long(), ignore_index=255)
+        with phase("forward unlabelled"):
+            views = [method.unlabeled_view(unlabeled[name]) for name in ("image1", "image2")]
+        with phase("loss"):
+            loss_dc = self.contrastive_loss(views, unlabeled)
         loss = loss_ce + self.config.dc_weight * loss_dc
-        self.lap("loss")
-        # Gradients were set to zero, not freed, by the PyTorch of that time.
-        self.optimizer.zero_grad(set_to_none=False)
-        loss.backward()
-        self.lap("backward")
-        self.optimizer.step()
-        self.lap("optimizer")
+        with phase("backward"):
+            # Gradients were set to zero, not freed, by the PyTorch of that time.
+            self.optimizer.zero_grad(set_to_none=False)
+            loss.backward()
+        with phase("optimizer"):
+            self.optimizer.step()
         return {"loss": loss.detach(), "loss_ce": loss_ce.detach(), "loss_dc": loss_dc.detach()}
 
     def contrastive_loss(self, views: list[Rows], unlabeled: Batch) -> Tensor:
@@ -109,6 +106,33 @@ class BaselineStep:
             features.append(rows[chosen])
             labels.append(confidence(logits)[0].flatten()[chosen])
         self.past = [*self.past[1:], (torch.cat(features), torch.cat(labels))]
+
+
+def deeplabv3plus_head(head: nn.Module, low: Tensor, high: Tensor) -> Tensor:
+    """DeepLabv3+: the decoder on what was upsampled and joined."""
+    high = head.dropout(aspp(head.aspp, high))
+    high = F.interpolate(high, size=low.shape[-2:], mode="bilinear", align_corners=True)
+    x = torch.cat((high, head.reduce(low)), dim=1)
+    return nn.Sequential.forward(head.decoder, x)
+
+
+def aspp(module: nn.Module, x: Tensor) -> Tensor:
+    """Every tap of the dilated convolutions."""
+    maps = []
+    for conv, norm, relu in module.branches:
+        maps.append(relu(norm(nn.Conv2d.forward(conv, x))))
+    pooled = F.interpolate(module.pooled(x), size=x.shape[-2:], mode="bilinear", align_corners=True)
+    return module.project(torch.cat((*maps, pooled), dim=1))
+
+
+def pspnet_head(head: nn.Module, low: Tensor, high: Tensor) -> Tensor:
+    """PSPNet: the bottleneck on what was upsampled and joined."""
+    size = high.shape[-2:]
+    bins = [F.interpolate(pool(high), size=size, mode="bilinear") for pool in head.pyramid]
+    return nn.Sequential.forward(head.bottleneck, torch.cat((high, *bins), dim=1))
+
+
+HEADS = {"deeplabv3plus": deeplabv3plus_head, "pspnet": pspnet_head}
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,7 @@ def make_trainer(case: Case, *more: str) -> Trainer:
         where = ["--dataset", "folder", "--data-dir", folder, "--output", f"{folder}/run"]
         settings = config.parse([*where, *flags, *case.more, *more])
         trainer = Trainer(settings, World(0, 1, case.device))
-    trainer.begin_phase(both=True)
+    trainer.use_unlabeled(True)
     _spread_labels(trainer, make_step(case, trainer.stream.memory_format))
     rng = torch.Generator(case.device).manual_seed(2)
     bank = trainer.method.bank
@@ -140,8 +140,10 @@ def problem(case: Case) -> str | None:
     """
     torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32
     try:
-        trainer = make_trainer(case, "--precision=fp32", "--no-dropout")
-        baseline = BaselineStep(trainer, lap=lambda name: None)
+        # A joint pass, or slices, would have other batch statistics.
+        separate = ("--forward=separate", "--accumulate=1")
+        trainer = make_trainer(case, "--precision=fp32", "--no-dropout", *separate)
+        baseline = BaselineStep(make_trainer(plain(case), "--no-dropout"))
         torch.manual_seed(3)  # of the chosen negatives
         losses = trainer.optimize(make_step(case, trainer.stream.memory_format))
         torch.manual_seed(3)
@@ -163,13 +165,18 @@ def problem(case: Case) -> str | None:
     return None
 
 
+def plain(case: Case) -> Case:
+    """The same in float32 and with nothing of the trainer's more that was asked for."""
+    return replace(case, precision="fp32", more=())
+
+
 @torch.no_grad()
 def _spread_labels(trainer: Trainer, step: Step) -> None:
     """Centre and scale the logits of the random network: else all pixels would have one label."""
     method, classifier = trainer.method.train(), trainer.network.classifier[-1]
     kept: list[Tensor] = []
     hook = classifier.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    method.view(step.unlabeled["image1"])
+    method.unlabeled_view(step.unlabeled["image1"])
     hook.remove()
     logits = nn.functional.conv2d(kept[0], classifier.weight)
     scale = 3 / logits.std((0, 2, 3))

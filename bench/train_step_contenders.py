@@ -10,14 +10,12 @@ from typing import Any
 import measure
 import numpy as np
 import torch
-from measure import Laps
 from torch import Tensor, nn
 from train_step_baseline import BaselineStep
-from train_step_case import Case, make_step
+from train_step_case import Case, make_step, make_trainer, plain
 
-from cac_fast.train.engine import Trainer
+from cac_fast.train.profiling import clocked
 
-PARTS = ("labelled forward", "unlabelled forward", "loss", "backward", "optimizer")
 WARM_UPS = 2
 
 
@@ -29,8 +27,8 @@ class Contender:
     case: Case
     call: Callable[[], dict[str, Tensor]]
     held: Callable[[], Iterable[Tensor]]
-    laps: Laps
-    times: list[dict[str, float]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
     cpu_times: list[float] = field(default_factory=list)
     peak: int | None = None
     active: int | None = None
@@ -39,36 +37,37 @@ class Contender:
     def warm_up(self) -> None:
         """Run a few times; take the peak memory of the last and, on CUDA, count what waits."""
         for _ in range(WARM_UPS):
-            losses, extra = measure.peak_extra_bytes(self.call, self.laps.device)
+            losses, extra = measure.peak_extra_bytes(self.call, self.case.device)
         if "active" in losses:
             self.active = int(losses["active"])
         if extra is not None:
             self.peak = extra + sum(tensor.nbytes for tensor in self.held())
-        if self.laps.device.type == "cuda":
+        if self.case.device.type == "cuda":
             self.syncs = measure.host_syncs(self.call)
 
     def run(self) -> None:
         """Run once and keep its times."""
         begin = time.process_time()
-        self.laps.start()
-        self.call()
-        self.times.append(self.laps.seconds())
+        with clocked(self.case.device) as clock:
+            self.times.append(measure.seconds(self.call, self.case.device))
         self.cpu_times.append(time.process_time() - begin)
+        self.parts.append(clock.totals())
 
     def row(self) -> dict[str, Any]:
         """The columns of the table and of the JSON file."""
-        totals = [sum(parts.values()) for parts in self.times]
-        median, low, high = (1e3 * float(np.percentile(totals, share)) for share in (50, 20, 80))
+        median, low, high = (
+            1e3 * float(np.percentile(self.times, share)) for share in (50, 20, 80)
+        )
         parts = {
-            name: 1e3 * float(np.median([lap.get(name, 0.0) for lap in self.times]))
-            for name in PARTS
+            name: 1e3 * float(np.median([parts[name] for parts in self.parts]))
+            for name in self.parts[0]
         }
         case = {key: value for key, value in vars(self.case).items() if key != "device"}
         return {
             **case,
             "provider": self.name,
             "active": self.active,
-            "runs": len(totals),
+            "runs": len(self.times),
             "median_ms": median,
             "p20_ms": low,
             "p80_ms": high,
@@ -76,53 +75,36 @@ class Contender:
             "cpu_ms": 1e3 * float(np.median(self.cpu_times)),
             "images_per_s": 2e3 * self.case.batch_size / median,
             "parts_ms": parts,
-            "loss_share": parts["loss"] / sum(parts.values()),
+            "loss_share": parts["loss"] / median,
             "peak_mb": None if self.peak is None else self.peak / 1e6,
             "host_syncs": self.syncs,
         }
 
 
-def trainer_contender(case: Case, trainer: Trainer) -> Contender:
-    """The trainer's step; its parts end where the method's own functions return."""
-    laps, method = Laps(case.device), trainer.method
-
-    def ends(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            laps.mark("loss")  # what lies between the forward passes
-            result = function(*arguments)
-            laps.mark(part)
-            return result
-
-        return timed
-
-    method.supervised_loss = ends("labelled forward", method.supervised_loss)
-    method.view = ends("unlabelled forward", method.view)
-    method.register_forward_hook(lambda *_: laps.mark("loss"))
-    trainer.optimizer.register_step_pre_hook(lambda *_: laps.mark("backward"))
-    trainer.optimizer.register_step_post_hook(lambda *_: laps.mark("optimizer"))
+def trainer_contender(case: Case) -> Contender:
+    """The trainer's step."""
+    trainer = make_trainer(case)
+    case = replace(case, precision=trainer.precision)
     step = make_step(case, trainer.stream.memory_format)
 
     def held() -> list[Tensor]:
         bank = trainer.method.bank
         return [*training_state(trainer.method, trainer.optimizer), bank.features, bank.labels]
 
-    return Contender("trainer", case, lambda: trainer.optimize(step), held, laps)
+    return Contender("trainer", case, lambda: trainer.optimize(step), held)
 
 
-def baseline_contender(case: Case, trainer: Trainer) -> Contender:
+def baseline_contender(case: Case) -> Contender:
     """The authors' step, from the same weights."""
-    laps = Laps(case.device)
-    baseline = BaselineStep(trainer, laps.mark)
+    case = plain(case)
+    baseline = BaselineStep(make_trainer(case))
     step = make_step(case, torch.contiguous_format)
 
     def held() -> list[Tensor]:
         past = [tensor for pair in baseline.past for tensor in pair]
         return [*training_state(baseline.method, baseline.optimizer), *past]
 
-    case = replace(case, precision="fp32", more=())
-    return Contender(
-        "baseline", case, lambda: baseline(step.labeled, step.unlabeled), held, laps
-    )
+    return Contender("baseline", case, lambda: baseline(step.labeled, step.unlabeled), held)
 
 
 def training_state(method: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
