@@ -17,7 +17,7 @@ from cac_fast.train.networks.upsampled import conv_of_upsampled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from train_step_baseline import HEADS  # noqa: E402
+from train_step_baseline import HEADS
 
 
 def plainly(x, weight, size, align_corners):

@@ -318,7 +318,7 @@ class Trainer:
             self.world,
             workers=self.config.workers,
             autocast_dtype=self.autocast_dtype,
-            channels_last=self.config.channels_last,
+            channels_last=self.stream.memory_format is torch.channels_last,
             on_prediction=sheet.add if self.world.is_main else None,
         )
         torch.backends.cudnn.benchmark = not self.config.deterministic
