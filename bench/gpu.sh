@@ -3,7 +3,7 @@
 #
 #   bench/gpu.sh [DATA_FOLDER WEIGHTS [SECONDS]]
 #
-# Tests get 2 minutes, the benches 2 each. With DATA_FOLDER (read with --dataset folder) and WEIGHTS
+# Tests get 4 minutes, the benches 2 each. With DATA_FOLDER (read with --dataset folder) and WEIGHTS
 # (mobilenet_v2's) the training follows; it stops after SECONDS (default 210) and goes on where it
 # stopped when the script is run again. Results are in bench/results/. One part that fails does not
 # keep the others from running, but makes the exit code 1.
@@ -18,7 +18,7 @@ name=$("$python" -c 'import torch; print("-".join(torch.cuda.get_device_name().l
 results="bench/results/$name"
 
 # Without the project's pytest options, as pytest-timeout may not be there.
-timeout 120 "$python" -m pytest -q -o addopts= -k "gpu or cuda" \
+timeout 240 "$python" -m pytest -q -o addopts= -k "gpu or cuda" \
     tests/test_gpu_loss.py tests/test_ops.py tests/test_gpu.py tests/test_bench_train_step.py || status=1
 timeout 150 "$python" bench/dc_loss.py --minutes 2 --json "$results-dc_loss.json" --plot "$results-dc_loss.png" ||
     status=1

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cac_fast.train.config import Config
 from cac_fast.train.engine import Trainer
+from cac_fast.train.optimizer import base_rates
 from cac_fast.train.profiling import phase
 
 Batch = dict[str, Tensor]
@@ -41,7 +42,9 @@ class BaselineStep:
         del self.method.bank, self.method.dc_loss.bank
         groups = [
             {"params": group["params"], "lr": rate}
-            for group, rate in zip(trainer.optimizer.param_groups, trainer.base_rates, strict=True)
+            for group, rate in zip(
+                trainer.optimizer.param_groups, base_rates(self.config), strict=True
+            )
         ]
         self.optimizer = torch.optim.SGD(
             groups,

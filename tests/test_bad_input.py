@@ -117,6 +117,12 @@ def test_one_image_per_process_without_batch_statistics(capfd, data):
     assert "--freeze-bn" in fails(capfd, data, "--batch-size", "1")
 
 
+def test_slices_that_cannot_be_made(capfd, data):
+    sliced = "--batch-size", "4", "--accumulate"
+    assert "--accumulate 3 cannot slice the 4 images" in fails(capfd, data, *sliced, "3")
+    assert "a smaller --accumulate" in fails(capfd, data, *sliced, "4")
+
+
 def test_weights_of_another_architecture(capfd, data, tmp_path):
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "w.pth")
     assert "another architecture" in fails(capfd, data, "--weights", str(tmp_path / "w.pth"))

@@ -42,6 +42,55 @@ def test_mixed_precision_trains(folder_data, tmp_path, precision):
     assert all(math.isfinite(loss) for loss in losses)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--precision bf16",
+        "--precision fp16 --normalization active --bank-past-steps 1 --negatives-per-view 5",
+        "--precision bf16 --forward joint --max-negatives 20 --bank-past-steps 1",
+        "--precision fp32 --accumulate 2 --checkpoint-activations --no-negative-sampling",
+    ],
+)
+def test_a_step_never_waits_for_the_gpu(folder_data, tmp_path, monkeypatch, options):
+    """But for the lines of the log, whose guard reads the losses."""
+    step = engine.Trainer._train_step
+
+    def watched(self, batch):
+        # The first steps with and without unlabelled images allocate, and compile the kernels.
+        torch.cuda.set_sync_debug_mode("error" if self.iteration >= 6 else "default")
+        step(self, batch)
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine.Trainer, "_train_step", watched)
+    try:
+        losses = train(folder_data, tmp_path / "run", "cuda", *options.split())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_recomputed_slices_give_the_losses_of_one_pass(folder_data, tmp_path):
+    options = "--precision", "fp32"
+    whole = train(folder_data, tmp_path / "whole", "cuda", *options)
+    slices = "--accumulate", "2", "--checkpoint-activations"
+    sliced = train(folder_data, tmp_path / "sliced", "cuda", *options, *slices)
+    assert sliced == pytest.approx(whole, rel=1e-2)
+
+
+def test_compiled_network_gives_the_losses_of_the_eager_one(folder_data, tmp_path):
+    options = "--precision", "fp32", "--accumulate", "2"
+    eager = train(folder_data, tmp_path / "eager", "cuda", *options)
+    compiled = train(folder_data, tmp_path / "compiled", "cuda", *options, "--compile")
+    assert compiled == pytest.approx(eager, rel=1e-2)
+
+
+def test_profile_of_a_gpu_run(folder_data, tmp_path, capsys):
+    train(folder_data, tmp_path / "run", "cuda", "--profile", "2")
+    assert (tmp_path / "run" / "trace.json").stat().st_size > 0
+    line = next(text for text in capsys.readouterr().out.splitlines() if "profile of 2" in text)
+    assert "forward labelled" in line and "backward" in line
+
+
 def test_resume_on_a_gpu(folder_data, tmp_path):
     whole = train(folder_data, tmp_path / "whole", "cuda", "--precision", "fp32")
     monkey = pytest.MonkeyPatch()

@@ -200,6 +200,28 @@ def test_negatives_per_view_are_distinct_and_follow_the_seed() -> None:
     assert draw(0, 1000) == ([set(range(B * CELLS))] * 2, every)
 
 
+class HalfDrawn(FeatureBank):
+    """Two steps that hold the same rows; a sample is one of the steps."""
+
+    def sample(self, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.features[:count], self.labels[:count], torch.tensor(2.0)
+
+
+def test_drawn_negatives_count_for_all() -> None:
+    """Loss and gradient are those of all negatives where the drawn ones stand for them exactly."""
+    features, logits, overlap = make_batch()
+    found = []
+    for kind, most in ((FeatureBank, None), (HalfDrawn, 2 * B * CELLS)):
+        loss = DirectionalContrastiveLoss(bank=kind(2, D, torch.float64), max_negatives=most)
+        loss(*features, *logits, overlap)
+        out = loss(*features, *logits, overlap)
+        found.append((out.loss, gradients(out.loss, features), out.positive_cosine))
+    for whole, drawn in zip(*found, strict=True):
+        torch.testing.assert_close(drawn, whole)
+    loss = DirectionalContrastiveLoss(bank=FeatureBank(2, D, torch.float64), max_negatives=5)
+    assert loss(*features, *logits, overlap).negatives == 5
+
+
 def test_half_precision_and_autocast_give_a_float32_loss() -> None:
     features, logits, overlap = make_batch()
     half = [f.detach().bfloat16().requires_grad_() for f in features]
@@ -237,6 +259,7 @@ def test_nothing_above_the_operator_waits_for_the_device() -> None:
         ("threshold", 2.0),
         ("normalization", "pixel"),
         ("negatives_per_view", 0),
+        ("max_negatives", 9),
         ("backend", "numpy"),
     ],
 )

@@ -28,6 +28,7 @@ from cac_fast.train.evaluation import evaluate
 from cac_fast.train.log import Meters, RunLog, train_line
 from cac_fast.train.methods import build_method
 from cac_fast.train.networks import build_network, load_backbone_weights
+from cac_fast.train.optimizer import base_rates, build_optimizer, poly, start_momentum
 from cac_fast.train.profiling import StepProfile, phase
 from cac_fast.train.progress import show_progress
 from cac_fast.train.samples import SampleSheet
@@ -42,11 +43,6 @@ def train(config: Config, world: World) -> dict[str, Any]:
         InputError: something in the settings or the data cannot be used.
     """
     return Trainer(config, world).run()
-
-
-def poly(iteration: int, total: int, power: float) -> float:
-    """Factor of the poly schedule for the step after ``iteration`` ones (paper, Sec. 4.1)."""
-    return (1 - iteration / total) ** power
 
 
 class Trainer:
@@ -124,18 +120,7 @@ class Trainer:
         if config.compile:
             self.method.compile_features()
         self.method.to(device=device, memory_format=self.stream.memory_format)
-        backbone = list(self.network.backbone.parameters())
-        inside = {id(parameter) for parameter in backbone}
-        rest = [item for item in self.method.parameters() if id(item) not in inside]
-        rate = config.learning_rate
-        self.base_rates = (rate, rate * config.head_learning_rate_factor)
-        self.optimizer = torch.optim.SGD(
-            [{"params": backbone}, {"params": rest}],
-            lr=rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,  # on a GPU one kernel a group, which reads fp16's overflow flag there too
-        )
+        self.optimizer = build_optimizer(self.method, config)
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=self.autocast_dtype is torch.float16
         )
@@ -174,6 +159,7 @@ class Trainer:
         checkpoint.load_model(self.method, former["method"], self.last)
         self.method.load_extra_state(former["extra"])
         self.optimizer.load_state_dict(former["optimizer"])
+        start_momentum(self.optimizer)
         self.scaler.load_state_dict(former["scaler"])
         self.iteration, self.best = former["iteration"], former["best"]
         if self.world.is_main:
@@ -258,7 +244,7 @@ class Trainer:
         """One optimizer step on the batches of ``step``; return the method's named scalars."""
         config = self.config
         factor = poly(self.iteration, config.iterations, config.poly_power)
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, base_rates(config), strict=True):
             group["lr"] = rate * factor
         self.model.train()
         if config.freeze_bn:
