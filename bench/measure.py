@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -56,6 +57,18 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> tuple[Any
     before = _proc_bytes("self/status", "VmRSS")
     result = call()
     return result, max(0, _proc_bytes("self/status", "VmHWM") - before)
+
+
+def host_syncs(call: Callable[[], Any]) -> int:
+    """How often a call makes the host wait for a CUDA device, as far as PyTorch notices."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(item.message) for item in caught)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -69,7 +69,7 @@ class Config:
         "autocast type; auto: bf16 on GPUs that have it, else fp32",
         ("auto", "fp32", "bf16", "fp16"),
     )
-    channels_last: bool = setting(True, "channels_last memory format")
+    channels_last: bool = setting(True, "channels_last memory format (GPUs only)")
     accumulate: int = setting(
         1, "less memory: the network sees the batch in this many slices, computed twice"
     )

@@ -216,11 +216,15 @@ class Trainer:
             if self.iteration >= end:
                 continue
             both = self.iteration >= contrastive_from
-            self.method.set_unlabeled(both)
-            self.model: nn.Module = self.method
-            if self.world.size > 1:
-                self.model = DistributedDataParallel(self.method, gradient_as_bucket_view=True)
+            self.use_unlabeled(both)
             yield from self.stream.steps(self.iteration, end, both)
+
+    def use_unlabeled(self, used: bool) -> None:
+        """Make ready for steps with unlabelled images, or for steps without."""
+        self.method.set_unlabeled(used)
+        self.model: nn.Module = self.method
+        if self.world.size > 1:
+            self.model = DistributedDataParallel(self.method, gradient_as_bucket_view=True)
 
     def _profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
         config = self.config
@@ -231,6 +235,13 @@ class Trainer:
         return profile.watch(steps, contrastive=config.method != "supervised")
 
     def _train_step(self, step: Step) -> None:
+        losses = self.optimize(step)
+        self.iteration += 1
+        self.meters.add(self.iteration, losses, step.waited)
+        self.log.step()
+
+    def optimize(self, step: Step) -> dict[str, torch.Tensor]:
+        """One optimizer step on the batches of ``step``; return the method's named scalars."""
         config = self.config
         factor = poly(self.iteration, config.iterations, config.poly_power)
         for group, rate in zip(self.optimizer.param_groups, base_rates(config), strict=True):
@@ -247,9 +258,7 @@ class Trainer:
         with phase("optimizer"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.iteration += 1
-        self.meters.add(self.iteration, losses, step.waited)
-        self.log.step()
+        return losses
 
     def _after_step(self) -> dict[str, Any] | None:
         """Log, evaluate and save where due; return the evaluation's result if there was one."""
@@ -295,7 +304,7 @@ class Trainer:
             self.world,
             workers=self.config.workers,
             autocast_dtype=self.autocast_dtype,
-            channels_last=self.config.channels_last,
+            channels_last=self.stream.memory_format is torch.channels_last,
             on_prediction=sheet.add if self.world.is_main else None,
         )
         torch.backends.cudnn.benchmark = not self.config.deterministic

@@ -14,7 +14,7 @@ from cac_fast.train.data.stream import Step
 
 WARM_UP = 5  # steps; the first ones choose algorithms, compile and allocate
 
-_clock: _Clock | None = None
+_clock: Clock | None = None
 
 
 @contextmanager
@@ -28,6 +28,17 @@ def phase(name: str) -> Iterator[None]:
         start = clock.now()
         yield
         clock.spans.append((name, start, clock.now()))
+
+
+@contextmanager
+def clocked(device: torch.device) -> Iterator[Clock]:
+    """Time the phases of what runs inside."""
+    global _clock
+    _clock = Clock(device)
+    try:
+        yield _clock
+    finally:
+        _clock = None
 
 
 class StepProfile:
@@ -60,7 +71,7 @@ class StepProfile:
                 seen += step.unlabeled is not None or not contrastive
                 if _clock is None and seen == WARM_UP:
                     profiler.start()
-                    _clock = _Clock(self.device)
+                    _clock = Clock(self.device)
                     began = _settled(self.device)
                 elif _clock is not None and seen == WARM_UP + self.count:
                     seconds = _settled(self.device) - began
@@ -84,7 +95,7 @@ class StepProfile:
         )
 
 
-class _Clock:
+class Clock:
     """Times on the device, read at the end: taking one never waits for it."""
 
     def __init__(self, device: torch.device) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cac_fast.train.networks.segmenter import conv_bn_relu, dropout_layer
+from cac_fast.train.networks.upsampled import conv_of_upsampled
 
 _RATES = (6, 12, 18)
 _CHANNELS = 256
@@ -39,6 +40,20 @@ class ASPP(nn.Module):
         return self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1))
 
 
+class Decoder(nn.Sequential):
+    """low (B, 48, H, W) and high (B, 256, h, w), upsampled to it -> (B, 256, H, W).
+
+    The first convolution is that of both, high before low, joined along the channels.
+    """
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        conv, norm, relu = self[0]
+        of_high, of_low = conv.weight.split([_CHANNELS, _LOW_CHANNELS], dim=1)
+        x = F.conv2d(low, of_low, padding=1)
+        x = x + conv_of_upsampled(high, of_high, low.shape[-2:], align_corners=True)
+        return self[2](self[1](relu(norm(x))))
+
+
 class DeepLabV3PlusHead(nn.Module):
     """(low at 1/4, high at 1/16) -> (B, 256, h, w) at 1/4, all but the last 1x1 classifier."""
 
@@ -50,16 +65,14 @@ class DeepLabV3PlusHead(nn.Module):
         self.aspp = ASPP(high_channels)
         self.dropout = dropout_layer(dropout)
         self.reduce = conv_bn_relu(low_channels, _LOW_CHANNELS, 1)
-        self.decoder = nn.Sequential(
+        self.decoder = Decoder(
             conv_bn_relu(_CHANNELS + _LOW_CHANNELS, _CHANNELS, 3),
             dropout_layer(dropout),
             conv_bn_relu(_CHANNELS, _CHANNELS, 3),
         )
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        high = self.dropout(self.aspp(high))
-        high = F.interpolate(high, size=low.shape[-2:], mode="bilinear", align_corners=True)
-        return self.decoder(torch.cat([high, self.reduce(low)], dim=1))
+        return self.decoder(self.reduce(low), self.dropout(self.aspp(high)))
 
     def blocks(self) -> list[nn.Module]:
         """ASPP, the reduction of the low-level features, decoder."""

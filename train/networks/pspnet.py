@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cac_fast.train.networks.segmenter import conv_bn_relu
+from cac_fast.train.networks.upsampled import conv_of_upsampled
 
 _BINS = (1, 2, 3, 6)
 _CHANNELS = 512
+
+
+class Bottleneck(nn.Sequential):
+    """high (B, C, h, w) and the bins, upsampled to it -> (B, 512, h, w).
+
+    The convolution is that of all, high first, joined along the channels.
+    """
+
+    def forward(self, high: Tensor, *bins: Tensor) -> Tensor:
+        conv, norm, relu = self
+        of_high, *of_bins = conv.weight.split([high.shape[1], *(x.shape[1] for x in bins)], dim=1)
+        result = F.conv2d(high, of_high, padding=1)
+        for x, weight in zip(bins, of_bins, strict=True):
+            # A bin stands for an area, not for a point on the border: no align_corners here.
+            result = result + conv_of_upsampled(x, weight, high.shape[-2:], align_corners=False)
+        return relu(norm(result))
 
 
 class PSPHead(nn.Module):
@@ -27,13 +43,12 @@ class PSPHead(nn.Module):
             nn.Sequential(nn.AdaptiveAvgPool2d(bins), conv_bn_relu(high_channels, _CHANNELS, 1))
             for bins in _BINS
         )
-        self.bottleneck = conv_bn_relu(high_channels + len(_BINS) * _CHANNELS, _CHANNELS, 3)
+        self.bottleneck = Bottleneck(
+            *conv_bn_relu(high_channels + len(_BINS) * _CHANNELS, _CHANNELS, 3)
+        )
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        # A bin stands for an area, not for a point on the border: no align_corners here.
-        size = high.shape[-2:]
-        pooled = [F.interpolate(bins(high), size=size, mode="bilinear") for bins in self.pyramid]
-        return self.bottleneck(torch.cat([high, *pooled], dim=1))
+        return self.bottleneck(high, *(bins(high) for bins in self.pyramid))
 
     def blocks(self) -> list[nn.Module]:
         """The bins and the bottleneck."""

@@ -65,13 +65,23 @@ def upsample_logits(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tenso
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
+class DilatedConv2d(nn.Conv2d):
+    """A 3x3 convolution; on a map no larger than its dilation all taps but one meet padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if max(x.shape[-2:]) <= self.dilation[0]:
+            return F.conv2d(x, self.weight[:, :, 1:2, 1:2])
+        return super().forward(x)
+
+
 def conv_bn_relu(
     in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1
 ) -> nn.Sequential:
     """A convolution that keeps the size, without bias, then BatchNorm and ReLU."""
     padding = dilation * (kernel_size // 2)
+    convolution = nn.Conv2d if dilation == 1 else DilatedConv2d
     return nn.Sequential(
-        nn.Conv2d(
+        convolution(
             in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False
         ),
         nn.BatchNorm2d(out_channels),

@@ -1,0 +1,93 @@
+"""The bench of the training step: its baseline, its check, its parts, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import train_step  # noqa: E402
+import train_step_case  # noqa: E402
+from train_step_baseline import BaselineStep  # noqa: E402
+
+CPU = torch.device("cpu")
+# Two views of 64 locations each: 48 random ones of each view, two steps.
+SMALL = train_step_case.Case("deeplabv3plus", "mobilenet_v2", 4, 32, 192, "fp32", CPU)
+OPTIONS = "--backbone mobilenet_v2 --batch-size 4 --crop-size 32 --device cpu".split()
+
+
+def test_baseline_equals_trainer() -> None:
+    assert train_step_case.problem(SMALL) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_baseline_equals_trainer_on_a_gpu() -> None:
+    assert train_step_case.problem(replace(SMALL, device=torch.device("cuda"))) is None
+
+
+class OtherLoss(BaselineStep):
+    def contrastive_loss(self, *arguments):
+        return 1.0002 * super().contrastive_loss(*arguments)
+
+
+class OtherGradient(BaselineStep):
+    def contrastive_loss(self, views, unlabeled):
+        loss = super().contrastive_loss(views, unlabeled)
+        return loss + 0.1 * (loss - loss.detach())
+
+
+@pytest.mark.parametrize(("other", "named"), [(OtherLoss, "loss_dc"), (OtherGradient, "gradient")])
+def test_another_step_is_found(monkeypatch, other, named: str) -> None:
+    monkeypatch.setattr(train_step_case, "BaselineStep", other)
+    assert named in train_step_case.problem(SMALL)
+
+
+def test_negatives_over_steps() -> None:
+    def split(negatives: int) -> tuple[int, int]:
+        return replace(SMALL, negatives=negatives).per_view_and_steps
+
+    assert split(2) == (1, 1)
+    assert split(128) == (64, 1)  # all of a step
+    assert split(130) == (13, 5)  # 65 a view are one too many, and 2 to 4 steps cannot share them
+    assert split(192) == (48, 2)
+    with pytest.raises(ValueError, match="even"):
+        split(97)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--negatives", "7"], "make it even"), (["--", "--no-such"], "--no-such")],
+)
+def test_bad_options(capsys, options: list[str], message: str) -> None:
+    assert train_step.main([*OPTIONS, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_command(tmp_path) -> None:
+    options = "--negatives 40 --sweep-negatives 0.02k --baseline --steps 1 --json".split()
+    command = [sys.executable, "bench/train_step.py", *OPTIONS, *options, str(tmp_path / "x.json")]
+    done = subprocess.run(
+        [*command, "--", "--momentum", "0.8"], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["command"].startswith("python bench/train_step.py --backbone mobilenet_v2")
+    found = [(row["provider"], row["negatives"], row["precision"]) for row in record["rows"]]
+    assert found == [("trainer", 40, "fp32"), ("baseline", 40, "fp32"), ("trainer", 20, "fp32")]
+    parts = ["forward labelled", "forward unlabelled", "loss", "backward", "optimizer"]
+    for row in record["rows"]:
+        assert list(row["parts_ms"]) == parts
+        assert all(value > 0 for value in row["parts_ms"].values())
+        assert sum(row["parts_ms"].values()) <= row["median_ms"]
+        assert row["images_per_s"] == pytest.approx(8e3 / row["median_ms"])
+        # At least weights, gradients and momentum of the 5 million parameters.
+        assert row["peak_mb"] is None or row["peak_mb"] > 3 * 4 * 5
+    assert "- baseline, M 40: " in done.stdout

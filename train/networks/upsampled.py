@@ -1,0 +1,47 @@
+"""A 3x3 convolution of maps that were upsampled, made where they are small.
+
+Upsampling U is linear and acts on each channel alone, the convolution acts on the channels at every
+tap alone: W_t (S_t U x) = S_t U (W_t x), with S_t the shift of tap t. So the taps' channel products
+are taken at low resolution, and what is done at high resolution no longer sums over the input
+channels. S_t U is a small matrix for the rows times one for the columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv_of_upsampled(
+    x: Tensor, weight: Tensor, size: tuple[int, int] | torch.Size, align_corners: bool
+) -> Tensor:
+    """`F.conv2d(F.interpolate(x, size, mode="bilinear", align_corners), weight, padding=1)`.
+
+    x: (B, C, h, w). weight: (O, C, 3, 3). size: (H, W). Returns (B, O, H, W), in channels_last
+    strides; equal but for rounding. Under autocast the products are taken in its dtype.
+    """
+    batch, channels, h, w = x.shape
+    out, _, taps, _ = weight.shape
+    # One row of the product per location: (tap row, tap column, output channel).
+    products = x.permute(0, 2, 3, 1) @ weight.permute(1, 2, 3, 0).reshape(channels, -1)
+    products = products.view(batch, h, w, taps, -1).transpose(2, 3)
+    rows, columns = (
+        _taps_of_upsampled(small, large, taps, align_corners, x)
+        for small, large in ((h, size[0]), (w, size[1]))
+    )
+    result = rows @ products.reshape(batch, h * taps, -1)
+    result = columns @ result.view(batch, size[0], w * taps, out)
+    return result.permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def _taps_of_upsampled(
+    small: int, large: int, taps: int, align_corners: bool, like: Tensor
+) -> Tensor:
+    """(large, small * taps): the share of each low location in what each tap meets, 0 outside."""
+    identity = torch.eye(small, dtype=like.dtype, device=like.device)[None, :, :, None]
+    weights = F.interpolate(
+        identity, size=(large, 1), mode="bilinear", align_corners=align_corners
+    )[0, :, :, 0]
+    return F.pad(weights, [taps // 2] * 2).unfold(1, taps, 1).transpose(0, 1).flatten(1)
