@@ -86,7 +86,10 @@ def write_pictures(root: Path, count: int, size: tuple[int, int]) -> float:
     for number in range(count):
         rows, labels = [], []
         for _ in range(SCENES[0]):
-            scenes = [draw_scene(rng, "brick", misleading=False) for _ in range(SCENES[1])]
+            scenes = [
+                draw_scene(rng, "brick", misleading=False, varied_light=True)
+                for _ in range(SCENES[1])
+            ]
             large = [Image.fromarray(s.image).resize((width, height)) for s in scenes]
             ids = [Image.fromarray(s.label).resize((width, height), 0) for s in scenes]
             rows.append(np.concatenate([np.asarray(part) for part in large], axis=1))
