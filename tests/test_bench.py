@@ -251,6 +251,19 @@ def test_backends_that_can_be_used_take_part(monkeypatch: pytest.MonkeyPatch) ->
     assert status == "skipped: dtype"
 
 
+def test_every_back_end_is_asked_with_anchors_like_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Where a GPU is, both of its back ends look at the features' dimensions.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name in ("triton", "cuda"):
+        there = replace(dispatch.BACKENDS[name], missing=lambda: None)
+        monkeypatch.setitem(dispatch.BACKENDS, name, there)
+    names = [item.name for item in providers.find_providers(CPU)]
+    assert "triton" in names
+    assert "cuda" not in names
+
+
 def test_row_over_its_time_is_skipped() -> None:
     runner = bench([EAGER])
     runner.rates["eager", "float32"] = 3 / SMALL.pairs
