@@ -103,17 +103,19 @@ class BuildOrSayWhy(BuildExtension):
         self.folder = ROOT / FOLDERS["cac_fast"] if self.inplace else library
         for old in (*library.glob("_C*.*"), *self.folder.glob("_C*.*")):
             old.unlink(missing_ok=True)
-        inplace = self.inplace
+        before = self.inplace, self.compiler
         for extension in list(self.extensions):
             if reason := NO_TORCH or (why_no_cuda() if extension.name == CUDA_MODULE else None):
                 self.extensions.remove(extension)
                 self.say_why(extension, RuntimeError(reason))
-        try:
-            super().run()
-        except Exception as error:
-            self.inplace = inplace
-            for extension in self.extensions:
-                self.say_why(extension, error)
+        # PyTorch asks about the CUDA compiler's host before it builds anything: that must not cost
+        # the CPU's part, so what is left is tried again without the CUDA part, which comes last.
+        while self.extensions:
+            try:
+                return super().run()
+            except Exception as error:
+                self.inplace, self.compiler = before
+                self.say_why(self.extensions.pop(), error)
 
     def build_extension(self, extension: Extension) -> None:
         try:

@@ -21,6 +21,8 @@ built = pytest.mark.skipif(
     _extension.why_not("_C_cuda") is not None, reason=str(_extension.why_not("_C_cuda"))
 )
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on the path")
+
 
 def find_cuobjdump() -> str | None:
     """Triton's, since the toolkit's pip packages and minimal installs have none."""
@@ -104,10 +106,11 @@ def test_auto_stays_on_triton() -> None:
 
 
 def run_setup(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "CAC_FAST_CUDA"}
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
     )
@@ -120,13 +123,11 @@ found = runpy.run_path("setup.py")
 """
 
 
+@needs_nvcc
 def test_finds_the_toolkit_behind_a_wrapper(tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("there is no nvcc on the path")
     wrapper = tmp_path / "bin" / "nvcc"
     wrapper.parent.mkdir()
-    wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\nexec "{shutil.which("nvcc")}" "$@"\n')
     wrapper.chmod(0o755)
     done = run_setup(
         READ_SETUP + "print(found['NVCC'].root)",
@@ -173,6 +174,22 @@ def test_a_missing_build_leaves_the_cpu_back_end_and_the_reason(
     assert said in reason.read_text(encoding="utf-8")
     assert list(reason.parent.glob("_C.*.so"))
     assert not list(reason.parent.glob("_C_cuda.*.so"))
+
+
+@needs_nvcc
+def test_a_host_compiler_that_does_not_suit_cuda_leaves_the_cpu_back_end(tmp_path: Path) -> None:
+    done = run_setup(f"""
+from torch.utils import cpp_extension
+def refuse(*_):
+    raise RuntimeError("refused by a test")
+cpp_extension._check_cuda_version = refuse
+FOLDER = {str(tmp_path)!r}
+{BUILD}""")
+    assert done.returncode == 0, done.stderr
+    (reason,) = tmp_path.glob("lib*/cac_fast/_C*.txt")
+    assert reason.name == "_C_cuda.txt"
+    assert reason.read_text(encoding="utf-8") == "refused by a test\n"
+    assert list(reason.parent.glob("_C.*.so"))
 
 
 def test_a_build_that_is_asked_for_must_succeed(tmp_path: Path) -> None:
