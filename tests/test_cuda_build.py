@@ -41,6 +41,15 @@ def inspect(*options: str) -> str:
     ).stdout
 
 
+@needs_nvcc
+def test_make_setup_builds_it() -> None:
+    if Path(sys.prefix) != ROOT / ".venv" or not (ROOT / ".venv" / ".ready").exists():
+        pytest.skip("this environment was not made by make setup")
+    if torch.version.cuda is None or os.environ.get("CAC_FAST_CUDA") == "0":
+        pytest.skip("not asked for, or not possible with this PyTorch")
+    assert _extension.why_not("_C_cuda") is None
+
+
 @built
 def test_no_kernel_spills_a_register() -> None:
     usage = inspect("-res-usage")
