@@ -11,6 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,10 +121,12 @@ class BuildOrSayWhy(BuildExtension):
                 self.say_why(self.extensions.pop(), error)
 
     def build_extension(self, extension: Extension) -> None:
+        output: list[str] = []
         try:
-            super().build_extension(extension)
+            with recorded(output):
+                super().build_extension(extension)
         except Exception as error:
-            self.say_why(extension, error)
+            self.say_why(extension, RuntimeError("\n".join((str(error), *what_failed(output)))))
 
     def say_why(self, extension: Extension, error: Exception) -> None:
         if extension.name == CUDA_MODULE and os.environ.get("CAC_FAST_CUDA") == "1":
@@ -131,6 +136,33 @@ class BuildOrSayWhy(BuildExtension):
         name = extension.name.rpartition(".")[2]
         (self.folder / f"{name}.txt").write_text(reason + "\n", encoding="utf-8")
         print(f"{extension.name} is not built: {reason}", file=sys.stderr)
+
+
+@contextmanager
+def recorded(lines: list[str]) -> Iterator[None]:
+    """Adds what is written meanwhile, compilers' messages included, to `lines`; then prints it."""
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        kept = {stream: os.dup(stream) for stream in (1, 2)}
+        for stream in kept:
+            os.dup2(file.fileno(), stream)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            for stream, copy in kept.items():
+                os.dup2(copy, stream)
+                os.close(copy)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()
+            print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+
+
+def what_failed(output: list[str]) -> list[str]:
+    """The lines of a compiler's output that say why it failed; the last ones, if none does."""
+    telling = re.compile(r"(error|fatal)\s*:|cannot find|undefined reference", re.IGNORECASE)
+    errors = [line for line in output if telling.search(line)]
+    return [line[:300] for line in errors[:20] or output[-20:]]
 
 
 def why_no_cuda() -> str | None:
