@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_eager import operands
+from rows_contract import LAYOUTS, operands
 from torch import Tensor
 
 from cac_fast import tiles
@@ -27,9 +27,6 @@ def admitted(order: tiles.LabelOrder, labels: Tensor, negative_labels: Tensor) -
     rows = labels[order.anchors[: int(order.active)]]
     columns = negative_labels[order.negatives]
     return (columns >= 0) & (columns != rows.unsqueeze(1))
-
-
-LAYOUTS = ["voc", "ids", "few", "one"]
 
 
 @pytest.mark.parametrize("labels", LAYOUTS)
