@@ -364,6 +364,13 @@ def test_headline_compares_across_dtypes() -> None:
     ]
 
 
+def test_back_ends_are_compared_with_triton() -> None:
+    times = {"triton": 3.0, "cuda": 2.0}
+    rows = [{"provider": name, "status": "ok", "median_ms": ms} for name, ms in times.items()]
+    report.add_ratios(rows)
+    assert rows[1]["faster_than"] == {"triton": 1.5}
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [(0, "0"), (1234.5, "1234"), (99.94, "99.9"), (1.0, "1.00"), (0.05, "0.0500"), (5e-5, "5e-05")],
