@@ -99,15 +99,37 @@ def test_build_info_and_reason() -> None:
         assert cac_fast.backends()["cuda"] == "needs a CUDA device"
 
 
-def test_it_says_what_it_refuses() -> None:
+def test_it_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(_extension, "cuda_archs", lambda: ("8.0", "12.0"))
     assert "on a CUDA device, not on cpu" in cuda.refuses(torch.empty(0, 8))
     for gpu, said in (
         (torch.empty(0, 8, dtype=torch.float64, device="meta"), "not on torch.float64"),
         (torch.empty(0, 257, device="meta"), "up to 256 channels, not 257"),
+        (torch.empty(0, 256, device="meta"), "for 8.0, 12.0, and the GPU is 9.0: install again"),
     ):
         like = type("Anchors", (), {"device": torch.device("cuda"), "dtype": gpu.dtype})
         like.shape = gpu.shape
         assert said in cuda.refuses(like)
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "does_not"),
+    [
+        ("8.0", ["8.0", "8.9"], ["7.5", "9.0", "12.0"]),
+        ("8.6", ["8.6", "8.9"], ["8.0"]),
+        ("9.0a", ["9.0"], ["9.1", "10.0"]),
+        ("10.0f", ["10.0", "10.3"], ["9.0", "11.0"]),
+        ("8.0 9.0+PTX", ["8.6", "9.0", "12.0"], ["7.5"]),
+        ("8.0 9.0a+PTX", ["8.6", "9.0"], ["10.0"]),
+        ("Hopper", ["9.0", "12.0"], []),
+    ],
+)
+def test_knows_the_gpus_it_has_code_for(archs: str, runs: list[str], does_not: list[str]) -> None:
+    for gpus, expected in ((runs, True), (does_not, False)):
+        for gpu in gpus:
+            capability = tuple(map(int, gpu.split(".")))
+            assert cuda.runs_on(capability, tuple(archs.split())) is expected, gpu
 
 
 def test_auto_stays_on_triton() -> None:
@@ -147,6 +169,35 @@ def test_finds_the_toolkit_behind_a_wrapper(tmp_path: Path) -> None:
     assert (root / "bin" / "nvcc").is_file()
     assert (root / "include" / "cuda_runtime.h").is_file()
     assert root != tmp_path
+
+
+def test_chooses_the_toolkit_that_fits_and_says_what_is_missing(tmp_path: Path) -> None:
+    for name, version in (("old", "1.0.0"), ("fitting", "13.0.88"), ("bare", "13.0.88")):
+        nvcc = tmp_path / name / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path / name}' >&2\necho V{version}\n")
+        nvcc.chmod(0o755)
+        if name != "bare":
+            (tmp_path / name / "include").mkdir()
+            (tmp_path / name / "include" / "cuda_runtime.h").touch()
+    # A PyTorch for another kind of GPU: its tools must not be asked to describe CUDA code.
+    done = run_setup(
+        f"import torch\ntorch.version.cuda = None\n{READ_SETUP}"
+        "for other in ('bare', 'fitting'):\n"
+        f"    found['os'].environ['CUDA_PATH'] = {str(tmp_path)!r} + '/' + other\n"
+        "    print(found['find_nvcc']('13.2'))\n"
+        "found['os'].environ['CUDA_HOME'] = '/nowhere'\n"
+        f"found['os'].environ['CUDA_PATH'] = {str(tmp_path / 'bare')!r}\n"
+        "print(found['find_nvcc']('13.2'))\n"
+        "print(found['ARCHS'], found['NO_CUDA'], found['describe_extensions']()[1].include_dirs)",
+        CUDA_HOME=str(tmp_path / "old"),
+        TORCH_CUDA_ARCH_LIST="",
+    )
+    any_, fitting, none, last = done.stdout.splitlines()
+    assert "version='1.0.0'" in any_
+    assert "version='13.0.88'" in fitting
+    assert none.endswith(f"bin/nvcc has no include/cuda_runtime.h in {tmp_path / 'bare'}")
+    assert last == "8.0;9.0+PTX this PyTorch is built without CUDA []"
 
 
 # Two extensions that build or fail at once, in the place of minutes of compiling.
