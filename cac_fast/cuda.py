@@ -97,7 +97,7 @@ def dc_loss_rows(
         order.active,
         order.admissible,
         *tiles.plan(order, tile, block, programs),
-        temperature,
+        *tiles.numbers(anchors.dtype, temperature),
         tf32,
     )
 

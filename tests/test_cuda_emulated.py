@@ -9,11 +9,13 @@ import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from rows_contract import DTYPES, Rows, RowsContract, compare, error, exact, operands
+from torch import Tensor
 
 from cac_fast import cuda
 
@@ -34,6 +36,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> None:
         "-fPIC",
         "-Wno-unknown-pragmas",
         "-DCAC_FAST_LIBRARY=cac_fast_emulated",
+        "-DCAC_FAST_DEVICE=CPU",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         f"-I{ROOT / 'tests' / 'emulated_gpu'}",
         f"-I{ROOT / 'csrc' / 'cuda'}",
@@ -132,3 +135,31 @@ def test_tf32_where_pytorch_allows_it(rows: Rows, dim: int, tf32: Callable[[], N
     tf32()
     _, gradient = rows(*given, 0.1)
     assert error(plain, true_gradient) < 1e-6 < error(gradient, true_gradient) < 2e-4
+
+
+def test_the_operator_checks_what_it_is_given(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators, caught = torch.ops.cac_fast_emulated, []
+
+    def catch(*arguments: Any) -> tuple[Tensor, Tensor]:
+        caught.extend(arguments)
+        return operators.dc_loss_rows_cuda(*arguments)
+
+    between = SimpleNamespace(
+        dc_loss_sizes_cuda=operators.dc_loss_sizes_cuda, dc_loss_rows_cuda=catch
+    )
+    monkeypatch.setattr(cuda, "_operators", lambda: between)
+    rows(*operands("few", torch.float32, 130, 70, 16), 0.1)
+    for place, wrong, said in (
+        (0, lambda anchors: anchors[:-1], "ordered anchors must be padded to whole groups"),
+        (0, lambda anchors: anchors.repeat(2, 1), "not of the same size"),
+        (1, lambda positives: positives.half(), "positives must be a matrix of the anchors' dtype"),
+        (1, lambda positives: positives.repeat(1, 5), "not of the same size"),
+        (2, lambda negatives: negatives[:, 1:], "ordered negatives must be padded"),
+        (3, lambda order: order[1:], "of 130 elements, not of 129"),
+        (5, lambda excluded_to: excluded_to.repeat(2)[::2], "must be contiguous"),
+        (9, lambda ends: ends[:0], "must have tiles"),
+    ):
+        given = list(caught)
+        given[place] = wrong(given[place])
+        with pytest.raises(ValueError, match=said):
+            operators.dc_loss_rows_cuda(*given)
