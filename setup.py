@@ -11,6 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +42,17 @@ class Nvcc(NamedTuple):
     root: Path
     version: str
 
+    @property
+    def major(self) -> str:
+        return self.version.split(".")[0]
 
-def find_nvcc() -> Nvcc | None:
-    """The first CUDA compiler that works: CUDA_HOME's, the system's, that of a pip package."""
+
+def find_nvcc(wanted: str | None) -> Nvcc | str:
+    """A CUDA compiler that works, if there is one of the version `wanted`; else why there is none.
+
+    Looked for in CUDA_HOME and CUDA_PATH; where neither is set on the PATH, in the system's place
+    and in pip packages. wanted: as torch.version.cuda; the first of its major version is preferred.
+    """
     folders = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     if not folders:
         on_path = shutil.which("nvcc")
@@ -53,10 +64,15 @@ def find_nvcc() -> Nvcc | None:
             for pattern in ("nvidia/cu*/bin/nvcc", "nvidia/cuda_nvcc/bin/nvcc")
             for nvcc in sorted(base.glob(pattern), reverse=True)
         ]
-    return next(filter(None, map(ask_nvcc, folders)), None)
+    answers = list(map(ask_nvcc, folders))
+    found = [answer for answer in answers if isinstance(answer, Nvcc)]
+    fitting = [nvcc for nvcc in found if wanted and nvcc.major == wanted.split(".")[0]]
+    reasons = [answer for answer in answers if isinstance(answer, str)]
+    return [*fitting, *found, *reasons, "no CUDA compiler was found when cac_fast was installed"][0]
 
 
-def ask_nvcc(folder: Path) -> Nvcc | None:
+def ask_nvcc(folder: Path) -> Nvcc | str | None:
+    """The compiler in a folder; why it is of no use; None where there is none."""
     nvcc = str(folder / "bin" / "nvcc")
     try:
         # A wrapper script may stand where no toolkit is; the compiler itself says where it lives.
@@ -73,26 +89,52 @@ def ask_nvcc(folder: Path) -> Nvcc | None:
     if not top or not number:
         return None
     root = Path(top[1].strip()).resolve()
-    return Nvcc(root, number[1]) if (root / "include" / "cuda_runtime.h").is_file() else None
+    if not (root / "include" / "cuda_runtime.h").is_file():
+        return f"the CUDA compiler {nvcc} has no include/cuda_runtime.h in {root}"
+    return Nvcc(root, number[1])
 
-
-NVCC = None if os.environ.get("CAC_FAST_CUDA") == "0" else find_nvcc()
-if NVCC:
-    # PyTorch looks for it when its tools are imported, and takes a wrapper's folder for the root.
-    os.environ["CUDA_HOME"] = str(NVCC.root)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except Exception as error:  # a torch that cannot be imported is as good as none
-    BuildExtension, CppExtension, CUDAExtension, torch = build_ext, Extension, Extension, None
-    NO_TORCH = (
-        f"torch could not be imported when cac_fast was installed ({error}); "
-        "install with pip install --no-build-isolation"
+    torch, NO_TORCH = (
+        None,
+        (
+            f"torch could not be imported when cac_fast was installed ({error}); "
+            "install with pip install --no-build-isolation"
+        ),
     )
 else:
     NO_TORCH = None
+
+
+def why_no_cuda() -> str | None:
+    """Why there is no use in trying to build the CUDA back end, or None."""
+    if NO_TORCH:
+        return NO_TORCH
+    if os.environ.get("CAC_FAST_CUDA") == "0":
+        return "CAC_FAST_CUDA=0 when cac_fast was installed"
+    if isinstance(NVCC, str):
+        return NVCC
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    if NVCC.major != torch.version.cuda.split(".")[0]:
+        return f"the CUDA compiler is {NVCC.version}, PyTorch is built with {torch.version.cuda}"
+    return None
+
+
+NVCC = find_nvcc(torch and torch.version.cuda)
+NO_CUDA = why_no_cuda()
+ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
+if not NO_CUDA:
+    # PyTorch looks for it when its tools are imported, and takes a wrapper's folder for the root.
+    os.environ["CUDA_HOME"] = str(NVCC.root)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHS
+
+if torch:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+else:
+    BuildExtension, CppExtension, CUDAExtension = build_ext, Extension, Extension
 
 
 class BuildOrSayWhy(BuildExtension):
@@ -103,23 +145,27 @@ class BuildOrSayWhy(BuildExtension):
         self.folder = ROOT / FOLDERS["cac_fast"] if self.inplace else library
         for old in (*library.glob("_C*.*"), *self.folder.glob("_C*.*")):
             old.unlink(missing_ok=True)
-        inplace = self.inplace
+        before = self.inplace, self.compiler
         for extension in list(self.extensions):
-            if reason := NO_TORCH or (why_no_cuda() if extension.name == CUDA_MODULE else None):
+            if reason := NO_CUDA if extension.name == CUDA_MODULE else NO_TORCH:
                 self.extensions.remove(extension)
                 self.say_why(extension, RuntimeError(reason))
-        try:
-            super().run()
-        except Exception as error:
-            self.inplace = inplace
-            for extension in self.extensions:
-                self.say_why(extension, error)
+        # PyTorch asks about the CUDA compiler's host before it builds anything: that must not cost
+        # the CPU's part, so what is left is tried again without the CUDA part, which comes last.
+        while self.extensions:
+            try:
+                return super().run()
+            except Exception as error:
+                self.inplace, self.compiler = before
+                self.say_why(self.extensions.pop(), error)
 
     def build_extension(self, extension: Extension) -> None:
+        output: list[str] = []
         try:
-            super().build_extension(extension)
+            with recorded(output):
+                super().build_extension(extension)
         except Exception as error:
-            self.say_why(extension, error)
+            self.say_why(extension, RuntimeError("\n".join((str(error), *what_failed(output)))))
 
     def say_why(self, extension: Extension, error: Exception) -> None:
         if extension.name == CUDA_MODULE and os.environ.get("CAC_FAST_CUDA") == "1":
@@ -131,17 +177,31 @@ class BuildOrSayWhy(BuildExtension):
         print(f"{extension.name} is not built: {reason}", file=sys.stderr)
 
 
-def why_no_cuda() -> str | None:
-    """Why there is no use in trying to build the CUDA back end, or None."""
-    if os.environ.get("CAC_FAST_CUDA") == "0":
-        return "CAC_FAST_CUDA=0 when cac_fast was installed"
-    if NVCC is None:
-        return "no CUDA compiler was found when cac_fast was installed"
-    if torch.version.cuda is None:
-        return "this PyTorch is built without CUDA"
-    if NVCC.version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"the CUDA compiler is {NVCC.version}, PyTorch is built with {torch.version.cuda}"
-    return None
+@contextmanager
+def recorded(lines: list[str]) -> Iterator[None]:
+    """Adds what is written meanwhile, compilers' messages included, to `lines`; then prints it."""
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        kept = {stream: os.dup(stream) for stream in (1, 2)}
+        for stream in kept:
+            os.dup2(file.fileno(), stream)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            for stream, copy in kept.items():
+                os.dup2(copy, stream)
+                os.close(copy)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()
+            print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+
+
+def what_failed(output: list[str]) -> list[str]:
+    """The lines of a compiler's output that say why it failed; the last ones, if none does."""
+    telling = re.compile(r"(error|fatal)\s*:|cannot find|undefined reference", re.IGNORECASE)
+    errors = [line for line in output if telling.search(line)]
+    return [line[:300] for line in errors[:20] or output[-20:]]
 
 
 def read_version() -> str:
@@ -174,13 +234,12 @@ def describe_extensions() -> list[Extension]:
         depends=list_sources("*.h"),
         optional=True,
     )
-    # A module of its own, so that the CPU's does not depend on it. Without a compiler it is there
-    # to say so.
-    describe = CUDAExtension if NVCC else Extension
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+    # A module of its own, so that the CPU's does not depend on it. Where it cannot be built it is
+    # there to say so.
+    describe = Extension if NO_CUDA else CUDAExtension
     facts = {
-        "CAC_FAST_CUDA_ARCHS": ";".join(archs.replace(";", " ").split()),
-        "CAC_FAST_NVCC": NVCC.version if NVCC else "",
+        "CAC_FAST_CUDA_ARCHS": ";".join(ARCHS.replace(";", " ").split()),
+        "CAC_FAST_NVCC": "" if NO_CUDA else NVCC.version,
     }
     gpu = describe(
         CUDA_MODULE,

@@ -233,7 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.providers is None or item.name in ("products", *options.providers)
     ]
     facts = measure.facts(device) | {"threads": torch.get_num_threads()}
-    build = build_info()
+    given = sys.argv[1:] if arguments is None else arguments
+    command = measure.command_line("bench/dc_loss.py", given)
+    record = {"command": command, **facts, "extension": build_info()}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(report.LEGEND, flush=True)
     for name, reason in backends().items():
@@ -247,14 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
         of_case = bench.row(case)
         print(f"\n{case}\n\n{report.table(of_case)}", flush=True)
         rows += of_case
+        # After each case, as the run may be ended before its time.
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     print("\n" + "\n".join(report.headlines(rows)))
 
-    if options.json:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        command = measure.command_line("bench/dc_loss.py", arguments)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"command": command, **facts, "extension": build, "rows": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.plot:
         report.plot(rows, facts["device"], options.plot)
     return int(any(row["status"].startswith("wrong") for row in rows))

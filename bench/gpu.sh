@@ -1,30 +1,65 @@
 #!/usr/bin/env bash
 # The whole round on a machine with a GPU: its tests, the benches, a training of both methods.
 #
-#   bench/gpu.sh [DATA_FOLDER WEIGHTS [SECONDS]]
+#   [PARTS="test bench train"] bench/gpu.sh [DATA_FOLDER WEIGHTS [SECONDS]]
 #
-# Tests get 4 minutes, the benches 2 each. With DATA_FOLDER (read with --dataset folder) and WEIGHTS
-# (mobilenet_v2's) the training follows; it stops after SECONDS (default 210) and goes on where it
-# stopped when the script is run again. Results are in bench/results/. One part that fails does not
-# keep the others from running, but makes the exit code 1.
+# It takes three calls of 10 minutes, one for each of PARTS; by default all are done. Every step has
+# a limit. With DATA_FOLDER (read with --dataset folder) and WEIGHTS (mobilenet_v2's) the training
+# follows; it stops after SECONDS (default 210) and goes on where it stopped when the script is run
+# again. Results are written as they come, to RESULTS (default bench/results). One part that fails
+# does not keep the others from running, but makes the exit code 1.
+#
+# The CUDA back end must be built, or the round ends at once; CAC_FAST_CUDA=0 does without it.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 status=0
+export CAC_FAST_CUDA=${CAC_FAST_CUDA-1}
+# What cuBLAS needs to be deterministic, which the tests ask for.
+export CUBLAS_WORKSPACE_CONFIG=:4096:8
 
-"$python" -c 'import cac_fast.train' 2>/dev/null ||
-    "$python" -m pip install -q --no-deps --no-build-isolation -e . || exit 1
+wants() { [[ " ${PARTS:-test bench train} " == *" $1 "* ]]; }
+
+# Built anew where a source is newer than what was built.
+built=$(compgen -G 'cac_fast/_C.*.so' | head -n 1)
+if [ -z "$built" ] || [ -n "$(find setup.py csrc -newer "$built" -print -quit)" ] ||
+    ! "$python" -c 'import cac_fast.train' 2>/dev/null; then
+    timeout 200 "$python" -m pip install -q --no-deps --no-build-isolation -e . || exit 1
+fi
+if [ "$CAC_FAST_CUDA" != 0 ]; then
+    "$python" -c 'import cac_fast, sys; sys.exit(cac_fast.backends()["cuda"])' || exit 1
+fi
 name=$("$python" -c 'import torch; print("-".join(torch.cuda.get_device_name().lower().split()))') || exit 1
-results="bench/results/$name"
+results="${RESULTS:-bench/results}/$name"
+mkdir -p "$(dirname "$results")"
 
-# Without the project's pytest options, as pytest-timeout may not be there.
-timeout 240 "$python" -m pytest -q -o addopts= -k "gpu or cuda" \
-    tests/test_gpu_loss.py tests/test_ops.py tests/test_gpu.py tests/test_bench_train_step.py || status=1
-timeout 150 "$python" bench/dc_loss.py --minutes 2 --json "$results-dc_loss.json" --plot "$results-dc_loss.png" ||
-    status=1
-timeout 180 "$python" bench/train_step.py --baseline --sweep-negatives 500,25.6k,1M --minutes 1 \
-    --json "$results-train_step.json" || status=1
-if [ $# -ge 2 ]; then
+if wants test; then
+    # Without the project's pytest options, as pytest-timeout may not be there.
+    pytest=("$python" -m pytest -q --tb=short -o addopts=)
+    # The CUDA back end by itself: a kernel that goes wrong takes all of its process along.
+    timeout 80 "${pytest[@]}" -k cuda tests/test_gpu_loss.py |
+        tee "$results-tests.txt" || status=1
+    timeout 160 "${pytest[@]}" -k "(gpu or cuda) and not (gpu_loss and cuda)" \
+        tests/test_gpu_loss.py tests/test_ops.py tests/test_gpu.py tests/test_bench_train_step.py |
+        tee -a "$results-tests.txt" || status=1
+    sanitizer=$(command -v compute-sanitizer /usr/local/cuda/bin/compute-sanitizer | head -n 1)
+    for tool in memcheck racecheck; do
+        [ -n "$sanitizer" ] && [ "$CAC_FAST_CUDA" != 0 ] || break
+        # Each tensor in an allocation of its own, so that what lies beyond its end is nobody's.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 "$sanitizer" --tool "$tool" \
+            --kernel-name kns=dc_loss --report-api-errors no --error-exitcode 1 \
+            "${pytest[@]}" -k "cuda and (divide_nothing or nothing_active)" tests/test_gpu_loss.py |
+            tee -a "$results-tests.txt" || status=1
+    done
+fi
+if wants bench; then
+    timeout 150 "$python" bench/dc_loss.py --minutes 2 --json "$results-dc_loss.json" --plot "$results-dc_loss.png" ||
+        status=1
+    timeout 180 "$python" bench/train_step.py --baseline --sweep-negatives 500,25.6k,1M --minutes 1 \
+        --json "$results-train_step.json" || status=1
+    timeout 240 "$python" bench/loader.py --json "$results-loader.json" || status=1
+fi
+if wants train && [ $# -ge 2 ]; then
     timeout "${3:-210}" "$python" bench/compare.py --name "$name-camvid" --dataset folder \
         --data-dir "$1" --shares 1/16,1/8 --seeds 0,1,2 --test --jobs 4 --threads 4 -- \
         --network deeplabv3plus --backbone mobilenet_v2 --weights "$2" \
@@ -35,5 +70,4 @@ if [ $# -ge 2 ]; then
         *) status=1 ;;
     esac
 fi
-timeout 240 "$python" bench/loader.py --json "$results-loader.json" || status=1
 exit $status

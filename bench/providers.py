@@ -74,7 +74,7 @@ def backend_provider(name: str, device: torch.device) -> Provider:
 def find_providers(device: torch.device) -> list[Provider]:
     """The bare products, all back ends that can be used on the device, then the baselines."""
     providers = [Provider("products", fastest_products, slack=None)]
-    anchors = torch.empty(0, device=device)
+    anchors = torch.empty(0, 1, device=device)
     providers += [
         backend_provider(name, device)
         for name, backend in BACKENDS.items()

@@ -11,8 +11,8 @@ import numpy as np
 from cases import TEMPERATURE, Case
 from measure import can_plot
 
-# What the others are compared with; eager is a back end as well.
-BASELINES = ("dense", "compiled", "chunked", "flex", "eager")
+# What the others are compared with; eager and triton are back ends as well.
+BASELINES = ("dense", "compiled", "chunked", "flex", "eager", "triton")
 # Back ends that are there to be fast.
 FAST = ("eager", "cpp", "triton", "cuda")
 HEADLINE_CASES = ("goal", "asked", "dense labels")

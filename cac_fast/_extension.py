@@ -40,6 +40,13 @@ def why_not(name: str = "_C") -> str | None:
     return _WHY_NOT[name]
 
 
+def cuda_archs() -> tuple[str, ...]:
+    """What the GPU's operators were built for, as in TORCH_CUDA_ARCH_LIST; () without them."""
+    if why_not("_C_cuda") is not None:
+        return ()
+    return tuple(import_module("cac_fast._C_cuda").archs.split(";"))
+
+
 def build_info() -> dict[str, Any]:
     """How the compiled extension was built; without one, {"built": False, "reason": why not}.
 
@@ -53,10 +60,9 @@ def build_info() -> dict[str, Any]:
     module = import_module("cac_fast._C")
     names = ("compiler", "standard", "flags", "torch")
     info = {"built": True, **{name: getattr(module, name) for name in names}}
-    info |= {"cuda_archs": (), "nvcc": None}
+    info |= {"cuda_archs": cuda_archs(), "nvcc": None}
     if why_not("_C_cuda") is None:
-        cuda = import_module("cac_fast._C_cuda")
-        info |= {"cuda_archs": tuple(cuda.archs.split(";")), "nvcc": cuda.nvcc}
+        info["nvcc"] = import_module("cac_fast._C_cuda").nvcc
     return info
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -33,7 +34,34 @@ def refuses(anchors: Tensor) -> str | None:
         return f"it works on {', '.join(map(str, _DTYPES))}, not on {anchors.dtype}"
     if anchors.shape[1] > _PADDED[-1]:
         return f"it takes features of up to {_PADDED[-1]} channels, not {anchors.shape[1]}"
+    capability = torch.cuda.get_device_capability(anchors.device)
+    archs = _extension.cuda_archs()
+    if not runs_on(capability, archs):
+        gpu = ".".join(map(str, capability))
+        return (
+            f"it is built for {', '.join(archs)}, and the GPU is {gpu}: install again with "
+            f"TORCH_CUDA_ARCH_LIST={gpu}"
+        )
     return None
+
+
+def runs_on(capability: tuple[int, int], archs: tuple[str, ...]) -> bool:
+    """Whether code for `archs`, as in TORCH_CUDA_ARCH_LIST, runs on a GPU of that capability.
+
+    Binaries run on later GPUs of the same major capability, those of 9.0a on no other, and +PTX
+    on all later ones. True for what is not a number (PyTorch knows some names of architectures).
+    """
+    for arch in archs:
+        parts = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+        if parts is None:
+            return True
+        built = int(parts[1]), int(parts[2])
+        if built == capability:
+            return True
+        same_major = built[0] == capability[0] or (parts[4] is not None and not parts[3])
+        if parts[3] != "a" and same_major and built < capability:
+            return True
+    return False
 
 
 def dc_loss_rows(
@@ -69,7 +97,7 @@ def dc_loss_rows(
         order.active,
         order.admissible,
         *tiles.plan(order, tile, block, programs),
-        temperature,
+        *tiles.numbers(anchors.dtype, temperature),
         tf32,
     )
 

@@ -29,7 +29,8 @@ def dc_loss_rows(
     anchors, positives: (A, D), negatives: (M, D), unit norm, floating point; products are taken in
     the anchors' dtype, or autocast's where it is on, and summed in float32 (float64 for float64).
     anchor_labels (A,), negative_labels (M,): integers; an anchor admits the negatives of other
-    labels, none admits a negative whose label is below 0. active: (A,) bool. temperature: tau.
+    labels, none admits a negative whose label is below 0; its features must be finite all the same,
+    as a matrix product meets them. active: (A,) bool. temperature: tau.
     backend: "auto" or a name from `cac_fast.backends()`.
 
     Returns the loss (A,), float32 or float64, and its gradient by the anchors (A, D), in the dtype

@@ -9,6 +9,7 @@ are distributed changes the shares, never the launch.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,42 @@ class Plan(NamedTuple):
     share: Tensor
     first_tile: Tensor
     last_tile: Tensor
+
+
+class Numbers(NamedTuple):
+    """What the kernels compute with, so that weights e^{logit} stay within the numbers there are.
+
+    scale: log2(e) / tau, since weights are powers of 2. inverse_temperature: 1 / tau.
+    offset_needed: whether each row takes an offset from its logits. lowest: the offset of a row
+    that has met nothing yet, times log2(e). headroom: with offsets, the largest weight of a row is
+    2^headroom.
+    """
+
+    scale: float
+    inverse_temperature: float
+    offset_needed: bool
+    lowest: float
+    headroom: int
+
+
+# Without an offset e^{logit}, and sums of it over any number of negatives, must stay normal
+# numbers: of float32, and of the dtype the weights are rounded to for the second product.
+_LARGEST_LOGIT = {torch.float32: 64.0, torch.bfloat16: 64.0, torch.float16: 10.5}
+# float16 ends at 2^16 and 2^-24.
+_HEADROOM = {torch.float32: 0, torch.bfloat16: 0, torch.float16: 15}
+
+
+def numbers(dtype: torch.dtype, temperature: float) -> Numbers:
+    """For features of unit norm, of one of the dtypes that the GPU back ends take."""
+    scale = math.log2(math.e) / temperature
+    return Numbers(
+        scale,
+        1 / temperature,
+        1 / temperature > _LARGEST_LOGIT[dtype],
+        # Below every logit, but finite: the kernels take the difference of two offsets.
+        max(-4 * scale, -torch.finfo(torch.float32).max),
+        _HEADROOM[dtype],
+    )
 
 
 def order_by_label(anchor_labels: Tensor, negative_labels: Tensor, active: Tensor) -> LabelOrder:

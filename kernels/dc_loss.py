@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 from torch import Tensor
@@ -13,11 +11,6 @@ from cac_fast import tiles
 from cac_fast.kernels import configs
 from cac_fast.kernels.dc_loss_kernels import dc_loss_combine, dc_loss_partial
 
-# Without an offset e^{logit}, and sums of it over any number of negatives, must stay normal
-# numbers: of float32, and of the dtype the weights are rounded to for the second product.
-_LARGEST_LOGIT = {torch.float32: 64.0, torch.bfloat16: 64.0, torch.float16: 10.5}
-# With one, the largest weight of a row is 2 to this power: float16 ends at 2^16 and 2^-24.
-_HEADROOM = {torch.float32: 0, torch.bfloat16: 0, torch.float16: 15}
 _COMBINED_ROWS = 16
 
 
@@ -68,10 +61,7 @@ def _launch(
     loss = anchors.new_empty(count, dtype=torch.float32)
     gradient = anchors.new_empty((count, dim))
 
-    scale = math.log2(math.e) / temperature
-    offset_needed = 1 / temperature > _LARGEST_LOGIT[anchors.dtype]
-    # Below every logit, but near them: the difference of two offsets must be finite.
-    lowest = -4 * scale
+    numbers = tiles.numbers(anchors.dtype, temperature)
     dc_loss_partial[(programs,)](
         anchors,
         TensorDescriptor.from_tensor(sorted_negatives, [config.block, padded])
@@ -88,15 +78,15 @@ def _launch(
         offset,
         *anchors.stride(),
         count_tiles,
-        scale,
-        lowest,
+        numbers.scale,
+        numbers.lowest,
         D=dim,
         D_PAD=padded,
         TILE=config.tile,
         BLOCK=config.block,
         TMA=tma,
-        OFFSET=offset_needed,
-        HEADROOM=_HEADROOM[anchors.dtype],
+        OFFSET=numbers.offset_needed,
+        HEADROOM=numbers.headroom,
         PRECISION="ieee" if kind == "half" else kind,
         STAGES=config.stages,
         num_warps=config.warps,
@@ -116,13 +106,13 @@ def _launch(
         *anchors.stride(),
         *positives.stride(),
         count,
-        scale,
-        lowest,
-        1 / temperature,
+        numbers.scale,
+        numbers.lowest,
+        numbers.inverse_temperature,
         D=dim,
         D_PAD=padded,
         TILE=config.tile,
         ROWS=_COMBINED_ROWS,
-        OFFSET=offset_needed,
+        OFFSET=numbers.offset_needed,
     )
     return loss, gradient

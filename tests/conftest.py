@@ -9,6 +9,8 @@ import pytest
 import torch
 from tiny_scenes import write_scenes
 
+pytest_plugins = ["rows_contract"]
+
 # Sums over threads differ with their number: tests that compare bits need it fixed.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -251,6 +251,19 @@ def test_backends_that_can_be_used_take_part(monkeypatch: pytest.MonkeyPatch) ->
     assert status == "skipped: dtype"
 
 
+def test_every_back_end_is_asked_with_anchors_like_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Where a GPU is, both of its back ends look at the features' dimensions.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name in ("triton", "cuda"):
+        there = replace(dispatch.BACKENDS[name], missing=lambda: None)
+        monkeypatch.setitem(dispatch.BACKENDS, name, there)
+    names = [item.name for item in providers.find_providers(CPU)]
+    assert "triton" in names
+    assert "cuda" not in names
+
+
 def test_row_over_its_time_is_skipped() -> None:
     runner = bench([EAGER])
     runner.rates["eager", "float32"] = 3 / SMALL.pairs
@@ -349,6 +362,13 @@ def test_headline_compares_across_dtypes() -> None:
         "- goal, A 90, M 400, voc, bfloat16: cpp 80.0 ms, 0.800 TFLOP/s, 3.00 MB, 1.60 /bare, "
         "12.5x vs dense, 1.25x vs eager, 3.75x vs eager in float32",
     ]
+
+
+def test_back_ends_are_compared_with_triton() -> None:
+    times = {"triton": 3.0, "cuda": 2.0}
+    rows = [{"provider": name, "status": "ok", "median_ms": ms} for name, ms in times.items()]
+    report.add_ratios(rows)
+    assert rows[1]["faster_than"] == {"triton": 1.5}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ built = pytest.mark.skipif(
     _extension.why_not("_C_cuda") is not None, reason=str(_extension.why_not("_C_cuda"))
 )
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on the path")
+
 
 def find_cuobjdump() -> str | None:
     """Triton's, since the toolkit's pip packages and minimal installs have none."""
@@ -37,6 +39,15 @@ def inspect(*options: str) -> str:
     return subprocess.run(
         [tool, *options, module], capture_output=True, text=True, check=True
     ).stdout
+
+
+@needs_nvcc
+def test_make_setup_builds_it() -> None:
+    if Path(sys.prefix) != ROOT / ".venv" or not (ROOT / ".venv" / ".ready").exists():
+        pytest.skip("this environment was not made by make setup")
+    if torch.version.cuda is None or os.environ.get("CAC_FAST_CUDA") == "0":
+        pytest.skip("not asked for, or not possible with this PyTorch")
+    assert _extension.why_not("_C_cuda") is None
 
 
 @built
@@ -88,15 +99,37 @@ def test_build_info_and_reason() -> None:
         assert cac_fast.backends()["cuda"] == "needs a CUDA device"
 
 
-def test_it_says_what_it_refuses() -> None:
+def test_it_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(_extension, "cuda_archs", lambda: ("8.0", "12.0"))
     assert "on a CUDA device, not on cpu" in cuda.refuses(torch.empty(0, 8))
     for gpu, said in (
         (torch.empty(0, 8, dtype=torch.float64, device="meta"), "not on torch.float64"),
         (torch.empty(0, 257, device="meta"), "up to 256 channels, not 257"),
+        (torch.empty(0, 256, device="meta"), "for 8.0, 12.0, and the GPU is 9.0: install again"),
     ):
         like = type("Anchors", (), {"device": torch.device("cuda"), "dtype": gpu.dtype})
         like.shape = gpu.shape
         assert said in cuda.refuses(like)
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "does_not"),
+    [
+        ("8.0", ["8.0", "8.9"], ["7.5", "9.0", "12.0"]),
+        ("8.6", ["8.6", "8.9"], ["8.0"]),
+        ("9.0a", ["9.0"], ["9.1", "10.0"]),
+        ("10.0f", ["10.0", "10.3"], ["9.0", "11.0"]),
+        ("8.0 9.0+PTX", ["8.6", "9.0", "12.0"], ["7.5"]),
+        ("8.0 9.0a+PTX", ["8.6", "9.0"], ["10.0"]),
+        ("Hopper", ["9.0", "12.0"], []),
+    ],
+)
+def test_knows_the_gpus_it_has_code_for(archs: str, runs: list[str], does_not: list[str]) -> None:
+    for gpus, expected in ((runs, True), (does_not, False)):
+        for gpu in gpus:
+            capability = tuple(map(int, gpu.split(".")))
+            assert cuda.runs_on(capability, tuple(archs.split())) is expected, gpu
 
 
 def test_auto_stays_on_triton() -> None:
@@ -104,10 +137,11 @@ def test_auto_stays_on_triton() -> None:
 
 
 def run_setup(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "CAC_FAST_CUDA"}
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
     )
@@ -120,13 +154,11 @@ found = runpy.run_path("setup.py")
 """
 
 
+@needs_nvcc
 def test_finds_the_toolkit_behind_a_wrapper(tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("there is no nvcc on the path")
     wrapper = tmp_path / "bin" / "nvcc"
     wrapper.parent.mkdir()
-    wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\nexec "{shutil.which("nvcc")}" "$@"\n')
     wrapper.chmod(0o755)
     done = run_setup(
         READ_SETUP + "print(found['NVCC'].root)",
@@ -137,6 +169,35 @@ def test_finds_the_toolkit_behind_a_wrapper(tmp_path: Path) -> None:
     assert (root / "bin" / "nvcc").is_file()
     assert (root / "include" / "cuda_runtime.h").is_file()
     assert root != tmp_path
+
+
+def test_chooses_the_toolkit_that_fits_and_says_what_is_missing(tmp_path: Path) -> None:
+    for name, version in (("old", "1.0.0"), ("fitting", "13.0.88"), ("bare", "13.0.88")):
+        nvcc = tmp_path / name / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path / name}' >&2\necho V{version}\n")
+        nvcc.chmod(0o755)
+        if name != "bare":
+            (tmp_path / name / "include").mkdir()
+            (tmp_path / name / "include" / "cuda_runtime.h").touch()
+    # A PyTorch for another kind of GPU: its tools must not be asked to describe CUDA code.
+    done = run_setup(
+        f"import torch\ntorch.version.cuda = None\n{READ_SETUP}"
+        "for other in ('bare', 'fitting'):\n"
+        f"    found['os'].environ['CUDA_PATH'] = {str(tmp_path)!r} + '/' + other\n"
+        "    print(found['find_nvcc']('13.2'))\n"
+        "found['os'].environ['CUDA_HOME'] = '/nowhere'\n"
+        f"found['os'].environ['CUDA_PATH'] = {str(tmp_path / 'bare')!r}\n"
+        "print(found['find_nvcc']('13.2'))\n"
+        "print(found['ARCHS'], found['NO_CUDA'], found['describe_extensions']()[1].include_dirs)",
+        CUDA_HOME=str(tmp_path / "old"),
+        TORCH_CUDA_ARCH_LIST="",
+    )
+    any_, fitting, none, last = done.stdout.splitlines()
+    assert "version='1.0.0'" in any_
+    assert "version='13.0.88'" in fitting
+    assert none.endswith(f"bin/nvcc has no include/cuda_runtime.h in {tmp_path / 'bare'}")
+    assert last == "8.0;9.0+PTX this PyTorch is built without CUDA []"
 
 
 # Two extensions that build or fail at once, in the place of minutes of compiling.
@@ -173,6 +234,22 @@ def test_a_missing_build_leaves_the_cpu_back_end_and_the_reason(
     assert said in reason.read_text(encoding="utf-8")
     assert list(reason.parent.glob("_C.*.so"))
     assert not list(reason.parent.glob("_C_cuda.*.so"))
+
+
+@needs_nvcc
+def test_a_host_compiler_that_does_not_suit_cuda_leaves_the_cpu_back_end(tmp_path: Path) -> None:
+    done = run_setup(f"""
+from torch.utils import cpp_extension
+def refuse(*_):
+    raise RuntimeError("refused by a test")
+cpp_extension._check_cuda_version = refuse
+FOLDER = {str(tmp_path)!r}
+{BUILD}""")
+    assert done.returncode == 0, done.stderr
+    (reason,) = tmp_path.glob("lib*/cac_fast/_C*.txt")
+    assert reason.name == "_C_cuda.txt"
+    assert reason.read_text(encoding="utf-8") == "refused by a test\n"
+    assert list(reason.parent.glob("_C.*.so"))
 
 
 def test_a_build_that_is_asked_for_must_succeed(tmp_path: Path) -> None:

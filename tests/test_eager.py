@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from rows_contract import operands
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,38 +15,6 @@ from cac_fast import (
     ops,
     reference,
 )
-
-
-def voc_labels(count: int, rng: torch.Generator) -> Tensor:
-    """21 classes, three quarters of all pixels background."""
-    labels = torch.randint(1, 21, (count,), generator=rng)
-    return labels.masked_fill(torch.rand(count, generator=rng) < 0.75, 0)
-
-
-def operands(
-    labels: str, dtype: torch.dtype, a: int = 300, m: int = 1000, d: int = 8
-) -> tuple[Tensor, ...]:
-    rng = torch.Generator().manual_seed(3)
-    features = [
-        torch.nn.functional.normalize(
-            torch.randn(n, d, generator=rng, dtype=torch.float64), dim=1
-        ).to(dtype)
-        for n in (a, a, m)
-    ]
-    if labels == "voc":
-        anchor_labels, negative_labels = voc_labels(a, rng), voc_labels(m, rng)
-    elif labels == "ids":
-        anchor_labels = torch.randperm(a, generator=rng) + 2**40
-        negative_labels = torch.randperm(m, generator=rng) + 2**40
-    elif labels == "few":
-        anchor_labels = torch.randint(0, 2, (a,), generator=rng)
-        negative_labels = torch.randint(-1, 3, (m,), generator=rng)
-    else:
-        anchor_labels, negative_labels = torch.full((a,), 4), torch.full((m,), 4)
-        negative_labels[:2] = torch.tensor([-1, 6])
-    empty = torch.rand(m, generator=rng) < 0.1
-    active = torch.rand(a, generator=rng) < 0.4
-    return (*features, anchor_labels, negative_labels.masked_fill(empty, -1), active)
 
 
 @pytest.mark.parametrize("tile", [(16, 32), (512, 1024)], ids=["small tile", "large tile"])

@@ -97,17 +97,21 @@ def test_failed_build_leaves_the_rest_and_the_reason(tmp_path: Path) -> None:
     (torchless / "__init__.py").write_text("raise ImportError('no torch for this test')\n")
     # It answers when asked for its version, so that only compiling fails.
     compiler = tmp_path / "g++"
-    compiler.write_text('#!/bin/sh\ncase "$1" in -*v*|-dump*) exec c++ "$@";; esac\nexit 1\n')
+    compiler.write_text(
+        '#!/bin/sh\ncase "$1" in -*v*|-dump*) exec c++ "$@";; esac\n'
+        'echo "a.h:1: fatal error: broken by a test" >&2\nexit 1\n'
+    )
     compiler.chmod(0o755)
+    inherited = {name: value for name, value in os.environ.items() if name != "CAC_FAST_CUDA"}
     for name, environment, said in (
-        ("compiler", {"CC": str(compiler), "CXX": str(compiler)}, "compil"),
+        ("compiler", {"CC": str(compiler), "CXX": str(compiler)}, "a.h:1: fatal error: broken"),
         ("torch", {"PYTHONPATH": str(torchless.parent)}, "no torch for this test"),
     ):
         build = tmp_path / name
         done = subprocess.run(
             [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(build)],
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**inherited, **environment},
             check=True,
             capture_output=True,
             text=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_eager import operands
+from rows_contract import LAYOUTS, operands
 from torch import Tensor
 
 from cac_fast import tiles
@@ -27,9 +27,6 @@ def admitted(order: tiles.LabelOrder, labels: Tensor, negative_labels: Tensor) -
     rows = labels[order.anchors[: int(order.active)]]
     columns = negative_labels[order.negatives]
     return (columns >= 0) & (columns != rows.unsqueeze(1))
-
-
-LAYOUTS = ["voc", "ids", "few", "one"]
 
 
 @pytest.mark.parametrize("labels", LAYOUTS)
@@ -101,3 +98,13 @@ def test_nothing_to_meet() -> None:
         plan = tiles.plan(tiles.order_by_label(y, negative_labels, rows), TILE, BLOCK, 3)
         assert not plan.ends.any()
         assert int(plan.share) == 0
+
+
+def test_numbers_stay_finite() -> None:
+    assert not tiles.numbers(torch.float16, 0.1).offset_needed
+    assert tiles.numbers(torch.float16, 0.09).offset_needed
+    for temperature in (10.0, 0.1, 1e-38):
+        numbers = tiles.numbers(torch.bfloat16, temperature)
+        offsets = torch.tensor([numbers.lowest, numbers.scale, -numbers.scale])
+        assert offsets.isfinite().all()
+        assert (offsets[1:] - numbers.lowest > 0).all()

@@ -1,6 +1,6 @@
 // The instructions that C++ has no words for, each in a function of its own. The kernels use the
-// GPU through these functions, barriers and shuffles alone, so that a test can put an emulation
-// in the place of this file (tests/emulated_gpu.h).
+// GPU through these functions, barriers and shuffles alone, so that a test can put an emulation in
+// the place of this file (tests/emulated_gpu/device.cuh).
 #pragma once
 
 #include <c10/util/BFloat16.h>

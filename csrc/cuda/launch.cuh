@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 
 #include "combine.cuh"
@@ -21,22 +23,32 @@ void allow_shared_memory() {
       Shape::kSharedBytes));
 }
 
+// Found out and set once for each device, as CUDA takes longer to answer than to launch a kernel.
 template <class Shape>
 Sizes find_sizes() {
+  static std::mutex mutex;
+  static std::map<int, Sizes> known;
+  int device = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  if (const auto found = known.find(device); found != known.end()) return found->second;
   allow_shared_memory<Shape, false>();
-  int resident = 0, device = 0, multiprocessors = 0;
+  allow_shared_memory<Shape, true>();
+  int resident = 0, multiprocessors = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
       &resident, dc_loss_partial<Shape, false>, Shape::kThreads, Shape::kSharedBytes));
-  check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return {Shape::kTile, Shape::Unit::kBlock, static_cast<int64_t>(resident) * multiprocessors};
+  const Sizes sizes{
+      Shape::kTile, Shape::Unit::kBlock, static_cast<int64_t>(resident) * multiprocessors};
+  known.emplace(device, sizes);
+  return sizes;
 }
 
 template <class Shape, bool kOffset>
 void launch_kernels(const Operands& given, int64_t programs) {
   using Unit = typename Shape::Unit;
   const auto stream = static_cast<cudaStream_t>(current_stream());
-  allow_shared_memory<Shape, kOffset>();
+  find_sizes<Shape>();  // allows the shared memory, where nobody has asked for the sizes yet
   dc_loss_partial<Shape, kOffset>
       <<<static_cast<unsigned>(programs), Shape::kThreads, Shape::kSharedBytes, stream>>>(given);
   check(cudaGetLastError());

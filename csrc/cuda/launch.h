@@ -34,10 +34,10 @@ struct Operands {
   int64_t count;  // A
   int64_t tiles;
   int64_t dim;                // D
-  float scale;                // log2(e) / temperature
-  float lowest;               // below every logit, times log2(e)
-  float headroom;             // with offsets, the largest weight of a row is 2^headroom
-  float inverse_temperature;  // 1 / temperature
+  float scale;  // this and what follows: see Numbers in cac_fast/tiles.py
+  float lowest;
+  float headroom;
+  float inverse_temperature;
 };
 
 // What the plan is made for: anchors of a tile, negatives of a block, and how many programs the

@@ -5,8 +5,6 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
-#include <cmath>
-#include <string>
 #include <tuple>
 
 #include "launch.h"
@@ -14,6 +12,7 @@
 // A test builds this file a second time, with kernels of its own.
 #ifndef CAC_FAST_LIBRARY
 #define CAC_FAST_LIBRARY cac_fast
+#define CAC_FAST_DEVICE CUDA
 #endif
 
 namespace cac_fast::cuda {
@@ -21,109 +20,128 @@ namespace {
 
 using at::Tensor;
 
-// Kernels for features of a dtype, and the numbers that their weights stay within. Without an
-// offset e^{logit}, and sums of it over any number of negatives, must stay normal numbers: of
-// float32, and of the dtype the weights are rounded to for the second product. With one, the
-// largest weight of a row is 2^headroom: float16 ends at 2^16 and 2^-24.
-struct Kind {
-  const Kernels& kernels;
-  double largest_logit;
-  float headroom;
-};
-
-Kind find_kind(at::ScalarType dtype, bool tf32) {
+const Kernels& find_kernels(at::ScalarType dtype, bool tf32) {
   switch (dtype) {
-    case at::kBFloat16: return {kBFloat16Kernels, 64.0, 0.0F};
-    case at::kHalf: return {kHalfKernels, 10.5, 15.0F};
-    case at::kFloat: return {tf32 ? kTf32Kernels : kFloat32Kernels, 64.0, 0.0F};
+    case at::kBFloat16: return kBFloat16Kernels;
+    case at::kHalf: return kHalfKernels;
+    case at::kFloat: return tf32 ? kTf32Kernels : kFloat32Kernels;
     default: TORCH_CHECK_VALUE(false, "cuda takes float32, bfloat16 or float16 anchors");
   }
 }
 
 std::tuple<int64_t, int64_t, int64_t> sizes(const Tensor& anchors, int64_t padded, bool tf32) {
   const c10::DeviceGuard guard(anchors.device());
-  const Sizes sizes = find_kind(anchors.scalar_type(), tf32).kernels.sizes(padded);
+  const Sizes sizes = find_kernels(anchors.scalar_type(), tf32).sizes(padded);
   return {sizes.tile, sizes.block, sizes.programs};
 }
 
+// The elements of a part of the plan, if it has as many as the kernels will read.
 template <class T>
-const T* data(const Tensor& tensor, const Tensor& anchors) {
-  TORCH_CHECK_VALUE(tensor.device() == anchors.device(), "all tensors must be on one device");
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), "the plan must be contiguous");
-  return tensor.const_data_ptr<T>();
+const T* data(const Tensor& part, const Tensor& anchors, int64_t count) {
+  TORCH_CHECK_VALUE(part.device() == anchors.device(), "all tensors must be on one device");
+  TORCH_CHECK_VALUE(
+      part.is_contiguous() && part.numel() == count, "a part of the plan must be contiguous, of ",
+      count, " elements, not of ", part.numel());
+  return part.const_data_ptr<T>();
+}
+
+void check_features(const Tensor& features, const Tensor& anchors, const char* name) {
+  TORCH_CHECK_VALUE(features.device() == anchors.device(), "all tensors must be on one device");
+  TORCH_CHECK_VALUE(
+      features.dim() == 2 && features.scalar_type() == anchors.scalar_type(), name,
+      " must be a matrix of the anchors' dtype");
+}
+
+// Features in the order of the plan: whole groups of `rows`, with `padded` channels.
+void check_ordered(const Tensor& features, int64_t rows, int64_t padded, const char* name) {
+  TORCH_CHECK_VALUE(
+      features.size(0) % rows == 0 && features.size(1) == padded, "ordered ", name,
+      " must be padded to whole groups of ", rows, " rows and to ", padded, " channels");
+  const auto address = reinterpret_cast<uintptr_t>(features.const_data_ptr());
+  TORCH_CHECK_VALUE(
+      features.is_contiguous() && address % 16 == 0, "ordered ", name,
+      " must be contiguous and aligned to 16 bytes");
 }
 
 // `anchors` and `negatives` in the order of the plan, padded to whole tiles, blocks and `padded`
-// channels with zeros; `positives` as they are. Arguments in the order of tiles.LabelOrder and
-// tiles.Plan.
+// channels with zeros; `positives` as they are. Arguments in the order of tiles.LabelOrder,
+// tiles.Plan and tiles.Numbers.
 std::tuple<Tensor, Tensor> dc_loss_rows(
     const Tensor& anchors, const Tensor& positives, const Tensor& negatives, const Tensor& order,
     const Tensor& excluded_from, const Tensor& excluded_to, const Tensor& active,
     const Tensor& admissible, const Tensor& borders, const Tensor& ends, const Tensor& share,
-    const Tensor& first_tile, const Tensor& last_tile, double temperature, bool tf32) {
+    const Tensor& first_tile, const Tensor& last_tile, double scale, double inverse_temperature,
+    bool offset_needed, double lowest, int64_t headroom, bool tf32) {
+  check_features(anchors, anchors, "anchors");
+  check_features(positives, anchors, "positives");
+  check_features(negatives, anchors, "negatives");
   const c10::DeviceGuard guard(anchors.device());
-  const Kind kind = find_kind(anchors.scalar_type(), tf32);
-  const int64_t padded = anchors.size(1), tiles = ends.size(0), programs = first_tile.size(0);
-  const int64_t slots = anchors.size(0) / tiles * (tiles + programs);
-  for (const Tensor& features : {anchors, negatives}) {
-    const auto address = reinterpret_cast<uintptr_t>(features.const_data_ptr());
-    TORCH_CHECK_VALUE(
-        features.is_contiguous() && address % 16 == 0,
-        "ordered features must be contiguous and aligned to 16 bytes");
-  }
+  const Kernels& kernels = find_kernels(anchors.scalar_type(), tf32);
+  const int64_t count = positives.size(0), padded = anchors.size(1);
+  const int64_t tiles = ends.numel(), programs = first_tile.numel();
+  const Sizes sizes = kernels.sizes(padded);
+  check_ordered(anchors, sizes.tile, padded, "anchors");
+  check_ordered(negatives, sizes.block, padded, "negatives");
+  TORCH_CHECK_VALUE(tiles > 0 && programs > 0, "the plan must have tiles and programs");
+  TORCH_CHECK_VALUE(
+      anchors.size(0) == tiles * sizes.tile && count <= anchors.size(0) &&
+          positives.size(1) <= padded,
+      "anchors, positives and the plan are not of the same size");
+  const int64_t slots = sizes.tile * (tiles + programs);
 
   const auto floats = anchors.options().dtype(at::kFloat);
   const Tensor weighted = at::empty({slots, padded}, floats);
   const Tensor total = at::empty({slots}, floats), offset = at::empty({slots}, floats);
-  const Tensor loss = at::empty({positives.size(0)}, floats);
+  const Tensor loss = at::empty({count}, floats);
   const Tensor gradient = at::empty(positives.sizes(), anchors.options());
 
-  constexpr double kLog2E = 1.4426950408889634;
-  const double scale = kLog2E / temperature;
   Operands given{};
   given.anchors = anchors.const_data_ptr();
   given.negatives = negatives.const_data_ptr();
   given.positives = positives.const_data_ptr();
   given.positives_stride = positives.stride(0);
   given.positives_stride_d = positives.stride(1);
-  given.order = data<int64_t>(order, anchors);
-  given.excluded_from = data<int32_t>(excluded_from, anchors);
-  given.excluded_to = data<int32_t>(excluded_to, anchors);
-  given.active = data<int32_t>(active, anchors);
-  given.admissible = data<int32_t>(admissible, anchors);
-  given.borders = data<int32_t>(borders, anchors);
-  given.ends = data<int64_t>(ends, anchors);
-  given.share = data<int64_t>(share, anchors);
-  given.first_tile = data<int32_t>(first_tile, anchors);
-  given.last_tile = data<int32_t>(last_tile, anchors);
+  given.order = data<int64_t>(order, anchors, count);
+  given.excluded_from = data<int32_t>(excluded_from, anchors, count);
+  given.excluded_to = data<int32_t>(excluded_to, anchors, count);
+  given.active = data<int32_t>(active, anchors, 1);
+  given.admissible = data<int32_t>(admissible, anchors, 1);
+  given.borders = data<int32_t>(borders, anchors, 4 * tiles);
+  given.ends = data<int64_t>(ends, anchors, tiles);
+  given.share = data<int64_t>(share, anchors, 1);
+  given.first_tile = data<int32_t>(first_tile, anchors, programs);
+  given.last_tile = data<int32_t>(last_tile, anchors, programs);
   given.weighted = weighted.mutable_data_ptr<float>();
   given.total = total.mutable_data_ptr<float>();
   given.offset = offset.mutable_data_ptr<float>();
   given.loss = loss.mutable_data_ptr<float>();
   given.gradient = gradient.mutable_data_ptr();
-  given.count = positives.size(0);
+  given.count = count;
   given.tiles = tiles;
   given.dim = positives.size(1);
   given.scale = static_cast<float>(scale);
-  // The difference of two offsets must be finite.
-  given.lowest = static_cast<float>(-4 * scale);
-  given.headroom = kind.headroom;
-  given.inverse_temperature = static_cast<float>(1 / temperature);
-  kind.kernels.launch(given, padded, programs, 1 / temperature > kind.largest_logit);
+  given.lowest = static_cast<float>(lowest);
+  given.headroom = static_cast<float>(headroom);
+  given.inverse_temperature = static_cast<float>(inverse_temperature);
+  kernels.launch(given, padded, programs, offset_needed);
   return {loss, gradient};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(CAC_FAST_LIBRARY, library) {
-  library.def(
-      "dc_loss_sizes_cuda(Tensor anchors, int padded, bool tf32) -> (int, int, int)", &sizes);
+  library.def("dc_loss_sizes_cuda(Tensor anchors, int padded, bool tf32) -> (int, int, int)");
   library.def(
       "dc_loss_rows_cuda(Tensor anchors, Tensor positives, Tensor negatives, Tensor order, "
       "Tensor excluded_from, Tensor excluded_to, Tensor active, Tensor admissible, Tensor borders, "
-      "Tensor ends, Tensor share, Tensor first_tile, Tensor last_tile, float temperature, "
-      "bool tf32) -> (Tensor, Tensor)",
-      &dc_loss_rows);
+      "Tensor ends, Tensor share, Tensor first_tile, Tensor last_tile, float scale, "
+      "float inverse_temperature, bool offset_needed, float lowest, int headroom, bool tf32) "
+      "-> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(CAC_FAST_LIBRARY, CAC_FAST_DEVICE, library) {
+  library.impl("dc_loss_sizes_cuda", &sizes);
+  library.impl("dc_loss_rows_cuda", &dc_loss_rows);
 }
 
 }  // namespace cac_fast::cuda

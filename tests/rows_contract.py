@@ -1,0 +1,205 @@
+"""What every back end of the operator must do, whatever it runs on: operands, checks, test cases.
+
+A pytest plugin (see conftest.py): its fixtures can be used everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from cac_fast import reference
+
+Given = tuple[Tensor, ...]
+Rows = Callable[..., tuple[Tensor, Tensor]]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["voc", "ids", "few", "one"]
+# The largest logit that needs no offset lies between 1/0.1 and 1/0.09 in float16, else between
+# 1/0.016 and 1/0.015.
+TEMPERATURES = [1.0, 0.1, 0.09, 0.016, 0.015, 0.0005]
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """NaN in every buffer that is not initialised."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1000).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def tf32() -> Iterator[Callable[[], None]]:
+    """Allows TF32 when called, until the test ends."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield lambda: setattr(matmul, "fp32_precision", "tf32")
+    matmul.fp32_precision = before
+
+
+def voc_labels(count: int, rng: torch.Generator) -> Tensor:
+    """21 classes, three quarters of all pixels background."""
+    labels = torch.randint(1, 21, (count,), generator=rng)
+    return labels.masked_fill(torch.rand(count, generator=rng) < 0.75, 0)
+
+
+def operands(
+    labels: str,
+    dtype: torch.dtype,
+    a: int = 300,
+    m: int = 1000,
+    d: int = 8,
+    device: torch.device | str = "cpu",
+) -> Given:
+    """The arguments of a back end but the temperature; the same numbers on every device."""
+    rng = torch.Generator().manual_seed(3)
+    features = [
+        torch.nn.functional.normalize(
+            torch.randn(n, d, generator=rng, dtype=torch.float64), dim=1
+        ).to(dtype)
+        for n in (a, a, m)
+    ]
+    if labels == "voc":
+        anchor_labels, negative_labels = voc_labels(a, rng), voc_labels(m, rng)
+    elif labels == "ids":
+        anchor_labels = torch.randperm(a, generator=rng) + 2**40
+        negative_labels = torch.randperm(m, generator=rng) + 2**40
+    elif labels == "few":
+        anchor_labels = torch.randint(0, 2, (a,), generator=rng)
+        negative_labels = torch.randint(-1, 3, (m,), generator=rng)
+    else:
+        anchor_labels, negative_labels = torch.full((a,), 4), torch.full((m,), 4)
+        negative_labels[:2] = torch.tensor([-1, 6])
+    empty = torch.rand(m, generator=rng) < 0.1
+    active = torch.rand(a, generator=rng) < 0.4
+    given = (*features, anchor_labels, negative_labels.masked_fill(empty, -1), active)
+    return tuple(tensor.to(device) for tensor in given)
+
+
+def exact(given: Given, temperature: float) -> tuple[Tensor, Tensor]:
+    """The reference in float64."""
+    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in given]
+    return reference.dc_loss_rows(*wide, temperature)
+
+
+def error(mine: Tensor, theirs: Tensor) -> float:
+    return float((mine.double() - theirs).norm() / theirs.norm())
+
+
+def compare(rows: Rows, given: Given, temperature: float) -> tuple[Tensor, Tensor]:
+    """Loss and gradient against float64, by the error of the reference in the same dtype."""
+    dtype, active = given[0].dtype, given[-1]
+    loss, gradient = rows(*given, temperature)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    assert not loss[~active].any()
+    assert not gradient[~active].any()
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+    true_loss, true_gradient = exact(given, temperature)
+    assert true_loss.any()
+    if dtype == torch.float32:
+        bound = max(1e-6, 1e-7 / temperature)
+        assert (loss - true_loss).norm() <= bound * true_loss.norm() + 1e-6
+        assert error(gradient, true_gradient) <= bound
+    else:
+        loss_there, gradient_there = reference.dc_loss_rows(*given, temperature)
+        assert error(loss, true_loss) <= 1.5 * error(loss_there, true_loss)
+        assert error(gradient, true_gradient) <= 1.5 * error(gradient_there, true_gradient)
+        cosine = torch.cosine_similarity(gradient.double().flatten(), true_gradient.flatten(), 0)
+        assert cosine > 0.9999
+    return loss, gradient
+
+
+@pytest.mark.usefixtures("poisoned")
+class RowsContract:
+    """Subclasses live beside a fixture `rows`, the back end, and say how large a case may be.
+
+    layout_sizes: (A, M, D) at which every layout of labels is tried, at all layout_temperatures.
+    temperature_size: (A, M, D) at which every temperature is.
+    """
+
+    device = "cpu"
+    layout_sizes: list[tuple[int, int, int]]
+    layout_temperatures = (0.1, 0.01)
+    temperature_size: tuple[int, int, int]
+
+    def operands(self, labels: str, dtype: torch.dtype, a: int, m: int, d: int) -> Given:
+        return operands(labels, dtype, a, m, d, self.device)
+
+    @pytest.mark.parametrize("labels", LAYOUTS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_any_label_layout(self, rows: Rows, dtype: torch.dtype, labels: str) -> None:
+        for size in self.layout_sizes:
+            for temperature in self.layout_temperatures:
+                compare(rows, self.operands(labels, dtype, *size), temperature)
+
+    @pytest.mark.parametrize("temperature", TEMPERATURES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_any_temperature(self, rows: Rows, dtype: torch.dtype, temperature: float) -> None:
+        compare(rows, self.operands("few", dtype, *self.temperature_size), temperature)
+
+    def test_one_channel(self, rows: Rows) -> None:
+        compare(rows, self.operands("voc", torch.float32, 40, 70, 1), 0.1)
+
+    def test_empty_sides(self, rows: Rows) -> None:
+        for a, m in ((0, 5), (5, 0), (0, 0)):
+            loss, gradient = rows(*self.operands("voc", torch.float32, a, m, 16), 0.1)
+            assert loss.shape == (a,)
+            assert gradient.shape == (a, 16)
+            assert not loss.any()
+            assert not gradient.any()
+
+    @pytest.mark.parametrize("temperature", [0.1, 0.01])
+    def test_nothing_active_or_admitted(self, rows: Rows, temperature: float) -> None:
+        *features, y, z, active = self.operands("few", torch.bfloat16, 50, 60, 16)
+        every = torch.ones_like(active)
+        for labels, negative_labels, chosen in (
+            (y, z, torch.zeros_like(active)),
+            (y, torch.full_like(z, -1), every),
+            (torch.full_like(y, 7), torch.full_like(z, 7), every),
+        ):
+            loss, gradient = rows(*features, labels, negative_labels, chosen, temperature)
+            assert not loss.any()
+            assert not gradient.any()
+
+    def test_extreme_labels_stay_apart(self, rows: Rows) -> None:
+        far = torch.tensor([-(2**63), -1, 0, 1, 2**60, 2**60 + 1, 2**62, 2**63 - 1])
+        *features, _, _, active = self.operands("few", torch.float32, 80, 160, 16)
+        y, z = far.repeat(10).to(active.device), far.repeat(20).to(active.device)
+        for chosen in (torch.ones_like(active), torch.arange(80, device=active.device) % 3 > 0):
+            compare(rows, (*features, y, z, chosen), 0.1)
+
+    def test_views_of_any_layout(self, rows: Rows) -> None:
+        a, p, n, *labels = self.operands("voc", torch.float32, 90, 120, 16)
+        plain = rows(a, p, n, *labels, 0.1)
+        wide = torch.stack((p, p), dim=1).flatten(0, 1)
+        turned = [features.T.contiguous().T for features in (a, p, n)]
+        for views in ((turned[0], wide[::2], turned[2]), turned):
+            found = rows(*views, *labels, 0.1)
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, plain, strict=True))
+
+    def test_a_small_loss_is_exact(self, rows: Rows) -> None:
+        *features, y, z, active = self.operands("voc", torch.float32, 40, 50, 16)
+        anchors = features[0]
+        given = (anchors, anchors, -anchors[:1].expand(50, 16).contiguous(), y, z + 30, active)
+        chosen = active & ((anchors @ anchors[0]) > 0.5)
+        assert chosen.any()
+        for temperature, largest in ((0.05, 1e-7), (0.08, 1e-3), (0.12, 1e-3)):
+            true_loss, _ = exact(given, temperature)
+            loss, _ = rows(*given, temperature)
+            assert true_loss[chosen].max() < largest
+            torch.testing.assert_close(loss[chosen].double(), true_loss[chosen], rtol=2e-5, atol=0)
+
+    @pytest.mark.parametrize("temperature", [0.1, 0.005])
+    def test_nan_is_not_hidden(self, rows: Rows, temperature: float) -> None:
+        *features, y, z, active = self.operands("few", torch.float32, 50, 200, 16)
+        features[2][z == 2] = torch.nan
+        assert (z == 2).any()
+        for mine in rows(*features, y, z, active, temperature):
+            assert mine[active].isnan().all()
