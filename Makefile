@@ -14,9 +14,9 @@ setup: $(READY)
 demo: $(READY)
 	$(VENV)/bin/python bench/demo.py
 
-# A process a core, each with one thread; a file's tests stay together, as they share what they build.
+# A process a core, each with one thread.
 test: lint
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
