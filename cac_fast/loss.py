@@ -78,10 +78,11 @@ class DCLossOutput:
     """What `DirectionalContrastiveLoss` returns; scalar tensors on the features' device.
 
     loss: with a graph, even if no anchor is active. active: number of active anchors, both
-    directions. pairs: overlap locations. negatives: those that can be admitted, over all ranks and
-    steps that the bank holds. positive_cosine: mean cosine of the pairs, 0 without pairs.
-    false_negatives: share, among the admitted pairs of active anchor and negative of this rank and
-    step, of those of one true class (Fig. 6); None without truth.
+    directions. pairs: overlap locations. negatives: those that can be admitted, of the rows that
+    the loss meets: all that the bank holds, over ranks and steps, or `max_negatives` of them.
+    positive_cosine: mean cosine of the pairs, 0 without pairs. false_negatives: share, among the
+    admitted pairs of active anchor and negative of this rank and step, of those of one true class
+    (Fig. 6); None without truth.
     """
 
     loss: Tensor

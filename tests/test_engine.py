@@ -20,6 +20,7 @@ from cac_fast.train import checkpoint, config, engine
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
+from cac_fast.train.optimizer import start_momentum
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -236,6 +237,44 @@ def test_restart_and_other_settings(folder_data, tmp_path):
         folder_data, tmp_path / "run", "--iterations", "3", "--crop-size", "40", "--restart"
     )
     assert len(losses(lines)) == 3
+
+
+def test_restart_leaves_nothing_of_the_former_run(folder_data, tmp_path):
+    run(folder_data, tmp_path / "run", "--iterations", "1")
+    again = arguments(folder_data, tmp_path / "run", "--iterations", "1", "--restart")
+    trainer = engine.Trainer(config.parse(again), CPU)
+    trainer._prepare_folder()
+    left = sorted(path.name for path in (tmp_path / "run").rglob("*.p*"))
+    assert left == [] and trainer.iteration == 0
+
+
+def test_restart_by_torchrun_goes_on(folder_data, tmp_path, monkeypatch):
+    run(folder_data, tmp_path / "run", "--iterations", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = arguments(folder_data, tmp_path / "run", "--iterations", "2", "--restart")
+    assert engine.Trainer(config.parse(again), CPU).iteration == 2
+
+
+def test_momentum_of_another_memory_format(folder_data, tmp_path):
+    trainer = engine.Trainer(config.parse(arguments(folder_data, tmp_path / "run")), CPU)
+    weight = trainer.network.head.decoder[0][0].weight
+    stored = torch.rand(weight.shape).contiguous(memory_format=torch.channels_last)
+    state = trainer.optimizer.state_dict()
+    number = len(trainer.optimizer.param_groups[0]["params"]) + [
+        item is weight for item in trainer.optimizer.param_groups[1]["params"]
+    ].index(True)
+    state["state"][number]["momentum_buffer"] = stored
+    for group in state["param_groups"]:
+        group["fused"] = None
+    trainer.optimizer.load_state_dict(state)
+    start_momentum(trainer.optimizer)
+    before, rate = weight.detach().clone(), trainer.optimizer.param_groups[1]["lr"]
+    decay, momentum = trainer.config.weight_decay, trainer.config.momentum
+    weight.grad = torch.zeros_like(weight)
+    trainer.optimizer.step()
+    expected = before - rate * (momentum * stored + decay * before)
+    assert torch.allclose(weight, expected, atol=1e-7)
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
 
 
 def test_finished_run_is_left_alone(folder_data, tmp_path):

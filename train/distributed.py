@@ -7,12 +7,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from cac_fast.train.errors import InputError, RankInputError
+
+# Rank 0 may read every file of a large data set while the others wait for it; a training step that
+# waits keeps PyTorch's own limit.
+SETUP_LIMIT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def all_reduce(
-        self, tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM
-    ) -> torch.Tensor:
-        """Reduce ``tensor`` over all ranks in place and return it; a no-op for one process."""
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum ``tensor`` over all ranks in place and return it; a no-op for one process."""
         if self.size > 1:
-            dist.all_reduce(tensor, op=op)
+            dist.all_reduce(tensor)
         return tensor
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
@@ -50,16 +53,21 @@ class World:
         return items
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Run ``work`` on rank 0 and hand its result, or its :class:`InputError`, to every rank."""
+        """Run ``work`` on rank 0 and hand its result, or its :class:`InputError`, to every rank.
+
+        The others wait for up to a day.
+        """
         if self.size == 1:
             return work()
+        group = dist.new_group(backend="gloo", timeout=SETUP_LIMIT)
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = work()
             except InputError as error:
                 outcome[1] = str(error)
-        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        dist.broadcast_object_list(outcome, src=0, group=group)
+        dist.destroy_process_group(group)
         if outcome[1] is not None:
             raise InputError(outcome[1])
         return outcome[0]

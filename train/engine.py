@@ -88,7 +88,7 @@ class Trainer:
         _set_determinism(config, world)
         self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
-        former = None if config.restart else self._read_former()
+        former = self._read_former()
         self.stream = Stream(config, world, self.data, labeled, unlabeled)
         self._build(load_weights=former is None)
         if former is None:
@@ -131,7 +131,15 @@ class Trainer:
 
     def _read_former(self) -> dict[str, Any] | None:
         """The checkpoint that this run goes on from, None for a new run."""
-        if not self.last.is_file():
+        # After a failure torchrun starts the same command again, --restart included.
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        found = self.last.is_file() and (again or not self.config.restart)
+        if len(set(self.world.all_gather_objects(found))) > 1:
+            raise InputError(
+                f"not all processes find {self.last}: --output must be on a disk that all "
+                "machines see"
+            )
+        if not found:
             return None
         try:
             former = checkpoint.read(self.last)
@@ -224,7 +232,10 @@ class Trainer:
         self.method.set_unlabeled(used)
         self.model: nn.Module = self.method
         if self.world.size > 1:
-            self.model = DistributedDataParallel(self.method, gradient_as_bucket_view=True)
+            # Statistics of batch norm are equal with SyncBN and each rank's own without.
+            self.model = DistributedDataParallel(
+                self.method, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
 
     def _profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
         config = self.config
@@ -270,12 +281,13 @@ class Trainer:
         stopping = self.signal is not None and self.world.size == 1
         if due_save or stopping or iteration % config.log_every == 0:
             self._read_meters()  # before saving: what is not finite must not be kept
+        due_save = due_save or self.stopped_by is not None
         if due_save and not _is_finite(self.method):
             self._stop_not_finite(iteration)
         result = self._evaluate() if due_eval else None
         if final and not has_val:
             self._write("best.pt")
-        if due_save or self.stopped_by is not None:
+        if due_save:
             self._save()
         return result
 
@@ -323,7 +335,9 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.iteration == 0:
-                self.last.unlink(missing_ok=True)  # --restart
+                for old in ("last.pt", "best.pt", "trace.json", "samples/*.png"):  # --restart
+                    for path in self.folder.glob(old):
+                        path.unlink()
             settings = json.dumps(dataclasses.asdict(self.config), indent=2)
             (self.folder / "config.json").write_text(settings + "\n")
         except OSError as error:

@@ -30,14 +30,20 @@ def base_rates(config: Config) -> tuple[float, float]:
 
 
 def start_momentum(optimizer: torch.optim.SGD) -> None:
-    """Momentum 0, the same as none, for weights without: the projector has no gradient at first.
+    """Give every weight what a fused step needs: a momentum, laid out in memory as the weight is.
 
-    A fused step takes a group whose weights either all have one or all have none.
+    Momentum 0 is the same as none, which the projector has as long as it has no gradient. A
+    checkpoint of another device has another memory format, and one may be of a step not fused.
     """
     for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if group["momentum"] and "momentum_buffer" not in optimizer.state[weight]:
-                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        group["fused"] = True
+        for weight in group["params"] if group["momentum"] else ():
+            state = optimizer.state[weight]
+            buffer = state.get("momentum_buffer")
+            if buffer is None:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            elif buffer.stride() != weight.stride():
+                state["momentum_buffer"] = torch.empty_like(weight).copy_(buffer)
 
 
 def poly(iteration: int, total: int, power: float) -> float:
