@@ -20,34 +20,12 @@ from pathlib import Path
 
 import torch
 from measure import ROOT, can_plot, command_line, facts
-from PIL import Image
+from shrink import shrunken
+
+from cac_fast.train.errors import InputError
 
 METHODS = ("supervised", "cac")
 COLOURS = {"supervised": "tab:gray", "cac": "tab:blue"}
-
-
-def shrink(source: Path, target: Path, factor: int) -> Path:
-    """Copy a ``folder`` data set at 1/``factor`` of its size: images by area, masks by nearest."""
-    files = [
-        path
-        for path in source.rglob("*")
-        if path.is_file() and path.suffix in {".png", ".jpg", ".txt"}
-    ]
-    for path in files:
-        copy = target / path.relative_to(source)
-        if copy.exists():
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".txt":
-            copy.write_text(path.read_text())
-            continue
-        image = Image.open(path)
-        size = (image.width // factor, image.height // factor)
-        if path.relative_to(source).parts[0] == "masks":
-            image.resize(size, Image.Resampling.NEAREST).save(copy)
-        else:
-            image.resize(size, Image.Resampling.BOX).save(copy, quality=95)
-    return target
 
 
 def run(command: list[str], threads: int, label: str) -> None:
@@ -198,7 +176,11 @@ def compare(options: argparse.Namespace) -> list[dict]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the arguments before ``--``; keep the rest for ``train/main.py``."""
+    """Read the arguments before ``--``; keep the rest for ``train/main.py``.
+
+    Raises:
+        InputError: as `shrunken`, or a copy of another size is asked for that cannot be made.
+    """
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -212,7 +194,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--test", action="store_true", help="evaluate on the test split as well")
     parser.add_argument(
-        "--shrink", type=int, default=1, help="train on a copy of the data at 1/N of its size"
+        "--shrink", type=int, default=1, help="train on a copy of a folder set at 1/N of its size"
     )
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/NAME)")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
@@ -221,13 +203,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments[:cut])
     options.command, options.rest = arguments, arguments[cut + 1 :]
     options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
+    options.folder = Path(options.data_dir).resolve() if options.data_dir else None
+    if options.dataset == "toycity" and options.folder is None:
+        options.folder = ROOT / "data" / "toycity"
+    if options.shrink < 1:
+        raise InputError(f"--shrink {options.shrink} is no size: give 1 or more")
+    if options.shrink > 1:
+        if options.dataset != "folder":
+            raise InputError(
+                f"--shrink cannot copy the dataset {options.dataset}: leave it out, or use "
+                "--dataset folder"
+            )
+        if options.folder is None:
+            raise InputError("--shrink needs the folder that it copies: give --data-dir")
+        options.folder = shrunken(options.folder, options.shrink)
     options.data = ["--dataset", options.dataset]
-    if options.data_dir:
-        folder = Path(options.data_dir).resolve()
-        if options.shrink > 1:
-            copy = ROOT / "data" / f"{folder.name}-shrunk{options.shrink}"
-            folder = shrink(folder, copy, options.shrink)
-        options.data += ["--data-dir", str(folder)]
+    if options.folder is not None:
+        options.data += ["--data-dir", str(options.folder)]
     return options
 
 
