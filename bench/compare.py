@@ -4,7 +4,8 @@
         --backbone mobilenet_v2 --weights FILE --iterations 1500
 
 What follows ``--`` goes to ``train/main.py`` as it is. A run that is already finished is not
-repeated, and one that was interrupted goes on where it stopped.
+repeated, and one that was interrupted goes on where it stopped. The results are written anew after
+each run.
 """
 
 from __future__ import annotations
@@ -15,21 +16,32 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import ROOT, can_plot, command_line, facts
 from shrink import shrunken
 
+from cac_fast.train.data.layouts import open_data
 from cac_fast.train.errors import InputError
+from cac_fast.train.log import read_metrics
 
 METHODS = ("supervised", "cac")
 COLOURS = {"supervised": "tab:gray", "cac": "tab:blue"}
 
 
+class RunError(Exception):
+    """A command of a run failed; what it said last is in the message."""
+
+
 def run(command: list[str], threads: int, label: str) -> None:
-    """Run one command of the project to its end; pass its lines on, each behind ``label``."""
+    """Run one command of the project to its end; pass its lines on, each behind ``label``.
+
+    Raises:
+        RunError: it ended with another code than 0.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     line = ""
     with subprocess.Popen(
@@ -43,11 +55,22 @@ def run(command: list[str], threads: int, label: str) -> None:
         for line in process.stdout:
             print(f"{label} | {line}", end="", flush=True)
     if process.returncode:
-        sys.exit(f"{label} ended with code {process.returncode}: {line.strip()}")
+        raise RunError(f"{label} ended with code {process.returncode}: {line.strip()}")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file that is whole at any time."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(draft, path)
 
 
 def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> dict:
-    """Train one method once; its last and best state on val and, if asked for, test."""
+    """Train one method once; its last and best state on val and, if asked for, test.
+
+    Raises:
+        RunError: training or evaluation failed, or left no validation result.
+    """
     folder = options.runs / f"{method}-{share.replace('/', '_')}-seed{seed}"
     label = f"{method} {share} seed {seed}"
     data = options.data
@@ -68,8 +91,10 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
         options.threads,
         label,
     )
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder / "metrics.jsonl")
     curve = [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"]
+    if not curve:
+        raise RunError(f"{label} left no validation result in {folder / 'metrics.jsonl'}")
     scores = {"val_last": curve[-1][1], "val_best": max(miou for _, miou in curve)}
     if options.test:
         for state in ("last", "best"):
@@ -81,17 +106,22 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
 
 
 def table(results: list[dict]) -> str:
-    """Mean and spread over the seeds in points of mIoU, and CAC's gain, as Markdown."""
+    """Mean and spread over the seeds in points of mIoU, and CAC's gain, as Markdown.
+
+    The gain is left out as long as the methods have not run with the same seeds.
+    """
     columns = list(results[0]["scores"])
     rows = ["| share | method | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
     for share in dict.fromkeys(result["share"] for result in results):
         means: dict[str, list[float]] = {}
+        seeds = []
         for method in METHODS:
             chosen = [
                 item for item in results if item["share"] == share and item["method"] == method
             ]
             if not chosen:
                 continue
+            seeds.append({item["seed"] for item in chosen})
             cells = []
             means[method] = []
             for column in columns:
@@ -100,7 +130,7 @@ def table(results: list[dict]) -> str:
                 spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
                 cells.append(f"{means[method][-1]:.1f}{spread}")
             rows.append(f"| {share} | {method} | " + " | ".join(cells) + " |")
-        if len(means) == len(METHODS):
+        if len(seeds) == len(METHODS) and seeds[0] == seeds[1]:
             gains = [
                 f"{b - a:+.1f}" for a, b in zip(means["supervised"], means["cac"], strict=True)
             ]
@@ -128,7 +158,7 @@ def plot(results: list[dict], path: Path) -> None:
                 for item in results
                 if item["share"] == share and item["method"] == method
             ]
-            if not curves or not curves[0]:
+            if not curves:
                 continue
             for curve in curves:
                 axis.plot(*zip(*curve, strict=True), color=COLOURS[method], alpha=0.3, linewidth=1)
@@ -152,27 +182,63 @@ def plot(results: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def compare(options: argparse.Namespace) -> list[dict]:
-    """Run every method, share and seed; write JSON, table and plot below ``options.results``."""
+def compare(options: argparse.Namespace) -> int:
+    """Run every method, share and seed; write JSON, table and plot below ``options.results``.
+
+    JSON and table are written after each run, the plot at the end. 1 if a run failed, else 0.
+
+    Raises:
+        InputError: the data cannot be opened, or a split that is scored has no image.
+    """
+    data = open_data(options.dataset, options.folder)  # toycity: written once, not by all runs
+    for split in ("val", "test") if options.test else ("val",):
+        if not data.splits[split]:
+            raise InputError(
+                f"the {split} split of {data.root} holds no image, but runs are compared on it: "
+                "add images and masks" + (" or leave out --test" if split == "test" else "")
+            )
     jobs = [
         (method, share, seed)
-        for seed in options.seeds.split(",")
+        for seed in options.seeds
         for share in options.shares.split(",")
         for method in METHODS
     ]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda job: one_run(job[0], job[1], int(job[2]), options), jobs))
+    # Taken now: results that are written below a commit's files make the tree differ from it.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = facts(device)
+    record = {"command": command_line("bench/compare.py", options.command), **machine}
     target = options.results / options.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = command_line("bench/compare.py", options.command)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = {"command": command, **facts(device), "runs": results}
-    target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    target.with_suffix(".md").write_text(table(results) + "\n")
-    plot(results, target.with_suffix(".png"))
-    print(table(results))
-    print(f"written: {target}.json, .md, .png")
-    return results
+    found: dict[tuple[str, str, int], dict] = {}
+    failures = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = {pool.submit(one_run, *job, options): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                try:
+                    found[futures[future]] = future.result()
+                except RunError as error:
+                    failures.append(str(error))
+                    continue
+                results = [found[job] for job in jobs if job in found]
+                write_json(Path(f"{target}.json"), {**record, "runs": results})
+                Path(f"{target}.md").write_text(table(results) + "\n")
+        finally:
+            # After an interrupt no further run starts.
+            pool.shutdown(wait=False, cancel_futures=True)
+    if found:
+        results = [found[job] for job in jobs if job in found]
+        plot(results, Path(f"{target}.png"))
+        print(table(results))
+        print(f"written: {target}.json, .md, .png")
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+    return 1 if failures else 0
+
+
+def numbers(text: str) -> list[int]:
+    """Integers between commas."""
+    return [int(word) for word in text.split(",")]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -188,7 +254,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", default="compare", help="name of the result files")
     parser.add_argument("--dataset", required=True, help="as train/main.py's")
     parser.add_argument("--data-dir", help="as train/main.py's")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument(
         "--shares", default="1/8", help="labelled shares, or 'lists' for the data set's own lists"
     )
@@ -224,4 +290,4 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    compare(parse(sys.argv[1:]))
+    sys.exit(compare(parse(sys.argv[1:])))

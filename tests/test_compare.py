@@ -1,7 +1,8 @@
-"""The comparison: smaller copies of data."""
+"""The comparison: smaller copies of data, what it writes when, and what it says when runs fail."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -112,3 +113,74 @@ def test_shrink_refuses(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         shrunken(source, 2, tmp_path)
     one_line(error, "32 x 25", "32 x 24")
+
+
+class Trainer:
+    """In place of the commands: leaves what they leave in a run folder; fails where told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, source: Path, output: Path) -> None:
+        self.output = output
+        self.fails: str | None = None
+        self.trained: list[str] = []
+        words = "--dataset folder --shares 1/2 --seeds 0,1 --threads 1"
+        folders = ["--runs", output / "runs", "--results", output / "results"]
+        arguments = [*words.split(), "--data-dir", source, *folders]
+        self.options = compare.parse([str(item) for item in arguments])
+        monkeypatch.setattr(compare, "run", self.run)
+        monkeypatch.setattr(compare, "plot", lambda results, path: None)
+        monkeypatch.setattr(compare, "facts", lambda device: {"commit": "first"})
+
+    def run(self, command: list[str], threads: int, label: str) -> None:
+        self.trained.append(label)
+        if label == self.fails:
+            raise compare.RunError(f"{label} ended with code 1: boom")
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [{"kind": "val", "iteration": step, "miou": step / 10} for step in (2, 4)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "itera')
+
+    def record(self) -> dict:
+        path = self.output / "results/compare.json"
+        return json.loads(path.read_text()) if path.is_file() else {"runs": []}
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path) -> Trainer:
+    return Trainer(monkeypatch, source, tmp_path)
+
+
+def test_results_are_written_after_each_run(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables, table = [], compare.table
+    monkeypatch.setattr(compare, "table", lambda runs: tables.append(len(runs)) or table(runs))
+    trainer.fails = "supervised 1/2 seed 1"
+    assert compare.compare(trainer.options) == 1
+    assert tables == [1, 2, 3, 3]
+    assert len(trainer.trained) == 4
+    names = [(run["method"], run["seed"]) for run in trainer.record()["runs"]]
+    assert names == [("supervised", 0), ("cac", 0), ("cac", 1)]
+    # A cut last line of metrics.jsonl is passed over, as the trainer does.
+    assert trainer.record()["runs"][0]["curve"] == [[2, 0.2], [4, 0.4]]
+    text = (trainer.output / "results/compare.md").read_text()
+    assert "| cac | 40.0 ± 0.0 |" in text
+    assert "gain" not in text  # of other seeds
+    out = capsys.readouterr()
+    assert out.err == "error: supervised 1/2 seed 1 ended with code 1: boom\n"
+    trainer.fails = None
+    assert compare.compare(trainer.options) == 0
+    assert len(trainer.record()["runs"]) == 4
+    assert "| gain | +0.0 |" in (trainer.output / "results/compare.md").read_text()
+
+
+def test_scored_splits_must_hold_images(trainer: Trainer, source: Path) -> None:
+    trainer.options.test = True
+    with pytest.raises(InputError) as error:
+        compare.compare(trainer.options)
+    one_line(error, "test split", "--test")
+    (source / "images/val/v00.png").unlink()
+    with pytest.raises(InputError) as error:
+        compare.compare(trainer.options)
+    one_line(error, "val split", source)
+    assert trainer.trained == []
