@@ -5,7 +5,7 @@
 
 What follows ``--`` goes to ``train/main.py`` as it is. A run that is already finished is not
 repeated, and one that was interrupted goes on where it stopped. The results are written anew after
-each run.
+each run, with the commits that each was trained with.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from measure import ROOT, can_plot, command_line, facts
 from shrink import shrunken
 
+from cac_fast.train import checkpoint
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
@@ -58,6 +59,29 @@ def run(command: list[str], threads: int, label: str) -> None:
         raise RunError(f"{label} ended with code {process.returncode}: {line.strip()}")
 
 
+def note_commit(folder: Path, commit: str, restart: bool) -> list[str]:
+    """The commits that a run was trained with, oldest first, kept in its ``compare.json``.
+
+    ``commit`` is one of them unless the run is finished; "unknown" stands for those of a run that
+    was started without this file.
+
+    Raises:
+        InputError: the run's ``last.pt`` cannot be read.
+    """
+    last, path = folder / "last.pt", folder / "compare.json"
+    commits = []
+    if last.is_file() and not restart:
+        commits = json.loads(path.read_text())["commits"] if path.is_file() else ["unknown"]
+        state = checkpoint.read(last)
+        if state["iteration"] == state["config"]["iterations"]:
+            return commits
+    if commits[-1:] != [commit]:
+        commits = [*commits, commit]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"commits": commits})
+    return commits
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a file that is whole at any time."""
     draft = path.with_name(f".{path.name}.tmp")
@@ -70,10 +94,12 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
 
     Raises:
         RunError: training or evaluation failed, or left no validation result.
+        InputError: as `note_commit`.
     """
     folder = options.runs / f"{method}-{share.replace('/', '_')}-seed{seed}"
     label = f"{method} {share} seed {seed}"
     data = options.data
+    commits = note_commit(folder, options.commit, "--restart" in options.rest)
     lists = [] if share == "lists" else ["--labeled-share", share, "--data-list", str(seed)]
     run(
         [
@@ -102,7 +128,8 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
             where = ["--checkpoint", str(folder / f"{state}.pt"), "--split", "test"]
             run(["train/evaluate.py", *where, *data, "--json", str(file)], options.threads, label)
             scores[f"test_{state}"] = json.loads(file.read_text())["miou"]
-    return {"method": method, "share": share, "seed": seed, "scores": scores, "curve": curve}
+    names = {"method": method, "share": share, "seed": seed, "commits": commits}
+    return {**names, "scores": scores, "curve": curve}
 
 
 def table(results: list[dict]) -> str:
@@ -206,6 +233,7 @@ def compare(options: argparse.Namespace) -> int:
     # Taken now: results that are written below a commit's files make the tree differ from it.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = facts(device)
+    options.commit = machine["commit"] or "unknown"
     record = {"command": command_line("bench/compare.py", options.command), **machine}
     target = options.results / options.name
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +245,7 @@ def compare(options: argparse.Namespace) -> int:
             for future in as_completed(futures):
                 try:
                     found[futures[future]] = future.result()
-                except RunError as error:
+                except (RunError, InputError) as error:
                     failures.append(str(error))
                     continue
                 results = [found[job] for job in jobs if job in found]
@@ -231,6 +259,9 @@ def compare(options: argparse.Namespace) -> int:
         plot(results, Path(f"{target}.png"))
         print(table(results))
         print(f"written: {target}.json, .md, .png")
+        commits = {commit for result in results for commit in result["commits"]}
+        if len(commits) > 1:
+            print(f"warning: the runs were trained with several commits: {', '.join(commits)}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr, flush=True)
     return 1 if failures else 0

@@ -12,6 +12,7 @@ import pytest
 from data_folders import one_line, write_folder, write_image, write_mask
 from PIL import Image
 
+from cac_fast.train import checkpoint
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.errors import InputError
@@ -119,8 +120,9 @@ class Trainer:
     """In place of the commands: leaves what they leave in a run folder; fails where told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, source: Path, output: Path) -> None:
-        self.output = output
+        self.output, self.iteration = output, 4
         self.fails: str | None = None
+        self.commit = "first"
         self.trained: list[str] = []
         words = "--dataset folder --shares 1/2 --seeds 0,1 --threads 1"
         folders = ["--runs", output / "runs", "--results", output / "results"]
@@ -128,21 +130,25 @@ class Trainer:
         self.options = compare.parse([str(item) for item in arguments])
         monkeypatch.setattr(compare, "run", self.run)
         monkeypatch.setattr(compare, "plot", lambda results, path: None)
-        monkeypatch.setattr(compare, "facts", lambda device: {"commit": "first"})
+        monkeypatch.setattr(compare, "facts", lambda device: {"commit": self.commit})
 
     def run(self, command: list[str], threads: int, label: str) -> None:
         self.trained.append(label)
         if label == self.fails:
             raise compare.RunError(f"{label} ended with code 1: boom")
         folder = Path(command[command.index("--output") + 1])
-        folder.mkdir(parents=True, exist_ok=True)
         lines = [{"kind": "val", "iteration": step, "miou": step / 10} for step in (2, 4)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "itera')
+        config = {"iterations": 4}
+        checkpoint.write(folder / "last.pt", {"iteration": self.iteration, "config": config})
 
     def record(self) -> dict:
         path = self.output / "results/compare.json"
         return json.loads(path.read_text()) if path.is_file() else {"runs": []}
+
+    def commits(self) -> list[list[str]]:
+        return [run["commits"] for run in self.record()["runs"]]
 
 
 @pytest.fixture
@@ -168,10 +174,31 @@ def test_results_are_written_after_each_run(
     assert "gain" not in text  # of other seeds
     out = capsys.readouterr()
     assert out.err == "error: supervised 1/2 seed 1 ended with code 1: boom\n"
+    assert "warning" not in out.out
     trainer.fails = None
     assert compare.compare(trainer.options) == 0
     assert len(trainer.record()["runs"]) == 4
     assert "| gain | +0.0 |" in (trainer.output / "results/compare.md").read_text()
+
+
+def test_runs_keep_the_commits_they_were_trained_with(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.iteration = 2  # stopped half-way
+    compare.compare(trainer.options)
+    assert trainer.commits() == [["first"]] * 4
+    trainer.commit, trainer.iteration = "second", 4
+    compare.compare(trainer.options)
+    trainer.commit = "third"
+    assert "warning: the runs were trained with several commits" in capsys.readouterr().out
+    compare.compare(trainer.options)  # only reads what is finished
+    assert trainer.commits() == [["first", "second"]] * 4
+    (trainer.options.runs / "cac-1_2-seed0/compare.json").unlink()
+    compare.compare(trainer.options)
+    assert trainer.commits()[1] == ["unknown"]
+    trainer.options.rest = ["--restart"]
+    compare.compare(trainer.options)
+    assert trainer.commits() == [["third"]] * 4
 
 
 def test_scored_splits_must_hold_images(trainer: Trainer, source: Path) -> None:
