@@ -26,6 +26,7 @@ from shrink import shrunken
 
 from cac_fast.train import checkpoint
 from cac_fast.train.data.layouts import open_data
+from cac_fast.train.distributed import run_command
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
 
@@ -321,4 +322,4 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(compare(parse(sys.argv[1:])))
+    sys.exit(run_command(lambda: compare(parse(sys.argv[1:]))))

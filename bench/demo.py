@@ -15,6 +15,7 @@ from PIL import Image
 from cac_fast.train import load
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
+from cac_fast.train.distributed import run_command
 from cac_fast.train.samples import colourise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -15,11 +15,13 @@ from PIL import Image
 from cac_fast.train import checkpoint
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
+from cac_fast.train.distributed import run_command
 from cac_fast.train.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import compare
+import demo
 from shrink import shrunken
 
 
@@ -211,3 +213,14 @@ def test_scored_splits_must_hold_images(trainer: Trainer, source: Path) -> None:
         compare.compare(trainer.options)
     one_line(error, "val split", source)
     assert trainer.trained == []
+
+
+def test_demo_answers_an_outdated_toy_city_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "classes.txt").write_text("something else\n")
+    monkeypatch.setattr(demo, "DATA", tmp_path)
+    assert run_command(demo.main) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
