@@ -4,7 +4,8 @@
         --backbone mobilenet_v2 --weights FILE --iterations 1500
 
 What follows ``--`` goes to ``train/main.py`` as it is. A run that is already finished is not
-repeated, and one that was interrupted goes on where it stopped.
+repeated, and one that was interrupted goes on where it stopped. The results are written anew after
+each run, with the commits that each was trained with.
 """
 
 from __future__ import annotations
@@ -15,43 +16,34 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import ROOT, can_plot, command_line, facts
-from PIL import Image
+from shrink import shrunken
+
+from cac_fast.train import checkpoint
+from cac_fast.train.data.layouts import open_data
+from cac_fast.train.distributed import run_command
+from cac_fast.train.errors import InputError
+from cac_fast.train.log import read_metrics
 
 METHODS = ("supervised", "cac")
 COLOURS = {"supervised": "tab:gray", "cac": "tab:blue"}
 
 
-def shrink(source: Path, target: Path, factor: int) -> Path:
-    """Copy a ``folder`` data set at 1/``factor`` of its size: images by area, masks by nearest."""
-    files = [
-        path
-        for path in source.rglob("*")
-        if path.is_file() and path.suffix in {".png", ".jpg", ".txt"}
-    ]
-    for path in files:
-        copy = target / path.relative_to(source)
-        if copy.exists():
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".txt":
-            copy.write_text(path.read_text())
-            continue
-        image = Image.open(path)
-        size = (image.width // factor, image.height // factor)
-        if path.relative_to(source).parts[0] == "masks":
-            image.resize(size, Image.Resampling.NEAREST).save(copy)
-        else:
-            image.resize(size, Image.Resampling.BOX).save(copy, quality=95)
-    return target
+class RunError(Exception):
+    """A command of a run failed; what it said last is in the message."""
 
 
 def run(command: list[str], threads: int, label: str) -> None:
-    """Run one command of the project to its end; pass its lines on, each behind ``label``."""
+    """Run one command of the project to its end; pass its lines on, each behind ``label``.
+
+    Raises:
+        RunError: it ended with another code than 0.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     line = ""
     with subprocess.Popen(
@@ -65,14 +57,50 @@ def run(command: list[str], threads: int, label: str) -> None:
         for line in process.stdout:
             print(f"{label} | {line}", end="", flush=True)
     if process.returncode:
-        sys.exit(f"{label} ended with code {process.returncode}: {line.strip()}")
+        raise RunError(f"{label} ended with code {process.returncode}: {line.strip()}")
+
+
+def note_commit(folder: Path, commit: str, restart: bool) -> list[str]:
+    """The commits that a run was trained with, oldest first, kept in its ``compare.json``.
+
+    ``commit`` is one of them unless the run is finished; "unknown" stands for those of a run that
+    was started without this file.
+
+    Raises:
+        InputError: the run's ``last.pt`` cannot be read.
+    """
+    last, path = folder / "last.pt", folder / "compare.json"
+    commits = []
+    if last.is_file() and not restart:
+        commits = json.loads(path.read_text())["commits"] if path.is_file() else ["unknown"]
+        state = checkpoint.read(last)
+        if state["iteration"] == state["config"]["iterations"]:
+            return commits
+    if commits[-1:] != [commit]:
+        commits = [*commits, commit]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"commits": commits})
+    return commits
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file that is whole at any time."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(draft, path)
 
 
 def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> dict:
-    """Train one method once; its last and best state on val and, if asked for, test."""
+    """Train one method once; its last and best state on val and, if asked for, test.
+
+    Raises:
+        RunError: training or evaluation failed, or left no validation result.
+        InputError: as `note_commit`.
+    """
     folder = options.runs / f"{method}-{share.replace('/', '_')}-seed{seed}"
     label = f"{method} {share} seed {seed}"
     data = options.data
+    commits = note_commit(folder, options.commit, "--restart" in options.rest)
     lists = [] if share == "lists" else ["--labeled-share", share, "--data-list", str(seed)]
     run(
         [
@@ -90,8 +118,10 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
         options.threads,
         label,
     )
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder / "metrics.jsonl")
     curve = [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"]
+    if not curve:
+        raise RunError(f"{label} left no validation result in {folder / 'metrics.jsonl'}")
     scores = {"val_last": curve[-1][1], "val_best": max(miou for _, miou in curve)}
     if options.test:
         for state in ("last", "best"):
@@ -99,21 +129,27 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
             where = ["--checkpoint", str(folder / f"{state}.pt"), "--split", "test"]
             run(["train/evaluate.py", *where, *data, "--json", str(file)], options.threads, label)
             scores[f"test_{state}"] = json.loads(file.read_text())["miou"]
-    return {"method": method, "share": share, "seed": seed, "scores": scores, "curve": curve}
+    names = {"method": method, "share": share, "seed": seed, "commits": commits}
+    return {**names, "scores": scores, "curve": curve}
 
 
 def table(results: list[dict]) -> str:
-    """Mean and spread over the seeds in points of mIoU, and CAC's gain, as Markdown."""
+    """Mean and spread over the seeds in points of mIoU, and CAC's gain, as Markdown.
+
+    The gain is left out as long as the methods have not run with the same seeds.
+    """
     columns = list(results[0]["scores"])
     rows = ["| share | method | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
     for share in dict.fromkeys(result["share"] for result in results):
         means: dict[str, list[float]] = {}
+        seeds = []
         for method in METHODS:
             chosen = [
                 item for item in results if item["share"] == share and item["method"] == method
             ]
             if not chosen:
                 continue
+            seeds.append({item["seed"] for item in chosen})
             cells = []
             means[method] = []
             for column in columns:
@@ -122,7 +158,7 @@ def table(results: list[dict]) -> str:
                 spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
                 cells.append(f"{means[method][-1]:.1f}{spread}")
             rows.append(f"| {share} | {method} | " + " | ".join(cells) + " |")
-        if len(means) == len(METHODS):
+        if len(seeds) == len(METHODS) and seeds[0] == seeds[1]:
             gains = [
                 f"{b - a:+.1f}" for a, b in zip(means["supervised"], means["cac"], strict=True)
             ]
@@ -150,7 +186,7 @@ def plot(results: list[dict], path: Path) -> None:
                 for item in results
                 if item["share"] == share and item["method"] == method
             ]
-            if not curves or not curves[0]:
+            if not curves:
                 continue
             for curve in curves:
                 axis.plot(*zip(*curve, strict=True), color=COLOURS[method], alpha=0.3, linewidth=1)
@@ -174,31 +210,75 @@ def plot(results: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def compare(options: argparse.Namespace) -> list[dict]:
-    """Run every method, share and seed; write JSON, table and plot below ``options.results``."""
+def compare(options: argparse.Namespace) -> int:
+    """Run every method, share and seed; write JSON, table and plot below ``options.results``.
+
+    JSON and table are written after each run, the plot at the end. 1 if a run failed, else 0.
+
+    Raises:
+        InputError: the data cannot be opened, or a split that is scored has no image.
+    """
+    data = open_data(options.dataset, options.folder)  # toycity: written once, not by all runs
+    for split in ("val", "test") if options.test else ("val",):
+        if not data.splits[split]:
+            raise InputError(
+                f"the {split} split of {data.root} holds no image, but runs are compared on it: "
+                "add images and masks" + (" or leave out --test" if split == "test" else "")
+            )
     jobs = [
         (method, share, seed)
-        for seed in options.seeds.split(",")
+        for seed in options.seeds
         for share in options.shares.split(",")
         for method in METHODS
     ]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda job: one_run(job[0], job[1], int(job[2]), options), jobs))
+    # Taken now: results that are written below a commit's files make the tree differ from it.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = facts(device)
+    options.commit = machine["commit"] or "unknown"
+    record = {"command": command_line("bench/compare.py", options.command), **machine}
     target = options.results / options.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = command_line("bench/compare.py", options.command)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = {"command": command, **facts(device), "runs": results}
-    target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    target.with_suffix(".md").write_text(table(results) + "\n")
-    plot(results, target.with_suffix(".png"))
-    print(table(results))
-    print(f"written: {target}.json, .md, .png")
-    return results
+    found: dict[tuple[str, str, int], dict] = {}
+    failures = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = {pool.submit(one_run, *job, options): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                try:
+                    found[futures[future]] = future.result()
+                except (RunError, InputError) as error:
+                    failures.append(str(error))
+                    continue
+                results = [found[job] for job in jobs if job in found]
+                write_json(Path(f"{target}.json"), {**record, "runs": results})
+                Path(f"{target}.md").write_text(table(results) + "\n")
+        finally:
+            # After an interrupt no further run starts.
+            pool.shutdown(wait=False, cancel_futures=True)
+    if found:
+        results = [found[job] for job in jobs if job in found]
+        plot(results, Path(f"{target}.png"))
+        print(table(results))
+        print(f"written: {target}.json, .md, .png")
+        commits = {commit for result in results for commit in result["commits"]}
+        if len(commits) > 1:
+            print(f"warning: the runs were trained with several commits: {', '.join(commits)}")
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+    return 1 if failures else 0
+
+
+def numbers(text: str) -> list[int]:
+    """Integers between commas."""
+    return [int(word) for word in text.split(",")]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the arguments before ``--``; keep the rest for ``train/main.py``."""
+    """Read the arguments before ``--``; keep the rest for ``train/main.py``.
+
+    Raises:
+        InputError: as `shrunken`, or a copy of another size is asked for that cannot be made.
+    """
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,13 +286,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", default="compare", help="name of the result files")
     parser.add_argument("--dataset", required=True, help="as train/main.py's")
     parser.add_argument("--data-dir", help="as train/main.py's")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument(
         "--shares", default="1/8", help="labelled shares, or 'lists' for the data set's own lists"
     )
     parser.add_argument("--test", action="store_true", help="evaluate on the test split as well")
     parser.add_argument(
-        "--shrink", type=int, default=1, help="train on a copy of the data at 1/N of its size"
+        "--shrink", type=int, default=1, help="train on a copy of a folder set at 1/N of its size"
     )
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/NAME)")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
@@ -221,15 +301,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments[:cut])
     options.command, options.rest = arguments, arguments[cut + 1 :]
     options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
+    options.folder = Path(options.data_dir).resolve() if options.data_dir else None
+    if options.dataset == "toycity" and options.folder is None:
+        options.folder = ROOT / "data" / "toycity"
+    if options.shrink < 1:
+        raise InputError(f"--shrink {options.shrink} is no size: give 1 or more")
+    if options.shrink > 1:
+        if options.dataset != "folder":
+            raise InputError(
+                f"--shrink cannot copy the dataset {options.dataset}: leave it out, or use "
+                "--dataset folder"
+            )
+        if options.folder is None:
+            raise InputError("--shrink needs the folder that it copies: give --data-dir")
+        options.folder = shrunken(options.folder, options.shrink)
     options.data = ["--dataset", options.dataset]
-    if options.data_dir:
-        folder = Path(options.data_dir).resolve()
-        if options.shrink > 1:
-            copy = ROOT / "data" / f"{folder.name}-shrunk{options.shrink}"
-            folder = shrink(folder, copy, options.shrink)
-        options.data += ["--data-dir", str(folder)]
+    if options.folder is not None:
+        options.data += ["--data-dir", str(options.folder)]
     return options
 
 
 if __name__ == "__main__":
-    compare(parse(sys.argv[1:]))
+    sys.exit(run_command(lambda: compare(parse(sys.argv[1:]))))

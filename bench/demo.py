@@ -5,6 +5,7 @@ make demo        (or: python bench/demo.py)
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import compare
@@ -14,6 +15,7 @@ from PIL import Image
 from cac_fast.train import load
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
+from cac_fast.train.distributed import run_command
 from cac_fast.train.samples import colourise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,18 +39,26 @@ def pictures(path: Path) -> None:
     picture.resize(size, Image.Resampling.NEAREST).save(path)
 
 
-def main() -> None:
-    """Train both methods side by side, one thread each, then show what they learnt."""
-    open_data("toycity", DATA)  # written here, once, and not by both
+def main() -> int:
+    """Train both methods side by side, one thread each, then show what they learnt.
+
+    1 if a run failed, else 0.
+
+    Raises:
+        InputError: the toy city is an outdated one or cannot be written.
+    """
     name = "--name toycity --dataset toycity --shares lists --seeds 0 --jobs 2 --threads 1"
     folders = ["--data-dir", str(DATA), "--runs", str(OUTPUT), "--results", str(OUTPUT)]
     # Shorter than the committed comparison, so that it ends in minutes.
     length = "--iterations 160 --eval-every 40".split()
-    compare.compare(compare.parse([*name.split(), *folders, "--", *length]))
+    failed = compare.compare(compare.parse([*name.split(), *folders, "--", *length]))
+    if failed:
+        return failed
     pictures(OUTPUT / "scenes.png")
     print(f"pictures (image, truth, supervised, cac): {OUTPUT / 'scenes.png'}")
     print(f"curve: {OUTPUT / 'toycity.png'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,0 +1,226 @@
+"""The comparison: smaller copies of data, what it writes when, and what it says when runs fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_folders import one_line, write_folder, write_image, write_mask
+from PIL import Image
+
+from cac_fast.train import checkpoint
+from cac_fast.train.data.images import read_image
+from cac_fast.train.data.layouts import open_data
+from cac_fast.train.distributed import run_command
+from cac_fast.train.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import compare
+import demo
+from shrink import shrunken
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "here" / "set", labeled=1, unlabeled=0)
+
+
+def halves(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.resize((16, 12), Image.Resampling.BOX))
+
+
+def test_shrunken_holds_all_that_the_source_does(source: Path, tmp_path: Path) -> None:
+    for name in ("a.jpeg", "b.JPG", "c.d.bmp"):
+        write_image(source / "images/train" / name)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(source / "images/train/b.JPG").save(source / "images/train/e.jpg", exif=turned)
+    write_mask(source / "masks/train/e.png", height=32, width=24)
+    data = open_data("folder", shrunken(source, 2, tmp_path))
+    before = open_data("folder", source)
+    assert data.classes == before.classes
+    for split, samples in before.splits.items():
+        assert [item.name for item in data.splits[split]] == [item.name for item in samples]
+        for sample, copy in zip(samples, data.splits[split], strict=True):
+            image, small = read_image(sample.image), read_image(copy.image)
+            size = (image.width // 2, image.height // 2)
+            expected = image.resize(size, Image.Resampling.BOX)
+            np.testing.assert_array_equal(np.asarray(small), np.asarray(expected))
+            if sample.mask is None:
+                assert copy.mask is None
+                continue
+            mask = Image.fromarray(before.read_mask(sample.mask))
+            np.testing.assert_array_equal(
+                data.read_mask(copy.mask), np.asarray(mask.resize(size, Image.Resampling.NEAREST))
+            )
+    assert (data.root / "images/train/e.png").is_file()
+    # What was made until now from a PNG.
+    plain = source / "images/train/t00.png"
+    found = np.asarray(Image.open(data.root / "images/train/t00.png"))
+    np.testing.assert_array_equal(found, halves(Image.open(plain)))
+
+
+def test_shrunken_follows_its_source(source: Path, tmp_path: Path) -> None:
+    other = write_folder(tmp_path / "there" / "set", labeled=2, unlabeled=0)
+    target = shrunken(source, 2, tmp_path)
+    assert len({target, shrunken(other, 2, tmp_path), shrunken(source, 4, tmp_path)}) == 3
+    image, copy = source / "images/train/t00.png", target / "images/train/t00.png"
+    made = copy.stat().st_ino
+    shrunken(source, 2, tmp_path)
+    assert copy.stat().st_ino == made
+    write_image(image, seed=9)
+    os.utime(image, ns=(1, copy.stat().st_mtime_ns + 10**9))
+    write_image(source / "images/train/gone.png")
+    shrunken(source, 2, tmp_path)
+    np.testing.assert_array_equal(np.asarray(Image.open(copy)), halves(Image.open(image)))
+    (source / "images/train/gone.png").unlink()
+    shrunken(source, 2, tmp_path)
+    assert [item.name for item in open_data("folder", target).splits["train"]] == ["t00"]
+
+
+def test_killed_copy_is_made_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(image: Image.Image, path: Path, **options: object) -> None:
+        Path(path).write_bytes(b"\x89PNG")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shrunken(source, 2, tmp_path)
+    data = open_data("folder", shrunken(source, 2, tmp_path))
+    assert read_image(data.splits["train"][0].image).size == (16, 12)
+
+
+def test_shrink_refuses(source: Path, tmp_path: Path) -> None:
+    def parse(*arguments: object) -> None:
+        compare.parse([str(item) for item in arguments])
+
+    for dataset in ("cityscapes", "voc", "toycity"):
+        with pytest.raises(InputError) as error:
+            parse("--dataset", dataset, "--data-dir", source, "--shrink", 2)
+        one_line(error, "--shrink", dataset, "--dataset folder")
+    with pytest.raises(InputError) as error:
+        parse("--dataset", "folder", "--data-dir", source, "--shrink", 0)
+    one_line(error, "--shrink 0")
+    with pytest.raises(InputError) as error:
+        parse("--dataset", "folder", "--shrink", 2)
+    one_line(error, "--data-dir")
+    write_mask(source / "masks/train/t00.png", height=25)
+    with pytest.raises(InputError) as error:
+        shrunken(source, 2, tmp_path)
+    one_line(error, "32 x 25", "32 x 24")
+
+
+class Trainer:
+    """In place of the commands: leaves what they leave in a run folder; fails where told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, source: Path, output: Path) -> None:
+        self.output, self.iteration = output, 4
+        self.fails: str | None = None
+        self.commit = "first"
+        self.trained: list[str] = []
+        words = "--dataset folder --shares 1/2 --seeds 0,1 --threads 1"
+        folders = ["--runs", output / "runs", "--results", output / "results"]
+        arguments = [*words.split(), "--data-dir", source, *folders]
+        self.options = compare.parse([str(item) for item in arguments])
+        monkeypatch.setattr(compare, "run", self.run)
+        monkeypatch.setattr(compare, "plot", lambda results, path: None)
+        monkeypatch.setattr(compare, "facts", lambda device: {"commit": self.commit})
+
+    def run(self, command: list[str], threads: int, label: str) -> None:
+        self.trained.append(label)
+        if label == self.fails:
+            raise compare.RunError(f"{label} ended with code 1: boom")
+        folder = Path(command[command.index("--output") + 1])
+        lines = [{"kind": "val", "iteration": step, "miou": step / 10} for step in (2, 4)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "itera')
+        config = {"iterations": 4}
+        checkpoint.write(folder / "last.pt", {"iteration": self.iteration, "config": config})
+
+    def record(self) -> dict:
+        path = self.output / "results/compare.json"
+        return json.loads(path.read_text()) if path.is_file() else {"runs": []}
+
+    def commits(self) -> list[list[str]]:
+        return [run["commits"] for run in self.record()["runs"]]
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path) -> Trainer:
+    return Trainer(monkeypatch, source, tmp_path)
+
+
+def test_results_are_written_after_each_run(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables, table = [], compare.table
+    monkeypatch.setattr(compare, "table", lambda runs: tables.append(len(runs)) or table(runs))
+    trainer.fails = "supervised 1/2 seed 1"
+    assert compare.compare(trainer.options) == 1
+    assert tables == [1, 2, 3, 3]
+    assert len(trainer.trained) == 4
+    names = [(run["method"], run["seed"]) for run in trainer.record()["runs"]]
+    assert names == [("supervised", 0), ("cac", 0), ("cac", 1)]
+    # A cut last line of metrics.jsonl is passed over, as the trainer does.
+    assert trainer.record()["runs"][0]["curve"] == [[2, 0.2], [4, 0.4]]
+    text = (trainer.output / "results/compare.md").read_text()
+    assert "| cac | 40.0 ± 0.0 |" in text
+    assert "gain" not in text  # of other seeds
+    out = capsys.readouterr()
+    assert out.err == "error: supervised 1/2 seed 1 ended with code 1: boom\n"
+    assert "warning" not in out.out
+    trainer.fails = None
+    assert compare.compare(trainer.options) == 0
+    assert len(trainer.record()["runs"]) == 4
+    assert "| gain | +0.0 |" in (trainer.output / "results/compare.md").read_text()
+
+
+def test_runs_keep_the_commits_they_were_trained_with(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.iteration = 2  # stopped half-way
+    compare.compare(trainer.options)
+    assert trainer.commits() == [["first"]] * 4
+    trainer.commit, trainer.iteration = "second", 4
+    compare.compare(trainer.options)
+    trainer.commit = "third"
+    assert "warning: the runs were trained with several commits" in capsys.readouterr().out
+    compare.compare(trainer.options)  # only reads what is finished
+    assert trainer.commits() == [["first", "second"]] * 4
+    (trainer.options.runs / "cac-1_2-seed0/compare.json").unlink()
+    compare.compare(trainer.options)
+    assert trainer.commits()[1] == ["unknown"]
+    trainer.options.rest = ["--restart"]
+    compare.compare(trainer.options)
+    assert trainer.commits() == [["third"]] * 4
+
+
+def test_scored_splits_must_hold_images(trainer: Trainer, source: Path) -> None:
+    trainer.options.test = True
+    with pytest.raises(InputError) as error:
+        compare.compare(trainer.options)
+    one_line(error, "test split", "--test")
+    (source / "images/val/v00.png").unlink()
+    with pytest.raises(InputError) as error:
+        compare.compare(trainer.options)
+    one_line(error, "val split", source)
+    assert trainer.trained == []
+
+
+def test_demo_answers_an_outdated_toy_city_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "classes.txt").write_text("something else\n")
+    monkeypatch.setattr(demo, "DATA", tmp_path)
+    assert run_command(demo.main) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
