@@ -45,7 +45,7 @@ def fill_cache(
         images = labeled + unlabeled
         masks = images if config.false_negatives else labeled
     reader = PixelReader(data, Path(config.cache))
-    reader.fill(images, masks, show_progress("writing the cache"))
+    reader.fill(images, masks, show_progress)
 
 
 class Stream:
