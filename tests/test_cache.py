@@ -89,6 +89,10 @@ def test_whole_entries_are_kept_and_progress_is_told(data, filled):
 
 def test_check_reads_no_pixels(data, filled, monkeypatch):
     """Neither sources nor entries, nor is anything written: the cache may be read-only."""
+    entry = entries(filled)[0]
+    content = bytearray(entry.read_bytes())
+    content[-5] ^= 1
+    entry.write_bytes(content)
     (filled.cache / ".old.part").touch()
     os.utime(filled.cache / ".old.part", (1, 1))
 
