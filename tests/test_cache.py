@@ -16,8 +16,9 @@ from test_loaders import equal, labeled_of, rows, take
 from cac_fast.train import config, engine
 from cac_fast.train.data import cache as cache_module
 from cac_fast.train.data.cache import PixelReader
-from cac_fast.train.data.layouts import open_data
-from cac_fast.train.data.stream import Stream
+from cac_fast.train.data.layouts import Sample, open_data
+from cac_fast.train.data.loaders import check_samples
+from cac_fast.train.data.stream import Stream, fill_cache
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 
@@ -72,28 +73,70 @@ def test_holds_what_decoding_gives(data, filled):
 
 def test_whole_entries_are_kept_and_progress_is_told(data, filled):
     before, seen = stamps(filled), []
-    filled.fill(data.splits["train"], data.splits["train"], lambda *done: seen.append(done))
-    assert stamps(filled) == before and seen == [(i, 8) for i in range(1, 9)]
+    damaged = entries(filled)[3]
+    damaged.write_bytes(b"")
+
+    def show(text):
+        return lambda *done: seen.append((text.split()[0], *done))
+
+    for _ in range(2):
+        filled.fill(data.splits["train"], data.splits["train"], show)
+    checks = [("checking", i, 8) for i in range(1, 9)]
+    assert seen == [*checks, ("writing", 1, 1), *checks]
+    after = stamps(filled)
+    assert [path for path in after if after[path] != before[path]] == [damaged]
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "pixel", "version", "shape"])
+def test_check_reads_no_pixels(data, filled, monkeypatch):
+    """Neither sources nor entries, nor is anything written: the cache may be read-only."""
+    entry = entries(filled)[0]
+    content = bytearray(entry.read_bytes())
+    content[-5] ^= 1
+    entry.write_bytes(content)
+    (filled.cache / ".old.part").touch()
+    os.utime(filled.cache / ".old.part", (1, 1))
+
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for name in ("unlink", "rename", "replace", "write_bytes", "read_bytes"):
+        monkeypatch.setattr(Path, name, refuse)
+    monkeypatch.setattr(PixelReader, "_write", refuse)
+    monkeypatch.setattr(cache_module, "read_image", refuse)
+    filled.fill(data.splits["train"], data.splits["train"])
+    check_samples(data.splits["train"][:2], filled)
+
+
+def test_what_reads_back_differently_is_not_kept(data, tmp_path, monkeypatch):
+    reader = PixelReader(data, tmp_path / "cache")
+    flush = os.fsync
+
+    def lose(file):
+        os.pwrite(file, b"\xaa\x55", 1000)
+        flush(file)
+
+    monkeypatch.setattr(cache_module.os, "fsync", lose)
+    with pytest.raises(InputError) as error:
+        reader.fill(data.splits["train"], [])
+    one_line(error, reader.cache, "reads back differently")
+    assert entries(reader) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "version", "shape"])
 def test_damaged_entry_is_written_again(data, filled, damage):
     path = data.splits["train"][0].image
     good = PixelReader(data).image(path)
     entry = filled._entry(path)
     content = bytearray(entry.read_bytes())
-    if damage == "pixel":
-        content[-5] ^= 1
-    elif damage == "version":
+    if damage == "version":
         content[7] ^= 1
     elif damage == "shape":
         content[8] += 1
     entry.write_bytes(
         {"cut": content[:-1], "longer": content + b"x", "empty": b""}.get(damage, content)
     )
-    if damage != "pixel":  # which only the check at the start of a run finds
-        assert not is_mapped(filled, path)
-        assert np.array_equal(filled.image(path), good)
+    assert not is_mapped(filled, path)
+    assert np.array_equal(filled.image(path), good)
     before = stamps(filled)
     filled.fill(data.splits["train"], data.splits["train"])
     after = stamps(filled)
@@ -162,13 +205,38 @@ def test_folder_that_cannot_be(data, tmp_path):
     one_line(error, tmp_path / "file", "after 0 of 5", "--cache")
 
 
-def test_old_drafts_are_removed(data, filled):
+def test_old_drafts_are_removed(data, filled, monkeypatch):
     old, young = filled.cache / ".a.part", filled.cache / ".b.part"
     old.touch()
     young.touch()
     os.utime(old, (1, 1))
+    # What another run renamed after it was listed: here it is gone from the start.
+    monkeypatch.setattr(Path, "glob", lambda *_: [filled.cache / ".gone.part", old, young])
     filled.fill([], [])
     assert not old.exists() and young.exists()
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe.png", "\u753b".encode() * 80 + b".png"])
+def test_any_file_name(data, tmp_path, name):
+    """A name that is no UTF-8, and one that leaves no room for more."""
+    path = write_image(tmp_path / "image.png").rename(tmp_path / os.fsdecode(name))
+    reader = PixelReader(data, tmp_path / "cache")
+    reader.fill([Sample("image", path, None)], [])
+    assert is_mapped(reader, path)
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_first_rank_of_each_machine_fills(local_rank, monkeypatch):
+    """And an error of any of them is everyone's."""
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    filled, others = [], []
+    monkeypatch.setattr(World, "all_gather_objects", lambda _, message: [message, *others])
+    world = World(2, 4, torch.device("cpu"))
+    world.on_each_machine(lambda: filled.append(True))
+    assert bool(filled) == (local_rank == "0")
+    others[:] = [None, "no room", None]
+    with pytest.raises(InputError, match="no room"):
+        world.on_each_machine(lambda: None)
 
 
 def test_masks_of_unlabeled_images_are_never_opened(tmp_path):
@@ -194,6 +262,8 @@ def test_a_run_fills_its_cache_and_reads_the_same(folder_data, tmp_path, method,
         )
         settings = replace(settings, cache=cache)
         read = engine._open_data(settings)
+        if cache is not None:
+            fill_cache(settings, *read)
         world = World(0, 1, torch.device("cpu"))
         steps = Stream(settings, world, *read).steps(0, 2, method == "cac")
         found.append([step.labeled | (step.unlabeled or {}) for step in steps])

@@ -388,8 +388,10 @@ def test_two_processes_give_the_curve_of_one(folder_data, tmp_path):
     ).split()
     one = run(folder_data, tmp_path / "one", *options)
     slices = "--accumulate 2 --checkpoint-activations".split()  # change nothing but rounding
-    finished = torchrun(folder_data, tmp_path / "two", *options, *slices)
+    cache = tmp_path / "cache"  # as little
+    finished = torchrun(folder_data, tmp_path / "two", *options, *slices, "--cache", str(cache))
     assert finished.returncode == 0, finished.stderr
+    assert any(cache.iterdir())
     two = read_metrics(tmp_path / "two" / "metrics.jsonl")
     for name in ("loss", "loss_ce", "loss_dc", "active", "negatives", "positive_cosine"):
         # The first two iterations are warm-up, where there is no positive.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cac_fast.train import config, engine
-from cac_fast.train.data.stream import Stream
+from cac_fast.train.data.stream import Stream, fill_cache
 from cac_fast.train.distributed import World
 from cac_fast.train.log import read_metrics
 
@@ -46,7 +46,9 @@ def test_batches_of_the_cpu_without_waiting(folder_data, tmp_path):
             "folder", str(folder_data), batch_size=4, crop_size=32, workers=1, jitter_labeled=True
         )
         settings = replace(settings, cache=str(tmp_path / "cache"))
-        stream = Stream(settings, World(0, 1, device), *engine._open_data(settings))
+        read = engine._open_data(settings)
+        fill_cache(settings, *read)
+        stream = Stream(settings, World(0, 1, device), *read)
         move, modes = stream.to_device, []
 
         def watched(batch, move=move, modes=modes):

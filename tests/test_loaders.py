@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cac_fast.overlap import overlap_from_crops
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
+from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.data.loaders import (
     LABELED,
@@ -256,9 +257,11 @@ def test_no_samples(folder):
 
 def test_check_samples_reads_all_and_reports_progress(folder):
     seen = []
-    check_samples(labeled_of(folder), folder, lambda done, total: seen.append((done, total)))
+    check_samples(
+        labeled_of(folder), PixelReader(folder), lambda done, total: seen.append((done, total))
+    )
     assert seen == [(i, 5) for i in range(1, 6)]
-    check_samples(labeled_of(folder), folder)
+    check_samples(labeled_of(folder), PixelReader(folder))
 
 
 def test_check_samples_names_the_first_and_counts_the_rest(folder):
@@ -267,13 +270,13 @@ def test_check_samples_names_the_first_and_counts_the_rest(folder):
     write_mask(samples[3].mask, value=9)
     samples[4].image.write_bytes(b"")
     with pytest.raises(InputError) as error:
-        check_samples(samples, folder)
+        check_samples(samples, PixelReader(folder))
     one_line(error, f"mask {samples[1].mask} is 20 x 10 but image", "32 x 24", "2 more")
     with pytest.raises(InputError) as error:
-        check_samples(samples[3:4], folder)
+        check_samples(samples[3:4], PixelReader(folder))
     assert "more such" not in one_line(error, samples[3].mask, "id 9,")
     with pytest.raises(InputError) as error:
-        check_samples(samples[4:], folder)
+        check_samples(samples[4:], PixelReader(folder))
     one_line(error, samples[4].image)
 
 
@@ -286,7 +289,7 @@ def test_check_samples_minds_the_exif_orientation(folder):
     turned = write_image(sample.image, height=32, width=24)
     with Image.open(turned) as image:
         image.save(turned, exif=exif)
-    check_samples([sample], folder)
+    check_samples([sample], PixelReader(folder))
     assert rows(take(folder, "labeled", 1, [sample], batch_size=1))[0]["name"] == sample.name
 
 
@@ -294,7 +297,7 @@ def test_check_samples_minds_the_exif_orientation(folder):
 def test_real_frames_pair_up():
     data = open_data("folder", DATA / "camvid")
     samples = data.splits["train"][:6]
-    check_samples(samples, data)
+    check_samples(samples, PixelReader(data))
     (batch,) = take(data, "unlabeled", 1, samples, crop=128, batch_size=6, with_truth=True)
     names = ("offset", "flip1", "flip2", "valid1", "valid2")
     overlap = overlap_from_crops(*(batch[name] for name in names), (16, 16))

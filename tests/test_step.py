@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cac_fast.train import config, profiling
-from cac_fast.train.data.stream import Step
+from cac_fast.train import config, engine, profiling
+from cac_fast.train.data.stream import Step, Stream
 from cac_fast.train.distributed import World
 from cac_fast.train.methods import CAC
 from cac_fast.train.networks import Segmenter, recompute
@@ -176,10 +176,30 @@ def test_profile(tmp_path) -> None:
             torch.ones(10).sum()
     assert handed_on == 18
     (line,) = said
-    assert line.startswith("profile of 2 steps, ") and "data wait " in line and "loss " in line
+    assert line.startswith("profile of 2 steps, ") and "loss " in line
     assert "warm-up" not in line
     names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
     assert names.count("loss") == 2
+
+
+def test_waiting_for_data_and_moving_it_are_two_phases(folder_data) -> None:
+    settings = config.Config("folder", str(folder_data), batch_size=2, crop_size=32, workers=0)
+    stream = Stream(settings, CPU, *engine._open_data(settings))
+    spans, move = [], stream.to_device
+
+    def watched(batch):
+        start = clock.now()
+        batch = move(batch)
+        spans.append((start, clock.now()))
+        return batch
+
+    stream.to_device = watched
+    with profiling.clocked(CPU.device) as clock:
+        assert len(list(stream.steps(0, 2, True))) == 2
+    names, starts, ends = zip(*clock.spans, strict=True)
+    assert names == ("data wait", "to device") * 2
+    assert starts[1] < spans[0][0] and spans[1][1] < ends[1]
+    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
 
 
 def test_profile_of_a_run_that_is_too_short(tmp_path) -> None:

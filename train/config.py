@@ -61,7 +61,7 @@ class Config:
         2, "loader processes per loader and rank; 0 loads in the training process"
     )
     cache: str | None = setting(
-        None, "folder for decoded images, written once: training then reads no PNG or JPEG"
+        None, "folder for decoded images, written once: the loader then decodes no file"
     )
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda"))
     precision: str = setting(

@@ -72,6 +72,23 @@ class World:
             raise InputError(outcome[1])
         return outcome[0]
 
+    def on_each_machine(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on one rank of every machine, and raise an :class:`InputError` everywhere.
+
+        All ranks return when the last machine is done.
+        """
+        if self.size == 1:
+            return work()
+        message = None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            try:
+                work()
+            except InputError as error:
+                message = str(error)
+        messages = [text for text in self.all_gather_objects(message) if text is not None]
+        if messages:
+            raise InputError(messages[0])
+
 
 def world_size() -> int:
     """Number of processes that torchrun started, 1 without it."""

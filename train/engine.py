@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cac_fast.train import checkpoint
 from cac_fast.train.config import Config, differences
+from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.data.loaders import check_samples
 from cac_fast.train.data.splits import select
@@ -87,6 +88,8 @@ class Trainer:
             )
         _set_determinism(config, world)
         self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
+        if config.cache is not None:
+            world.on_each_machine(lambda: fill_cache(config, self.data, labeled, unlabeled))
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
         former = self._read_former()
         self.stream = Stream(config, world, self.data, labeled, unlabeled)
@@ -437,9 +440,8 @@ def _open_data(config: Config) -> tuple[SegmentationData, list[Sample], list[Sam
     data = open_data(config.dataset, path(config.data_dir))
     lists = path(config.labeled), path(config.unlabeled)
     labeled, unlabeled = select(data, *lists, config.labeled_share, config.data_list)
-    check_samples([*labeled, *data.splits["val"]], data, show_progress("checking images"))
-    if config.cache is not None:
-        fill_cache(config, data, labeled, unlabeled)
+    reader = PixelReader(data, path(config.cache))
+    check_samples([*labeled, *data.splits["val"]], reader, show_progress("checking images"))
     return data, labeled, unlabeled
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from cac_fast.train.data.images import IGNORE, read_image
+from cac_fast.train.data.images import IGNORE, check_size, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
@@ -182,13 +182,9 @@ class _Images(Dataset):
         try:
             image = np.array(read_image(sample.image))
             truth = self.data.read_mask(sample.mask)
+            check_size(sample.mask, truth.shape, sample.image, image.shape[:2])
         except InputError as error:
             return error
-        if image.shape[:2] != truth.shape:
-            return InputError(
-                f"mask {sample.mask} is {truth.shape[1]} x {truth.shape[0]} but image "
-                f"{sample.image} is {image.shape[1]} x {image.shape[0]}: make them the same size"
-            )
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(truth)
 
 

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from cac_fast.train.data.stream import Step
+if TYPE_CHECKING:
+    from cac_fast.train.data.stream import Step  # which names its phases here
 
 WARM_UP = 5  # steps; the first ones choose algorithms, compile and allocate
 
@@ -46,8 +48,9 @@ class StepProfile:
 
     It begins ``WARM_UP`` steps after the unlabelled images, or for the supervised method after the
     first step. ``path`` gets the Chrome trace. ``say`` gets one line: milliseconds a step, and each
-    phase's share of them, in time of the device. The rest is what has no name: copies to the
-    device, logging, and evaluations that fell due.
+    phase's share of them, in time of the device. "data wait" is what the loaders kept the step
+    waiting; "to device" the copies there, colour changes and normalisation. The rest is what has
+    no name: logging, and evaluations that fell due.
     """
 
     def __init__(
@@ -62,11 +65,7 @@ class StepProfile:
         profiler = profile(activities=_activities(self.device))
         began = 0.0
         try:
-            while True:
-                with phase("data wait"):
-                    step = next(steps, None)
-                if step is None:
-                    break
+            for step in steps:
                 yield step
                 seen += step.unlabeled is not None or not contrastive
                 if _clock is None and seen == WARM_UP:

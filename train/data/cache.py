@@ -1,20 +1,27 @@
 """Decoded images and masks on disk: raw pixels, memory-mapped, so that a crop reads only its rows.
 
-An entry is one file: a header and the pixels as `read_image` or `read_mask` gave them. The header
-names the source's size and time of change and holds a checksum of the pixels. Entries appear whole
-(written aside, then renamed), so several processes may fill one cache, and an interrupted one goes
-on where it stopped. An entry that does not fit is never used: the source is read instead.
+An entry is one file: a header and the pixels as `read_image` or `read_mask` gave them. Entries
+appear whole (written aside, flushed to the disk, read back, then renamed), so several processes may
+fill one cache, and one that was interrupted, by a power cut too, goes on where it stopped.
+
+An entry that does not fit is never used: the source is read instead. What is noticed, at the start
+of a run and at every reading, is what the header and the two files' states tell: an entry of
+another form or length, and a source of another size or time of change. The checksum of the pixels
+is compared once, when they are written. Not noticed are pixels that the disk loses later, and a
+source that was changed but kept its size and time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import struct
 import time
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,26 +86,33 @@ class PixelReader:
         self,
         images: Sequence[Sample],
         masks: Sequence[Sample],
-        progress: Progress | None = None,
+        show: Callable[[str], Progress] = lambda text: lambda done, total: None,
     ) -> None:
-        """Check every entry and write those that are missing, damaged or stale.
+        """Write the entries that are missing or do not fit, and no others.
 
         Files that cannot be read get none: whoever asks for them hears of it. Samples without a
-        mask are passed over in `masks`.
+        mask are passed over in `masks`. `show` makes a `Progress` of the name of a task: checking
+        all entries, then writing some. A cache that lacks nothing may be read-only.
 
         Raises:
             InputError: the cache cannot be written, because the disk is full for one.
         """
-        jobs = dict.fromkeys((sample.image, False) for sample in images)
-        jobs |= dict.fromkeys((sample.mask, True) for sample in masks if sample.mask is not None)
+        jobs = [(sample.image, False) for sample in images]
+        jobs += [(sample.mask, True) for sample in masks if sample.mask is not None]
+        jobs = list(dict.fromkeys(jobs))
         done = 0
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             self._remove_drafts()
-            for done, _ in enumerate(pool.map(lambda job: self._ensure(*job), jobs), start=1):
-                if progress is not None:
-                    progress(done, len(jobs))
+            fit, progress = [], show("checking the cache")
+            for fits in pool.map(lambda job: self._fits(*job), jobs):
+                fit.append(fits)
+                progress(len(fit), len(jobs))
+            jobs = [job for job, fits in zip(jobs, fit, strict=True) if not fits]
+            progress = show("writing the cache")
+            for done, _ in enumerate(pool.map(lambda job: self._write(*job), jobs), start=1):
+                progress(done, len(jobs))
         except OSError as error:
             raise InputError(
                 f"the cache {self.cache} cannot be written ({error.strerror or error}) after "
@@ -113,8 +127,8 @@ class PixelReader:
             return None
         # What a mask decodes to depends on the classes.
         form = (self.data.num_classes, self.data.label_map) if mask else "image"
-        key = hashlib.sha256(f"{path.absolute()}\n{form}".encode()).hexdigest()[:16]
-        return self.cache / f"{path.stem[:80]}-{key}.raw"
+        key = hashlib.sha256(os.fsencode(path.absolute()) + f"\n{form}".encode())
+        return self.cache / f"{key.hexdigest()[:32]}.raw"
 
     def _mapped(self, path: Path, entry: Path | None) -> np.ndarray | None:
         """The pixels, or None where there is no entry or it does not fit the source."""
@@ -129,10 +143,11 @@ class PixelReader:
         except OSError:
             return None
 
-    def _ensure(self, path: Path, mask: bool) -> None:
+    def _fits(self, path: Path, mask: bool) -> bool:
+        return self._mapped(path, self._entry(path, mask)) is not None
+
+    def _write(self, path: Path, mask: bool) -> None:
         entry = self._entry(path, mask)
-        if self._is_whole(path, entry):
-            return
         try:
             identity = _identity(path)  # first: a source that changes meanwhile makes it stale
             pixels = self.data.read_mask(path) if mask else np.asarray(read_image(path))
@@ -147,24 +162,20 @@ class PixelReader:
             with draft.open("wb") as file:
                 file.write(_FORM.pack(_MAGIC, *header).ljust(_PIXELS_AT, b"\0"))
                 file.write(pixels)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the name without the pixels
+            _check_written(draft)
             os.replace(draft, entry)
         finally:
             draft.unlink(missing_ok=True)
 
-    def _is_whole(self, path: Path, entry: Path) -> bool:
-        pixels = self._mapped(path, entry)
-        if pixels is None:
-            return False
-        # Read, not mapped: an error of the disk is then an exception and not a signal.
-        content = entry.read_bytes()
-        header = _read_header(content[:_PIXELS_AT], len(content))
-        return header is not None and zlib.crc32(memoryview(content)[_PIXELS_AT:]) == header[-1]
-
     def _remove_drafts(self) -> None:
         """Remove what a killed process left; what is younger, another one may be writing."""
         for draft in self.cache.glob(f".*{_DRAFT}"):
-            if time.time() - draft.stat().st_mtime > _HOUR:
-                draft.unlink(missing_ok=True)
+            # Another run may have renamed it by now, and a shared cache may be read-only.
+            with contextlib.suppress(OSError):
+                if time.time() - draft.stat().st_mtime > _HOUR:
+                    draft.unlink()
 
 
 def _read_header(start: bytes, size: int) -> _Header | None:
@@ -175,6 +186,18 @@ def _read_header(start: bytes, size: int) -> _Header | None:
     header = _Header(*fields)
     whole = size == _PIXELS_AT + header.height * header.width * header.channels
     return header if magic == _MAGIC and whole else None
+
+
+def _check_written(draft: Path) -> None:
+    """Read an entry from the disk; raise OSError if it is not what its header says."""
+    with draft.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):  # else the system may answer from its memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        # Read, not mapped: an error of the disk is then an exception and not a signal.
+        content = file.read()
+    header = _read_header(content[:_PIXELS_AT], len(content))
+    if header is None or zlib.crc32(memoryview(content)[_PIXELS_AT:]) != header.checksum:
+        raise OSError(errno.EIO, "what was written reads back differently")
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 IGNORE = 255
 """The id of mask pixels that belong to no class."""
 
-_EXIF_ORIENTATION = 0x0112
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -97,6 +97,21 @@ def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = 
             f"are classes here and {IGNORE} is ignored: correct the mask or the class list"
         )
     return classes.astype(np.uint8)
+
+
+def check_size(
+    mask: Path, mask_size: Sequence[int], image: Path, image_size: Sequence[int]
+) -> None:
+    """Compare the sizes, each (H, W), of a mask and its image.
+
+    Raises:
+        InputError: they differ.
+    """
+    if tuple(mask_size) != tuple(image_size):
+        raise InputError(
+            f"mask {mask} is {mask_size[1]} x {mask_size[0]} but image {image} is "
+            f"{image_size[1]} x {image_size[0]}: make them the same size"
+        )
 
 
 def _unreadable(kind: str, path: Path, error: Exception) -> InputError:

@@ -88,11 +88,11 @@ class SegmentationData:
 
     def find_mask(self, path: Path) -> Path | None:
         """`path`, or the labelIds file in place of a labelTrainIds one; None if neither exists."""
-        if path.is_file():
+        if os.path.isfile(path):  # Path's would raise for a name too long for a file
             return path
         if self.label_map is not None and path.name.endswith(_TRAIN_IDS_END):
             other = path.with_name(path.name.removesuffix(_TRAIN_IDS_END) + _LABEL_IDS_END)
-            return other if other.is_file() else None
+            return other if os.path.isfile(other) else None
         return None
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform, image_size
 from cac_fast.train.data.cache import PixelReader
-from cac_fast.train.data.images import IGNORE, read_image
+from cac_fast.train.data.images import IGNORE, check_size
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.errors import InputError
 from cac_fast.train.progress import warn
@@ -141,10 +141,12 @@ def batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
 
 def check_samples(
     samples: Sequence[Sample],
-    data: SegmentationData,
+    reader: PixelReader,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Read every image and mask completely, before training starts.
+
+    Those that the reader has in its cache were read when they were written there.
 
     `progress`, if given, is called with the number of samples read and of all.
 
@@ -157,8 +159,8 @@ def check_samples(
         if sample.mask is None:
             return f"image {sample.image} has no mask: add it or leave the image out"
         try:
-            image = read_image(sample.image)
-            _check_size(sample, data.read_mask(sample.mask).shape, (image.height, image.width))
+            image, mask = reader.image(sample.image), reader.mask(sample.mask)
+            check_size(sample.mask, mask.shape, sample.image, image_size(image))
         except InputError as error:
             return str(error)
         return None
@@ -193,7 +195,7 @@ class _LabeledItems(Dataset):
         sample = self.samples[item_index(self.seed, LABELED, position, len(self.samples))]
         try:
             image, mask = self.reader.image(sample.image), self.reader.mask(sample.mask)
-            _check_size(sample, mask.shape, image_size(image))
+            check_size(sample.mask, mask.shape, sample.image, image_size(image))
         except InputError as error:
             return _Failure(str(error))
         item = self.transform(image, mask, position_rng(self.seed, LABELED, position))
@@ -240,19 +242,11 @@ class _UnlabeledItems(Dataset):
         if sample.mask is not None:
             try:
                 mask = self.reader.mask(sample.mask)
-                _check_size(sample, mask.shape, size)
+                check_size(sample.mask, mask.shape, sample.image, size)
                 return mask
             except InputError:
                 pass
         return np.full(size, IGNORE, np.uint8)
-
-
-def _check_size(sample: Sample, mask: tuple[int, ...], image: tuple[int, int]) -> None:
-    if tuple(mask) != tuple(image):
-        raise InputError(
-            f"mask {sample.mask} is {mask[1]} x {mask[0]} but image {sample.image} is "
-            f"{image[1]} x {image[0]}: make them the same size"
-        )
 
 
 def _collate(items: list[dict[str, Any] | _Failure]) -> dict[str, Any] | _Failure:

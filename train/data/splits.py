@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from fractions import Fraction
 from pathlib import Path
 
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.errors import InputError
+
+_MOST_SHOWN = 200
+"""Characters of a line that a message repeats: the list may be any file."""
 
 
 def select(
@@ -141,22 +145,23 @@ def _read_paths(
     by_image: dict[Path, Sample],
     needs_mask: bool,
 ) -> Sample:
+    # os.path.isfile and not Path's: of a line that is no file name it says no, and raises nothing.
     if "\t" in line:
         words = [word.strip() for word in line.split("\t")]
-    elif (data.root / line.lstrip("/")).is_file():  # one path, which may hold spaces
+    elif os.path.isfile(data.root / line.lstrip("/")):  # one path, which may hold spaces
         words = [line]
     else:
         words = line.split()
     if len(words) > 2:
         raise InputError(
-            f"{place}: {line!r} has more than two columns: separate image and mask by a tab if "
-            "their paths hold spaces"
+            f"{place}: {_shortened(line)!r} has more than two columns: separate image and mask "
+            "by a tab if their paths hold spaces"
         )
     image = data.root / words[0].lstrip("/")
-    if not image.is_file():
+    if not os.path.isfile(image):
         raise InputError(
-            f"{place}: {words[0]} is neither an image below {data.root} nor a name of its train "
-            "split: correct the line or add the image"
+            f"{place}: {_shortened(words[0])} is neither an image below {data.root} nor a name "
+            "of its train split: correct the line or add the image"
         )
     mask = None
     if len(words) == 2:
@@ -164,7 +169,13 @@ def _read_paths(
         mask = data.find_mask(named)
         # An unlabelled image's mask is looked at for one diagnostic only, so it may be absent.
         if mask is None and needs_mask:
-            raise InputError(f"{place}: the mask {named} does not exist: correct the line")
+            raise InputError(
+                f"{place}: the mask {_shortened(str(named))} does not exist: correct the line"
+            )
     known = by_image.get(image)
     name = known.name if known else Path(words[0].lstrip("/")).with_suffix("").as_posix()
     return Sample(name, image, mask)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."

@@ -19,6 +19,7 @@ from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.photometric import apply_photometric
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError, RankInputError
+from cac_fast.train.profiling import phase
 from cac_fast.train.progress import show_progress
 
 Batch = dict[str, torch.Tensor]
@@ -45,7 +46,7 @@ def fill_cache(
         images = labeled + unlabeled
         masks = images if config.false_negatives else labeled
     reader = PixelReader(data, Path(config.cache))
-    reader.fill(images, masks, show_progress("writing the cache"))
+    reader.fill(images, masks, show_progress)
 
 
 class Stream:
@@ -87,8 +88,9 @@ class Stream:
         for iteration in range(start + 1, end + 1):
             before = time.perf_counter()
             try:
-                first = next(labeled)
-                second = None if unlabeled is None else next(unlabeled)
+                with phase("data wait"):
+                    first = next(labeled)
+                    second = None if unlabeled is None else next(unlabeled)
             except InputError as error:
                 raise RankInputError(str(error)) from error
             waited = time.perf_counter() - before
@@ -97,9 +99,10 @@ class Stream:
                 names += second.pop("name")
                 self.skipped += int(second.pop("skipped").sum())
             self.recent.append((iteration, names))
-            yield Step(
-                self.to_device(first), None if second is None else self.to_device(second), waited
-            )
+            with phase("to device"):
+                first = self.to_device(first)
+                second = None if second is None else self.to_device(second)
+            yield Step(first, second, waited)
 
     def names(self, iteration: int) -> list[str]:
         """The images of one of the last ``log_every`` iterations on this rank."""
