@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ REPEATS = {"cpu": 10, "cuda": 30}
 ROW_SHARE = 0.015
 LONG_ROWS = {"goal": 8.0, "asked": 8.0, "Cityscapes": 3.0, "large": 4.0}
 PROBE = Case("probe", 512, 4096, "voc", "float32")
+
+progress = partial(measure.progress, end="")
 
 
 class Bench:
@@ -169,10 +171,6 @@ class Bench:
         return f"the {self.minutes:g} minutes of the run are over"
 
 
-def progress(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     def names(*known: str) -> Callable[[str], list[str]]:
         def read(text: str) -> list[str]:
@@ -250,9 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{case}\n\n{report.table(of_case)}", flush=True)
         rows += of_case
         # After each case, as the run may be ended before its time.
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
+        measure.write_record(options.json, {**record, "rows": rows})
     print("\n" + "\n".join(report.headlines(rows)))
 
     if options.plot:

@@ -4,10 +4,11 @@
 #   [PARTS="test bench train"] bench/gpu.sh [DATA_FOLDER WEIGHTS [SECONDS]]
 #
 # It takes three calls of 10 minutes, one for each of PARTS; by default all are done. Every step has
-# a limit. With DATA_FOLDER (read with --dataset folder) and WEIGHTS (mobilenet_v2's) the training
-# follows; it stops after SECONDS (default 210) and goes on where it stopped when the script is run
-# again. Results are written as they come, to RESULTS (default bench/results). One part that fails
-# does not keep the others from running, but makes the exit code 1.
+# a limit. With DATA_FOLDER (read with --dataset folder) and WEIGHTS (mobilenet_v2's) follow a profile
+# of the goal row's step fed from the cache, for its share of "data wait", and the training; that
+# stops after SECONDS (default 210) and goes on where it stopped when the script is run again.
+# Results are written as they come, to RESULTS (default bench/results). One part that fails does not
+# keep the others from running, but makes the exit code 1.
 #
 # The CUDA back end must be built, or the round ends at once; CAC_FAST_CUDA=0 does without it.
 set -uo pipefail
@@ -60,6 +61,12 @@ if wants bench; then
     timeout 240 "$python" bench/loader.py --json "$results-loader.json" || status=1
 fi
 if wants train && [ $# -ge 2 ]; then
+    # Without the backbone's weights, which do not change its speed. More steps than batches that the
+    # loaders' processes have ready when it begins: those would hide a loader that is too slow.
+    timeout 120 "$python" train/main.py --dataset folder --data-dir "$1" --labeled-share 1/8 \
+        --network deeplabv3plus --backbone resnet50 --batch-size 8 --crop-size 720 --workers 6 \
+        --cache "runs/$name-cache" --output "runs/$name-profile" --restart --iterations 60 \
+        --warmup 0 --eval-every 1000 --profile 40 | tee "$results-profile.txt" || status=1
     timeout "${3:-210}" "$python" bench/compare.py --name "$name-camvid" --dataset folder \
         --data-dir "$1" --shares 1/16,1/8 --seeds 0,1,2 --test --jobs 4 --threads 4 -- \
         --network deeplabv3plus --backbone mobilenet_v2 --weights "$2" \

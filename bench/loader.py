@@ -11,7 +11,6 @@ trainer does on its device instead (colours, floats) is timed too, and added whe
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ import PIL
 import report
 import torch
 import torchvision
+from measure import progress
 from PIL import Image
 from report import three_digits
 from torch.utils.data import DataLoader
@@ -198,17 +198,15 @@ def make_rows(
 
 
 def _row(kind: str, way: str, times: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    clock, processor = 1e3 * times.T
-    median, low, high = (float(np.percentile(clock, share)) for share in (50, 20, 80))
+    clock, processor = times.T
+    milliseconds = measure.percentiles(clock)
     row = {
         "kind": kind,
         "way": way,
         "runs": len(times),
-        "median_ms": median,
-        "p20_ms": low,
-        "p80_ms": high,
-        "images_per_s": (2e3 if kind == "step" else 1e3) / median,
-        "cpu_ms": float(np.median(processor)),
+        **milliseconds,
+        "images_per_s": (2e3 if kind == "step" else 1e3) / milliseconds["median_ms"],
+        "cpu_ms": 1e3 * float(np.median(processor)),
     }
     if way != "device":
         ratios = np.median(theirs / times, axis=0)
@@ -226,10 +224,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         numbers = [three_digits(row[name]) for name in names]
         lines.append([f"{row['kind']}: {row['way']}", str(row["runs"]), *numbers, *ratios])
     return report.aligned(lines)
-
-
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -277,16 +271,14 @@ def main(arguments: list[str]) -> int:
         on_device = Stream(Config("folder", str(root)), World(0, 1, device), data, [], [])
         rows = make_rows(contenders, take_turns(contenders, on_device, options.minutes))
     print(LEGEND.format(batch=BATCH, device=facts["device"]) + f"\n\n{table(rows)}")
-    if options.json:
-        record = {
-            "command": measure.command_line("bench/loader.py", arguments),
-            **facts,
-            "gpu": measure.gpu_state(device),
-            "picture_mb": megabytes,
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+        "command": measure.command_line("bench/loader.py", arguments),
+        **facts,
+        "gpu": measure.gpu_state(device),
+        "picture_mb": megabytes,
+        "rows": rows,
+    }
+    measure.write_record(options.json, record)
     return 0
 
 

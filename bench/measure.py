@@ -1,19 +1,22 @@
-"""What the benches share: time, peak memory, facts about the machine, the command."""
+"""What the benches share: time, peak memory, facts about the machine, the command, the record."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 import platform
 import shlex
 import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +36,12 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end) / 1e3
+
+
+def percentiles(times: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """The columns of a row that are milliseconds: median, p20 and p80 of times in seconds."""
+    values = 1e3 * np.percentile(times, (50, 20, 80))
+    return dict(zip(("median_ms", "p20_ms", "p80_ms"), values.tolist(), strict=True))
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
@@ -148,6 +157,22 @@ def gpu_state(device: torch.device) -> dict[str, float]:
         }
     except pynvml.NVMLError:
         return {}
+
+
+def progress(text: str, end: str = "\n") -> None:
+    """Say how far the run is; where its tables do not go."""
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def write_record(path: Path | None, record: dict[str, Any]) -> None:
+    """Write a record as JSON; nothing for None. A run that is ended meanwhile leaves the last one
+    whole."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    aside.replace(path)
 
 
 def command_line(program: str, arguments: list[str]) -> str:

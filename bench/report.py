@@ -7,9 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cases import TEMPERATURE, Case
-from measure import can_plot
+from measure import can_plot, percentiles
 
 # What the others are compared with; eager and triton are back ends as well.
 BASELINES = ("dense", "compiled", "chunked", "flex", "eager", "triton")
@@ -36,13 +35,12 @@ def describe(case: Case) -> Row:
 
 def time_columns(times: list[float], case: Row) -> Row:
     """Milliseconds, and the rates that the median stands for."""
-    median, low, high = (float(np.percentile(times, share)) for share in (50, 20, 80))
+    milliseconds = percentiles(times)
+    median = milliseconds["median_ms"] / 1e3
     flop = 4 * case["channels"]
     return {
         "runs": len(times),
-        "median_ms": 1e3 * median,
-        "p20_ms": 1e3 * low,
-        "p80_ms": 1e3 * high,
+        **milliseconds,
         "tflops": case["admitted"] * flop / median / 1e12,
         "dense_tflops": case["anchors"] * case["negatives"] * flop / median / 1e12,
     }

@@ -5,17 +5,19 @@
 The step is the trainer's own, from the forward passes to the optimizer; data and logging are left
 out. The baseline (bench/train_step_baseline.py) is the same step as the paper's authors do it. Both
 start from equal weights, batch and negatives, and their losses and gradients must agree in float32
-before anything is timed; then all take turns. What follows ``--`` goes to the trainer as it is.
-Without options: the goal row of the device.
+before anything is timed; then all take turns. With it comes the trainer's step with the baseline's
+heads ("plain heads"). What follows ``--`` goes to the trainer as it is. Without options: the goal
+row of the device. The record is written after every turn, and a step that does not fit into the
+GPU's memory gets a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,16 @@ import measure
 import numpy as np
 import report
 import torch
+from measure import progress
 from report import three_digits
-from train_step_case import Case, problem
-from train_step_contenders import Contender, baseline_contender, trainer_contender
+from train_step_case import Case, plain, problem
+from train_step_contenders import (
+    TIMES,
+    Contender,
+    baseline_step,
+    plain_heads_step,
+    trainer_step,
+)
 
 from cac_fast import build_info
 from cac_fast.train.errors import InputError
@@ -37,7 +46,6 @@ GOALS = {
     "cpu": {"backbone": "resnet18", "crop_size": 128, "negatives": 25_600},
     "cuda": {"backbone": "resnet50", "crop_size": 720, "negatives": 129_600},
 }
-TIMES = ("median_ms", "p20_ms", "p80_ms", "cpu_ms", "images_per_s")
 LEGEND = """
 median, p20, p80: milliseconds a step; cpu: of all threads of the process, steadier than the clock's
 where others use the machine; img/s: labelled and unlabelled images; then the medians of the parts;
@@ -45,17 +53,24 @@ MB: peak memory in 10^6 bytes: weights, gradients, momentum, bank, what the step
 often a step makes the host wait for a GPU."""
 
 
-def take_turns(contenders: list[Contender], steps: int, minutes: float) -> None:
-    """Round-robin, so that what slows the machine down for a while hits all alike."""
+def take_turns(
+    contenders: list[Contender], steps: int, minutes: float, write: Callable[[], Any]
+) -> None:
+    """Round-robin, so that what slows the machine down for a while hits all alike.
+
+    write: called after every warm-up and every turn, as the run may be ended before its time.
+    """
     begin = time.monotonic()
     for contender in contenders:
         progress(f"warm-up: {contender.name}, M {contender.case.negatives:,}")
-        contender.warm_up()
+        contender.attempt(contender.warm_up)
+        write()
     for turn in range(steps):
         for contender in contenders:
-            contender.run()
-        shown = ", ".join(f"{1e3 * c.times[-1]:.0f}" for c in contenders)
+            contender.attempt(contender.run)
+        shown = ", ".join(f"{1e3 * c.times[-1]:.0f}" if c.times else "-" for c in contenders)
         progress(f"step {turn + 1} of {steps}: {shown} ms")
+        write()
         if time.monotonic() - begin > 60 * minutes:
             progress(f"the {minutes:g} minutes are over")
             break
@@ -76,10 +91,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def add_ratios(contenders: list[Contender], rows: list[dict[str, Any]]) -> list[str]:
-    """Compare all with the first, the trainer's step; turn by turn, as these ran side by side."""
+    """Compare all with the first, the trainer's step; turn by turn, as these ran side by side.
+
+    A line each, and one for each that failed.
+    """
     lines = []
     first, ours = contenders[0], rows[0]
-    for contender, row in zip(contenders[1:], rows[1:], strict=True):
+    for contender, row in zip(contenders, rows, strict=True):
+        if row["status"] != "ok":
+            lines.append(f"- {row['provider']}, M {row['negatives']:,}: {row['status']}")
+        if contender is first or not (contender.times and first.times):
+            continue
         ratio = float(np.median(np.divide(contender.times, first.times)))
         row["time_over_first"], row["cpu_over_first"] = ratio, row["cpu_ms"] / ours["cpu_ms"]
         line = f"- {row['provider']}, M {row['negatives']:,}: {three_digits(ratio)} of the time"
@@ -92,13 +114,9 @@ def add_ratios(contenders: list[Contender], rows: list[dict[str, Any]]) -> list[
     shares = ", ".join(
         f"{100 * row['loss_share']:.2g}% with M {row['negatives']:,}"
         for row in rows
-        if row["provider"] == "trainer"
+        if row["provider"] == "trainer" and row["loss_share"] is not None
     )
-    return [*lines, f"- the loss's share of the step, without its backward: {shares}"]
-
-
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return [*lines, f"- the loss's share of the step, without its backward: {shares or '-'}"]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -126,7 +144,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sweep-negatives", type=counts, default=[], metavar="M,...", help="the trainer's step too"
     )
-    parser.add_argument("--baseline", action="store_true", help="the authors' step too")
+    parser.add_argument(
+        "--baseline", action="store_true", help="the authors' step and plain heads too"
+    )
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     parser.add_argument("--device", default=devices[0], choices=devices)
     parser.add_argument("--steps", **size, default=10, help="timed, of each (%(default)s)")
@@ -145,43 +165,51 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Measure and report; 1 where the two steps differ, 2 for options that cannot be used."""
+    """Measure and report.
+
+    1 where the two steps differ or the trainer's does not fit, 2 for options that cannot be used.
+    """
     options = parse(arguments)
     names = "network backbone batch_size crop_size negatives precision more".split()
     case = Case(device=torch.device(options.device), **{n: getattr(options, n) for n in names})
     facts = measure.facts(case.device) | {"threads": torch.get_num_threads()}
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    record = {
+        "command": measure.command_line("bench/train_step.py", arguments),
+        **facts,
+        "extension": build_info(),
+    }
+    contenders = [Contender("trainer", case, trainer_step)]
+    if options.baseline:
+        contenders.append(Contender("plain heads", case, plain_heads_step))
+        contenders.append(Contender("baseline", plain(case), baseline_step))
+    for negatives in options.sweep_negatives:
+        contenders.append(Contender("trainer", replace(case, negatives=negatives), trainer_step))
+
+    def write() -> tuple[list[dict[str, Any]], list[str]]:
+        rows = [contender.row() for contender in contenders]
+        lines = add_ratios(contenders, rows)
+        gpu = measure.gpu_state(case.device)
+        measure.write_record(options.json, {**record, "gpu": gpu, "rows": rows})
+        return rows, lines
+
     try:
         if options.baseline:
             progress("comparing losses and gradients with the baseline's")
-            if wrong := problem(case):
+            # What was not compared is not timed: without the memory to compare, the baseline fails.
+            if wrong := contenders[2].attempt(problem, case):
                 print(f"nothing was timed: {wrong}")
                 return 1
             gc.collect()
-        contenders = [trainer_contender(case)]
-        if options.baseline:
-            contenders.append(baseline_contender(case))
-        for negatives in options.sweep_negatives:
-            contenders.append(trainer_contender(replace(case, negatives=negatives)))
+        for contender in contenders:
+            contender.attempt(contender.prepare)
     except (InputError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    take_turns(contenders, options.steps, options.minutes)
-    rows = [contender.row() for contender in contenders]
-    lines = add_ratios(contenders, rows)
+    take_turns(contenders, options.steps, options.minutes, write)
+    rows, lines = write()
     print(f"{LEGEND}\n\n{table(rows)}\n" + "\n".join(lines))
-    if options.json:
-        command = measure.command_line("bench/train_step.py", arguments)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "command": command,
-            **facts,
-            "gpu": measure.gpu_state(case.device),
-            "extension": build_info(),
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+    return int(not contenders[0].times)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,71 @@
-"""The trainer's step and the baseline's, ready to be run and timed part by part."""
+"""The trainer's step and the baseline's, run and timed part by part."""
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import measure
 import numpy as np
 import torch
 from torch import Tensor, nn
-from train_step_baseline import BaselineStep
+from train_step_baseline import HEADS, BaselineStep
 from train_step_case import Case, make_step, make_trainer, plain
 
+from cac_fast.train.engine import Trainer
 from cac_fast.train.profiling import clocked
 
 WARM_UPS = 2
+TIMES = ("median_ms", "p20_ms", "p80_ms", "cpu_ms", "images_per_s")
+
+Call = Callable[[], dict[str, Tensor]]
+Held = Callable[[], Iterable[Tensor]]
 
 
 @dataclass
 class Contender:
-    """One way to do the step, and what was measured of it."""
+    """One way to do the step, and what was measured of it.
+
+    make: from the case as asked for to the case as it is run, the step, and the tensors that live
+        from step to step.
+    """
 
     name: str
     case: Case
-    call: Callable[[], dict[str, Tensor]]
-    held: Callable[[], Iterable[Tensor]]
+    make: Callable[[Case], tuple[Case, Call, Held]]
+    call: Call | None = None
+    held: Held | None = None
     times: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
     cpu_times: list[float] = field(default_factory=list)
     peak: int | None = None
     active: int | None = None
     syncs: int | None = None
+    status: str = "ok"
+
+    def attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """What `action` returns; None if memory does not suffice for it, or did not before."""
+        if self.status != "ok":
+            return None
+        try:
+            return action(*arguments)
+        except torch.cuda.OutOfMemoryError as error:
+            self.status = f"failed: {str(error).splitlines()[0]}"
+        measure.progress(f"{self.name}, M {self.case.negatives:,} {self.status}")
+        # Only here, as the error held the tensors of the frames that it came through.
+        self.call = self.held = None
+        self.times.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return None
+
+    def prepare(self) -> None:
+        """Make the step. Raises InputError or ValueError for a case that cannot be."""
+        self.case, self.call, self.held = self.make(self.case)
 
     def warm_up(self) -> None:
         """Run a few times; take the peak memory of the last and, on CUDA, count what waits."""
@@ -55,35 +88,52 @@ class Contender:
 
     def row(self) -> dict[str, Any]:
         """The columns of the table and of the JSON file."""
-        median, low, high = (
-            1e3 * float(np.percentile(self.times, share)) for share in (50, 20, 80)
-        )
-        parts = {
-            name: 1e3 * float(np.median([parts[name] for parts in self.parts]))
-            for name in self.parts[0]
-        }
         case = {key: value for key, value in vars(self.case).items() if key != "device"}
         return {
             **case,
             "provider": self.name,
+            "status": self.status,
             "active": self.active,
             "runs": len(self.times),
-            "median_ms": median,
-            "p20_ms": low,
-            "p80_ms": high,
+            **self._time_columns(),
+            "peak_mb": None if self.peak is None else self.peak / 1e6,
+            "host_syncs": self.syncs,
+        }
+
+    def _time_columns(self) -> dict[str, Any]:
+        if not self.times:
+            return {**dict.fromkeys(TIMES), "parts_ms": {}, "loss_share": None}
+        milliseconds = measure.percentiles(self.times)
+        median = milliseconds["median_ms"]
+        parts = {
+            name: 1e3 * float(np.median([parts[name] for parts in self.parts]))
+            for name in self.parts[0]
+        }
+        return {
+            **milliseconds,
             # Of all threads; steadier than the wall's where others use the machine.
             "cpu_ms": 1e3 * float(np.median(self.cpu_times)),
             "images_per_s": 2e3 * self.case.batch_size / median,
             "parts_ms": parts,
             "loss_share": parts["loss"] / median,
-            "peak_mb": None if self.peak is None else self.peak / 1e6,
-            "host_syncs": self.syncs,
         }
 
 
-def trainer_contender(case: Case) -> Contender:
+def trainer_step(case: Case) -> tuple[Case, Call, Held]:
     """The trainer's step."""
+    return _step_of(make_trainer(case), case)
+
+
+def plain_heads_step(case: Case) -> tuple[Case, Call, Held]:
+    """The trainer's step with the baseline's heads: what is upsampled is convolved where it is
+    large, with every tap of the dilated convolutions."""
     trainer = make_trainer(case)
+    head = trainer.network.head
+    head.forward = partial(HEADS[case.network], head)
+    return _step_of(trainer, case)
+
+
+def _step_of(trainer: Trainer, case: Case) -> tuple[Case, Call, Held]:
     case = replace(case, precision=trainer.precision)
     step = make_step(case, trainer.stream.memory_format)
 
@@ -91,10 +141,10 @@ def trainer_contender(case: Case) -> Contender:
         bank = trainer.method.bank
         return [*training_state(trainer.method, trainer.optimizer), bank.features, bank.labels]
 
-    return Contender("trainer", case, lambda: trainer.optimize(step), held)
+    return case, lambda: trainer.optimize(step), held
 
 
-def baseline_contender(case: Case) -> Contender:
+def baseline_step(case: Case) -> tuple[Case, Call, Held]:
     """The authors' step, from the same weights."""
     case = plain(case)
     baseline = BaselineStep(make_trainer(case))
@@ -104,7 +154,7 @@ def baseline_contender(case: Case) -> Contender:
         past = [tensor for pair in baseline.past for tensor in pair]
         return [*training_state(baseline.method, baseline.optimizer), *past]
 
-    return Contender("baseline", case, lambda: baseline(step.labeled, step.unlabeled), held)
+    return case, lambda: baseline(step.labeled, step.unlabeled), held
 
 
 def training_state(method: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -14,9 +14,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import measure  # noqa: E402
 import train_step  # noqa: E402
 import train_step_case  # noqa: E402
 from train_step_baseline import BaselineStep  # noqa: E402
+from train_step_contenders import TIMES  # noqa: E402
+
+from cac_fast.train.profiling import phase  # noqa: E402
 
 CPU = torch.device("cpu")
 # Two views of 64 locations each: 48 random ones of each view, two steps.
@@ -71,6 +75,50 @@ def test_bad_options(capsys, options: list[str], message: str) -> None:
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("failing", ["problem", "make", "warm-up", "second turn"])
+def test_what_does_not_fit_fails_alone(monkeypatch, tmp_path, capsys, failing: str) -> None:
+    seen, records = [], []
+
+    def fail_at(*stages: str) -> None:
+        if failing in stages:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore")
+
+    def make(fragile: bool):
+        def of_case(case):
+            calls = ["warm-up", "warm-up", "first turn", "second turn"]
+
+            def call():
+                with phase("loss"):
+                    fail_at(calls.pop(0) if fragile else "none")
+                return {}
+
+            fail_at("make" if fragile else "none")
+            seen.append(fragile)
+            return case, call, lambda: (torch.ones(1),)
+
+        return of_case
+
+    keep = measure.write_record
+    monkeypatch.setattr(
+        measure, "write_record", lambda *given: records.append(given[1]["rows"]) or keep(*given)
+    )
+    monkeypatch.setattr(train_step, "problem", lambda case: fail_at("problem"))
+    monkeypatch.setattr(train_step, "trainer_step", make(False))
+    monkeypatch.setattr(train_step, "plain_heads_step", make(False))
+    monkeypatch.setattr(train_step, "baseline_step", make(True))
+    file = tmp_path / "x.json"
+    assert train_step.main([*OPTIONS, "--baseline", "--steps=2", f"--json={file}"]) == 0
+    assert seen.count(True) == (failing in ("warm-up", "second turn"))
+    # Three warm-ups, two turns and the end.
+    assert [row["runs"] for rows in records for row in rows[:1]] == [0, 0, 0, 1, 2, 2]
+    trainer, heads, baseline = json.loads(file.read_text())["rows"]
+    assert trainer["status"] == heads["status"] == "ok" and heads["time_over_first"] > 0
+    assert baseline["status"] == "failed: CUDA out of memory. Tried to allocate 9 GiB."
+    assert baseline["runs"] == 0 and all(baseline[name] is None for name in TIMES)
+    assert f"- baseline, M 25,600: {baseline['status']}" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
 def test_command(tmp_path) -> None:
     options = "--negatives 40 --sweep-negatives 0.02k --baseline --steps 1 --json".split()
     command = [sys.executable, "bench/train_step.py", *OPTIONS, *options, str(tmp_path / "x.json")]
@@ -81,7 +129,8 @@ def test_command(tmp_path) -> None:
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["command"].startswith("python bench/train_step.py --backbone mobilenet_v2")
     found = [(row["provider"], row["negatives"], row["precision"]) for row in record["rows"]]
-    assert found == [("trainer", 40, "fp32"), ("baseline", 40, "fp32"), ("trainer", 20, "fp32")]
+    names = [("trainer", 40), ("plain heads", 40), ("baseline", 40), ("trainer", 20)]
+    assert found == [(*name, "fp32") for name in names]
     parts = ["forward labelled", "forward unlabelled", "loss", "backward", "optimizer"]
     for row in record["rows"]:
         assert list(row["parts_ms"]) == parts

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cac_fast.train.networks import upsampled
 from cac_fast.train.networks.deeplabv3plus import DeepLabV3PlusHead
 from cac_fast.train.networks.pspnet import PSPHead
 from cac_fast.train.networks.segmenter import DilatedConv2d
@@ -43,6 +44,11 @@ def test_conv_of_upsampled(sizes, align_corners):
     )
 
 
+def test_conv_of_upsampled_filled_up_for_tensor_cores(monkeypatch):
+    monkeypatch.setattr(upsampled, "_multiple", lambda products: 8)
+    test_conv_of_upsampled(((3, 9), (9, 14)), True)
+
+
 @torch.no_grad()
 def test_conv_of_upsampled_rounds_as_plain_pytorch_does():
     torch.manual_seed(0)
@@ -61,7 +67,7 @@ def test_conv_of_upsampled_rounds_as_plain_pytorch_does():
 @pytest.mark.parametrize("size", [(4, 6), (7, 5), (9, 9)])
 def test_dilated_convolution(size):
     torch.manual_seed(0)
-    conv = DilatedConv2d(3, 4, 3, padding=6, dilation=6, bias=False).double()
+    conv = DilatedConv2d(3, 4, dilation=6).double()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     found, expected = conv(x), nn.Conv2d.forward(conv, x)
     torch.testing.assert_close(found, expected)

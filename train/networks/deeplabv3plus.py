@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cac_fast.train.networks.segmenter import conv_bn_relu, dropout_layer
+from cac_fast.train.networks.segmenter import (
+    DilatedConv2d,
+    conv_bn_relu,
+    dropout_layer,
+    then_bn_relu,
+)
 from cac_fast.train.networks.upsampled import conv_of_upsampled
 
 _RATES = (6, 12, 18)
@@ -26,7 +31,7 @@ class ASPP(nn.Module):
         self.branches = nn.ModuleList(
             [
                 conv_bn_relu(in_channels, _CHANNELS, 1),
-                *(conv_bn_relu(in_channels, _CHANNELS, 3, rate) for rate in _RATES),
+                *(then_bn_relu(DilatedConv2d(in_channels, _CHANNELS, rate)) for rate in _RATES),
             ]
         )
         self.pooled = nn.Sequential(

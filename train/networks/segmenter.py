@@ -66,7 +66,15 @@ def upsample_logits(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tenso
 
 
 class DilatedConv2d(nn.Conv2d):
-    """A 3x3 convolution; on a map no larger than its dilation all taps but one meet padding."""
+    """A 3x3 convolution that keeps the size, without bias.
+
+    On a map no larger than its dilation all taps but one meet padding.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dilation: int) -> None:
+        super().__init__(
+            in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if max(x.shape[-2:]) <= self.dilation[0]:
@@ -74,18 +82,18 @@ class DilatedConv2d(nn.Conv2d):
         return super().forward(x)
 
 
-def conv_bn_relu(
-    in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1
-) -> nn.Sequential:
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
     """A convolution that keeps the size, without bias, then BatchNorm and ReLU."""
-    padding = dilation * (kernel_size // 2)
-    convolution = nn.Conv2d if dilation == 1 else DilatedConv2d
+    padding = kernel_size // 2
+    return then_bn_relu(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
+    )
+
+
+def then_bn_relu(convolution: nn.Conv2d) -> nn.Sequential:
+    """The convolution, BatchNorm of its channels and ReLU."""
     return nn.Sequential(
-        convolution(
-            in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False
-        ),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
+        convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU(inplace=True)
     )
 
 

@@ -26,22 +26,35 @@ def conv_of_upsampled(
     # One row of the product per location: (tap row, tap column, output channel).
     products = x.permute(0, 2, 3, 1) @ weight.permute(1, 2, 3, 0).reshape(channels, -1)
     products = products.view(batch, h, w, taps, -1).transpose(2, 3)
+    # Locations of weight 0 fill the sums up; the transposed products are copied anyhow.
+    below, right = (-n % _multiple(products) for n in (h, w))
+    if below or right:
+        products = F.pad(products, [0, 0, 0, right, 0, 0, 0, below])
     rows, columns = (
-        _taps_of_upsampled(small, large, taps, align_corners, x)
-        for small, large in ((h, size[0]), (w, size[1]))
+        _taps_of_upsampled(small, large, taps, align_corners, extra, x)
+        for small, large, extra in ((h, size[0], below), (w, size[1], right))
     )
-    result = rows @ products.reshape(batch, h * taps, -1)
-    result = columns @ result.view(batch, size[0], w * taps, out)
+    result = rows @ products.reshape(batch, rows.shape[1], -1)
+    result = columns @ result.view(batch, size[0], columns.shape[1], out)
     return result.permute(0, 3, 1, 2)
+
+
+def _multiple(products: Tensor) -> int:
+    """Tensor cores want sums of 16-bit values over a multiple of 8: rows of whole 16 bytes."""
+    return 8 if products.is_cuda and products.element_size() == 2 else 1
 
 
 @torch.no_grad()
 def _taps_of_upsampled(
-    small: int, large: int, taps: int, align_corners: bool, like: Tensor
+    small: int, large: int, taps: int, align_corners: bool, extra: int, like: Tensor
 ) -> Tensor:
-    """(large, small * taps): the share of each low location in what each tap meets, 0 outside."""
+    """(large, (small + extra) * taps): the share of each low location in what each tap meets.
+
+    0 outside, and for the `extra` locations.
+    """
     identity = torch.eye(small, dtype=like.dtype, device=like.device)[None, :, :, None]
     weights = F.interpolate(
         identity, size=(large, 1), mode="bilinear", align_corners=align_corners
     )[0, :, :, 0]
-    return F.pad(weights, [taps // 2] * 2).unfold(1, taps, 1).transpose(0, 1).flatten(1)
+    weights = F.pad(weights, [taps // 2, taps // 2, 0, extra])
+    return weights.unfold(1, taps, 1).transpose(0, 1).flatten(1)
