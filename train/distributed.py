@@ -75,19 +75,23 @@ class World:
     def on_each_machine(self, work: Callable[[], None]) -> None:
         """Run ``work`` on one rank of every machine, and raise an :class:`InputError` everywhere.
 
-        All ranks return when the last machine is done.
+        All ranks return when the last machine is done, for which they wait for up to a day.
         """
         if self.size == 1:
             return work()
+        group = dist.new_group(backend="gloo", timeout=SETUP_LIMIT)
         message = None
         if os.environ.get("LOCAL_RANK", "0") == "0":
             try:
                 work()
             except InputError as error:
                 message = str(error)
-        messages = [text for text in self.all_gather_objects(message) if text is not None]
-        if messages:
-            raise InputError(messages[0])
+        messages: list[str | None] = [None] * self.size
+        dist.all_gather_object(messages, message, group=group)
+        dist.destroy_process_group(group)
+        for text in messages:
+            if text is not None:
+                raise InputError(text)
 
 
 def world_size() -> int:
