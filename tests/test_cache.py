@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from data_folders import one_line, write_folder, write_image
 from test_loaders import equal, labeled_of, rows, take
 
-from cac_fast.train import config, engine
+from cac_fast.train import config, distributed, engine
 from cac_fast.train.data import cache as cache_module
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.layouts import Sample, open_data
@@ -230,7 +231,8 @@ def test_first_rank_of_each_machine_fills(local_rank, monkeypatch):
     """And an error of any of them is everyone's."""
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     filled, others = [], []
-    monkeypatch.setattr(World, "all_gather_objects", lambda _, message: [message, *others])
+    monkeypatch.setattr(distributed, "_patient_group", contextlib.nullcontext)
+    monkeypatch.setattr(World, "all_gather_objects", lambda _, message, group: [message, *others])
     world = World(2, 4, torch.device("cpu"))
     world.on_each_machine(lambda: filled.append(True))
     assert bool(filled) == (local_rank == "0")

@@ -44,12 +44,12 @@ class World:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def all_gather_objects(self, item: Any) -> list[Any]:
+    def all_gather_objects(self, item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
         """Every rank's ``item``, in rank order."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=group)
         return items
 
     def on_main(self, work: Callable[[], Any]) -> Any:
@@ -59,15 +59,14 @@ class World:
         """
         if self.size == 1:
             return work()
-        group = dist.new_group(backend="gloo", timeout=SETUP_LIMIT)
         outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = work()
-            except InputError as error:
-                outcome[1] = str(error)
-        dist.broadcast_object_list(outcome, src=0, group=group)
-        dist.destroy_process_group(group)
+        with _patient_group() as group:
+            if self.is_main:
+                try:
+                    outcome[0] = work()
+                except InputError as error:
+                    outcome[1] = str(error)
+            dist.broadcast_object_list(outcome, src=0, group=group)
         if outcome[1] is not None:
             raise InputError(outcome[1])
         return outcome[0]
@@ -79,19 +78,25 @@ class World:
         """
         if self.size == 1:
             return work()
-        group = dist.new_group(backend="gloo", timeout=SETUP_LIMIT)
         message = None
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            try:
-                work()
-            except InputError as error:
-                message = str(error)
-        messages: list[str | None] = [None] * self.size
-        dist.all_gather_object(messages, message, group=group)
-        dist.destroy_process_group(group)
+        with _patient_group() as group:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                try:
+                    work()
+                except InputError as error:
+                    message = str(error)
+            messages = self.all_gather_objects(message, group)
         for text in messages:
             if text is not None:
                 raise InputError(text)
+
+
+@contextmanager
+def _patient_group() -> Iterator[dist.ProcessGroup]:
+    """All ranks, by gloo, and with time to wait for one of them."""
+    group = dist.new_group(backend="gloo", timeout=SETUP_LIMIT)
+    yield group
+    dist.destroy_process_group(group)
 
 
 def world_size() -> int:
