@@ -49,9 +49,7 @@ def main() -> int:
     """
     name = "--name toycity --dataset toycity --shares lists --seeds 0 --jobs 2 --threads 1"
     folders = ["--data-dir", str(DATA), "--runs", str(OUTPUT), "--results", str(OUTPUT)]
-    # Shorter than the committed comparison, so that it ends in minutes.
-    length = "--iterations 160 --eval-every 40".split()
-    failed = compare.compare(compare.parse([*name.split(), *folders, "--", *length]))
+    failed = compare.compare(compare.parse([*name.split(), *folders]))
     if failed:
         return failed
     pictures(OUTPUT / "scenes.png")
