@@ -16,7 +16,7 @@ TEMPERATURE = 0.1
 CHECKED_ROWS = 256
 
 # Share of each class among the pixels. voc: 21 classes, background 0.73, the rest alike.
-# cityscapes: the 19 trainIds in the labelled train images, as published with the class weights of
+# cityscapes: the 19 trainIds in the labeled train images, as published with the class weights of
 # DANNet (CVPR 2021). disjoint: no negative has an anchor's label, so every pair is admitted.
 LABELS = {
     "uniform": [1 / 21] * 21,
@@ -110,7 +110,7 @@ def standard_cases(device: str) -> list[Case]:
 
 
 def make_operands(case: Case, device: torch.device) -> Operands:
-    """Unit features around one centre a class, positives beside their anchors; always the same."""
+    """Unit features around one center a class, positives beside their anchors; always the same."""
     rng = torch.Generator(device).manual_seed(0)
     shares = torch.tensor(LABELS[case.labels], device=device)
 
@@ -126,10 +126,10 @@ def make_operands(case: Case, device: torch.device) -> Operands:
     anchor_labels, negative_labels = labels(case.anchors), labels(case.negatives)
     if case.labels == "disjoint":
         negative_labels += 1
-    centres = normalize(noise(len(shares) + 1), dim=1)
-    anchors = normalize(noise(case.anchors).add_(centres[anchor_labels]), dim=1)
+    centers = normalize(noise(len(shares) + 1), dim=1)
+    anchors = normalize(noise(case.anchors).add_(centers[anchor_labels]), dim=1)
     positives = normalize(anchors + 0.5 * noise(case.anchors), dim=1)
-    negatives = normalize(noise(case.negatives).add_(centres[negative_labels]), dim=1)
+    negatives = normalize(noise(case.negatives).add_(centers[negative_labels]), dim=1)
     order = torch.randperm(case.anchors, generator=rng, device=device)
     return Operands(
         anchors.to(dtype),

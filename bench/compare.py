@@ -31,7 +31,7 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
 
 METHODS = ("supervised", "cac")
-COLOURS = {"supervised": "tab:gray", "cac": "tab:blue"}
+COLORS = {"supervised": "tab:gray", "cac": "tab:blue"}
 
 
 class RunError(Exception):
@@ -189,17 +189,17 @@ def plot(results: list[dict], path: Path) -> None:
             if not curves:
                 continue
             for curve in curves:
-                axis.plot(*zip(*curve, strict=True), color=COLOURS[method], alpha=0.3, linewidth=1)
+                axis.plot(*zip(*curve, strict=True), color=COLORS[method], alpha=0.3, linewidth=1)
             iterations = [point[0] for point in curves[0]]
             mean = [
                 statistics.mean(curve[index][1] for curve in curves)
                 for index in range(len(iterations))
             ]
             axis.plot(
-                iterations, mean, color=COLOURS[method], label=f"{method} (mean of {len(curves)})"
+                iterations, mean, color=COLORS[method], label=f"{method} (mean of {len(curves)})"
             )
         axis.set(
-            title="labelled by list" if share == "lists" else f"{share} labelled",
+            title="labeled by list" if share == "lists" else f"{share} labeled",
             xlabel="iteration",
             ylabel="val mIoU",
         )
@@ -288,7 +288,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data-dir", help="as train/main.py's")
     parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument(
-        "--shares", default="1/8", help="labelled shares, or 'lists' for the data set's own lists"
+        "--shares", default="1/8", help="labeled shares, or 'lists' for the data set's own lists"
     )
     parser.add_argument("--test", action="store_true", help="evaluate on the test split as well")
     parser.add_argument(

@@ -16,7 +16,7 @@ from cac_fast.train import load
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
-from cac_fast.train.samples import colourise
+from cac_fast.train.samples import colorize
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "runs" / "demo"
@@ -32,7 +32,7 @@ def pictures(path: Path) -> None:
     for sample in data.splits["val"][:: max(1, len(data.splits["val"]) // SCENES)][:SCENES]:
         image = read_image(sample.image)
         maps = [data.read_mask(sample.mask), *(network.predict(image) for network in networks)]
-        row = [np.asarray(image), *(colourise(labels, data.palette) for labels in maps)]
+        row = [np.asarray(image), *(colorize(labels, data.palette) for labels in maps)]
         rows.append(np.concatenate(row, axis=1))
     picture = Image.fromarray(np.concatenate(rows))
     size = (ZOOM * picture.width, ZOOM * picture.height)

@@ -5,7 +5,7 @@
 A worker is one process with one thread. Its batches are made by the trainer's own loader, with and
 without the cache, and as the paper's authors do (bench/loader_baseline.py). The crops of all three
 are compared before anything is timed; then all take turns, on the same images and boxes. What the
-trainer does on its device instead (colours, floats) is timed too, and added where it says so.
+trainer does on its device instead (colors, floats) is timed too, and added where it says so.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ LEGEND = """
 labeled: one crop and its labels; unlabeled: two crops; step: one image of each. n: timed batches of
 {batch} images; ms: an image, median, p20, p80; img/s: by the median; cpu: milliseconds of processor
 time an image, steadier than the clock's where others use the machine; vs authors: how many times
-faster, the median over the turns, and of the processor times. device: colours, floats and
-normalisation of an image on {device}, which the trainer's process does for all workers."""
+faster, the median over the turns, and of the processor times. device: colors, floats and
+normalization of an image on {device}, which the trainer's process does for all workers."""
 
 
 class Contender(NamedTuple):
@@ -130,7 +130,7 @@ def stream(
 
 
 def problem(data: SegmentationData, cache: Path, crop: int) -> str | None:
-    """How the crops of the three ways differ, all colours left alone; None if they do not."""
+    """How the crops of the three ways differ, all colors left alone; None if they do not."""
     for kind in KINDS:
         ways = [islice(stream(data, kind, way, cache, crop, False), 2) for way in WAYS]
         for authors, ours, cached in zip(*ways, strict=True):
@@ -141,7 +141,7 @@ def problem(data: SegmentationData, cache: Path, crop: int) -> str | None:
                     return f"{kind}: the cache changes {name}"
                 theirs = authors[name]
                 if name == "label":
-                    # A centre on the border of two source pixels may go either way: 2% at most
+                    # A center on the border of two source pixels may go either way: 2% at most
                     # in pictures of 64 rows.
                     if (theirs != ours[name]).float().mean() > 0.05:
                         return f"{kind}: the labels differ"

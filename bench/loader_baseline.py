@@ -1,7 +1,7 @@
 """The paper's authors' way of making crops: decode, resize all of it, cut, jitter, to floats.
 
 Written from the description of their method. Sizes, boxes and flips are drawn as the trainer draws
-them, so that the crops can be compared. Colours: the order and ranges of theirs, drawn by
+them, so that the crops can be compared. Colors: the order and ranges of theirs, drawn by
 torchvision; the blur is Pillow's own, the cheapest at hand.
 """
 
@@ -27,7 +27,7 @@ from cac_fast.train.data.loaders import LABELED, UNLABELED, item_index, position
 
 LABELED_SCALE, UNLABELED_SCALE, IOU_RANGE = (0.5, 2.0), (0.8, 2.0), (0.1, 1.0)
 JITTER = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
-GREY = transforms.RandomGrayscale(0.2)
+GRAY = transforms.RandomGrayscale(0.2)
 BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 
 
@@ -105,7 +105,7 @@ def change_colors(image: Image.Image) -> Image.Image:
         image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
     if random.random() < 0.8:
         image = JITTER(image)
-    return GREY(image)
+    return GRAY(image)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -3,8 +3,8 @@
     python bench/toycity_causes.py --runs runs/toycity
 
 Takes the runs of the comparison on the toy city and scores their last states again: with
-batch-norm statistics taken anew from the same unlabelled crops for both methods (in training only
-CAC's see unlabelled images), and on further scenes in which context and light vary one at a time.
+batch-norm statistics taken anew from the same unlabeled crops for both methods (in training only
+CAC's see unlabeled images), and on further scenes in which context and light vary one at a time.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ FURTHER = 60
 """Scenes a case."""
 BATCHES, BATCH_SIZE = 16, 8
 CASES = {
-    "labelled ones' context, daylight": (True, False),
-    "labelled ones' context, any light": (True, True),
+    "labeled ones' context, daylight": (True, False),
+    "labeled ones' context, any light": (True, True),
     "free context, daylight": (False, False),
 }
 

@@ -48,7 +48,7 @@ GOALS = {
 }
 LEGEND = """
 median, p20, p80: milliseconds a step; cpu: of all threads of the process, steadier than the clock's
-where others use the machine; img/s: labelled and unlabelled images; then the medians of the parts;
+where others use the machine; img/s: labeled and unlabeled images; then the medians of the parts;
 MB: peak memory in 10^6 bytes: weights, gradients, momentum, bank, what the step adds; syncs: how
 often a step makes the host wait for a GPU."""
 
@@ -138,7 +138,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     size = {"type": count, "metavar": "N"}
     parser.add_argument("--network", default="deeplabv3plus", choices=NETWORKS)
     parser.add_argument("--backbone", choices=BACKBONES, help="resnet18; on a GPU resnet50")
-    parser.add_argument("--batch-size", **size, default=8, help="labelled, and as many unlabelled")
+    parser.add_argument("--batch-size", **size, default=8, help="labeled, and as many unlabeled")
     parser.add_argument("--crop-size", **size, help="128; on a GPU 720")
     parser.add_argument("--negatives", **size, help="M in all: 25.6k; on a GPU 129.6k")
     parser.add_argument(

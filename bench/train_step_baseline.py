@@ -56,10 +56,10 @@ class BaselineStep:
     def __call__(self, labeled: Batch, unlabeled: Batch) -> Batch:
         """One step on NCHW batches; ``loss``, ``loss_ce`` and ``loss_dc`` as tensors."""
         method = self.method.train()
-        with phase("forward labelled"):
+        with phase("forward labeled"):
             logits = method.network(labeled["image"])
             loss_ce = F.cross_entropy(logits, labeled["label"].long(), ignore_index=255)
-        with phase("forward unlabelled"):
+        with phase("forward unlabeled"):
             views = [method.unlabeled_view(unlabeled[name]) for name in ("image1", "image2")]
         with phase("loss"):
             loss_dc = self.contrastive_loss(views, unlabeled)

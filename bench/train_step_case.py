@@ -26,7 +26,7 @@ LOSS_ERROR, GRADIENT_ERROR = 1e-4, 2e-2
 
 @dataclass(frozen=True)
 class Case:
-    """One step: `batch_size` labelled and as many unlabelled images, M negatives in all."""
+    """One step: `batch_size` labeled and as many unlabeled images, M negatives in all."""
 
     network: str
     backbone: str
@@ -172,7 +172,7 @@ def plain(case: Case) -> Case:
 
 @torch.no_grad()
 def _spread_labels(trainer: Trainer, step: Step) -> None:
-    """Centre and scale the logits of the random network: else all pixels would have one label."""
+    """Center and scale the logits of the random network: else all pixels would have one label."""
     method, classifier = trainer.method.train(), trainer.network.classifier[-1]
     kept: list[Tensor] = []
     hook = classifier.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))

@@ -203,7 +203,7 @@ class Loss {
   // Turns the logits of a tile into weights, and adds these to the totals.
   void weigh(const Span& span, int64_t first, int64_t width, T* logits, Sums<T>& sums) const {
     for (int64_t i = 0; i < span.rows(); ++i, logits += width) {
-      // Ordered as they are, the negatives of the anchor's own label are neighbours.
+      // Ordered as they are, the negatives of the anchor's own label are neighbors.
       const auto [excluded_first, excluded_last] = excluded_[span.first + i];
       const int64_t left = std::clamp<int64_t>(excluded_first - first, 0, width);
       const int64_t right = std::clamp<int64_t>(excluded_last - first, left, width);

@@ -73,7 +73,7 @@ def describe(device: torch.device) -> Gpu:
     if torch.version.hip is not None:
         family = "gfx"
     else:
-        # Datacentre GPUs; the others have less shared memory.
+        # Datacenter GPUs; the others have less shared memory.
         family = "sm_90" if properties.major in (9, 10) else "sm_80"
     return Gpu(family, properties.multi_processor_count)
 

@@ -29,7 +29,7 @@ def softmax(logits: list[float]) -> list[float]:
 
 
 class PaperLoss:
-    """Eq. 1-8 in float64 scalars, no vectorisation; the options change what their names say."""
+    """Eq. 1-8 in float64 scalars, no vectorization; the options change what their names say."""
 
     def __init__(
         self,

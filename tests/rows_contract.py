@@ -25,7 +25,7 @@ TEMPERATURES = [1.0, 0.1, 0.09, 0.016, 0.015, 0.0005]
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """NaN in every buffer that is not initialised."""
+    """NaN in every buffer that is not initialized."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1000).isnan().all()

@@ -25,7 +25,7 @@ RANGES = st.sampled_from([(0.1, 1.0), (0.0, 0.3), (0.5, 0.9), (1.0, 1.0)])
 
 
 def coordinates(height: int, width: int) -> Image.Image:
-    """Red is the row, green the column and blue 0: never the padding's colour."""
+    """Red is the row, green the column and blue 0: never the padding's color."""
     y, x = np.mgrid[:height, :width].astype(np.uint8)
     return Image.fromarray(np.stack([y, x, np.zeros_like(y)], axis=2))
 
@@ -41,7 +41,7 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def draw(height, width, crop, iou_range, seed, mask=None):
-    """A pair through the trainer's transform, at scale 1 and with the colours left alone."""
+    """A pair through the trainer's transform, at scale 1 and with the colors left alone."""
     transform = UnlabeledTransform(crop, (1.0, 1.0), None, iou_range, photometric=False)
     return transform(coordinates(height, width), mask, np.random.default_rng(seed))
 
@@ -155,7 +155,7 @@ def test_resizing_a_part_is_resizing_all_and_cutting(height, width, new_height, 
     whole = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
     cut = np.asarray(whole.crop((left, top, right, bottom))).astype(int)
     assert np.abs(np.asarray(part) - cut).max() <= 1
-    # Nearest: the pixel under the centre; either neighbour where that falls on their border.
+    # Nearest: the pixel under the center; either neighbor where that falls on their border.
     part = resize_part(
         coordinates(height, width), size, (top, left, bottom, right), Image.Resampling.NEAREST
     )
@@ -198,7 +198,7 @@ def test_same_generator_same_item():
 
 
 def changed(item, view: int) -> torch.Tensor:
-    """A view with its colours changed, float, its flip undone."""
+    """A view with its colors changed, float, its flip undone."""
     image = apply_photometric(item[f"image{view}"][None].float(), item[f"changes{view}"][None])[0]
     return image.flip(2) if item[f"flip{view}"] else image
 

@@ -67,7 +67,7 @@ def test_label_out_of_range(capfd, data, split):
     assert "00.png" in line and "77" in line
 
 
-def test_truncated_labelled_image(capfd, data):
+def test_truncated_labeled_image(capfd, data):
     for image in (data / "images" / "train").iterdir():
         image.write_bytes(image.read_bytes()[:300])
     assert "images/train/0" in fails(capfd, data)
@@ -105,7 +105,7 @@ def test_crop_not_a_multiple_of_8(capfd, data):
     assert "use 32 or 40" in fails(capfd, data, "--crop-size", "36")
 
 
-def test_share_that_leaves_no_labelled_image(capfd, data):
+def test_share_that_leaves_no_labeled_image(capfd, data):
     assert "1/100" in fails(capfd, data, "--labeled-share", "1/100")
 
 

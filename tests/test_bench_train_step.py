@@ -131,7 +131,7 @@ def test_command(tmp_path) -> None:
     found = [(row["provider"], row["negatives"], row["precision"]) for row in record["rows"]]
     names = [("trainer", 40), ("plain heads", 40), ("baseline", 40), ("trainer", 20)]
     assert found == [(*name, "fp32") for name in names]
-    parts = ["forward labelled", "forward unlabelled", "loss", "backward", "optimizer"]
+    parts = ["forward labeled", "forward unlabeled", "loss", "backward", "optimizer"]
     for row in record["rows"]:
         assert list(row["parts_ms"]) == parts
         assert all(value > 0 for value in row["parts_ms"].values())

@@ -248,7 +248,7 @@ def test_split_writes_the_lists_that_training_derives(data: Path, tmp_path: Path
         1,
     ]
     done = run(ROOT / "train" / "split.py", *arguments, "--output", output)
-    assert "2 labelled and 4 unlabelled images" in done.stdout
+    assert "2 labeled and 4 unlabeled images" in done.stdout
     opened = open_data("folder", data)
     from_lists = select(opened, output / "labeled.txt", output / "unlabeled.txt", None, 0)
     assert from_lists == select(opened, None, None, "2/5", 1)
@@ -400,7 +400,7 @@ def test_split_refuses_bad_input(data: Path, tmp_path: Path, capfd) -> None:
             capfd,
         )
 
-    assert "leaves no labelled image" in error(labeled_share="1/100")
+    assert "leaves no labeled image" in error(labeled_share="1/100")
     assert "neither full nor a fraction" in error(labeled_share="half")
     assert "-1 is less than 0" in error(data_list=-1)
     assert "required: --labeled-share" in error(labeled_share=None)

@@ -86,6 +86,14 @@ def test_differences_name_what_changes_the_result():
     assert difference.startswith("crop_size: 320 there, 64 here")
 
 
+def test_a_run_goes_on_where_its_weights_file_has_moved():
+    former = dataclasses.asdict(config.parse([*BASE, "--weights", "old/resnet50.pth"]))
+    settings = config.parse([*BASE, "--weights", "new/resnet50.pth"])
+    assert config.differences(settings, former) == []
+    settings = config.parse([*BASE, "--weights", "old/resnet101.pth"])
+    assert len(config.differences(settings, former)) == 1
+
+
 def test_a_run_made_before_a_setting_was_there_goes_on():
     settings = config.parse(BASE)
     former = dataclasses.asdict(settings)

@@ -114,7 +114,7 @@ def test_run_folder(folder_data, tmp_path):
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
 
 
-def test_supervised_ignores_unlabelled_images(folder_data, tmp_path):
+def test_supervised_ignores_unlabeled_images(folder_data, tmp_path):
     lines = run(folder_data, tmp_path / "run", "--method", "supervised")
     assert all(
         line["loss"] == line["loss_ce"] and line["loss_dc"] == 0
@@ -342,7 +342,7 @@ def test_file_that_breaks_in_the_middle_keeps_what_was_trained(tmp_path, monkeyp
     assert 5 <= checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] < 30
 
 
-def test_corrupt_unlabelled_image_is_skipped_and_counted(tmp_path):
+def test_corrupt_unlabeled_image_is_skipped_and_counted(tmp_path):
     data = write_scenes(tmp_path / "data", {"train": (2, 4)})
     (data / "images" / "train" / "04.png").write_bytes(b"no image")
     lines = run(data, tmp_path / "run", "--iterations", "8", "--warmup", "0")

@@ -39,7 +39,7 @@ def test_gpu_gives_the_losses_of_the_cpu(folder_data, tmp_path):
 
 
 def test_batches_of_the_cpu_without_waiting(folder_data, tmp_path):
-    """Pinned memory, and colours changed on the device, through the cache: as on the CPU."""
+    """Pinned memory, and colors changed on the device, through the cache: as on the CPU."""
     found = []
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
         settings = config.Config(
@@ -65,7 +65,7 @@ def test_batches_of_the_cpu_without_waiting(folder_data, tmp_path):
     for on_cpu, on_gpu in zip(*found, strict=True):
         for name, value in on_cpu.items():
             assert on_gpu[name].device.type == "cuda" and on_gpu[name].dtype == value.dtype
-            # Of normalised values: 0.005 is a quarter of a level.
+            # Of normalized values: 0.005 is a quarter of a level.
             torch.testing.assert_close(on_gpu[name].cpu(), value, rtol=0, atol=5e-3)
 
 
@@ -89,7 +89,7 @@ def test_a_step_never_waits_for_the_gpu(folder_data, tmp_path, monkeypatch, opti
     step = engine.Trainer._train_step
 
     def watched(self, batch):
-        # The first steps with and without unlabelled images allocate, and compile the kernels.
+        # The first steps with and without unlabeled images allocate, and compile the kernels.
         torch.cuda.set_sync_debug_mode("error" if self.iteration >= 6 else "default")
         step(self, batch)
         torch.cuda.set_sync_debug_mode("default")
@@ -121,7 +121,7 @@ def test_profile_of_a_gpu_run(folder_data, tmp_path, capsys):
     train(folder_data, tmp_path / "run", "cuda", "--profile", "2")
     assert (tmp_path / "run" / "trace.json").stat().st_size > 0
     line = next(text for text in capsys.readouterr().out.splitlines() if "profile of 2" in text)
-    assert "forward labelled" in line and "backward" in line
+    assert "forward labeled" in line and "backward" in line
 
 
 def test_resume_on_a_gpu(folder_data, tmp_path):

@@ -21,7 +21,7 @@ def pixels(path) -> np.ndarray:
     return np.asarray(image)
 
 
-def grey(values: np.ndarray) -> np.ndarray:
+def gray(values: np.ndarray) -> np.ndarray:
     return np.repeat(values.astype(np.uint8)[..., None], 3, axis=2)
 
 
@@ -31,21 +31,21 @@ def test_rgb_is_read_as_it_is(tmp_path):
     np.testing.assert_array_equal(pixels(tmp_path / "a.png"), color)
 
 
-def test_grey(tmp_path):
+def test_gray(tmp_path):
     Image.fromarray(RAMP).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), grey(RAMP))
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), gray(RAMP))
 
 
 def test_one_bit(tmp_path):
     Image.fromarray(RAMP > 100).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), grey((RAMP > 100) * 255))
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), gray((RAMP > 100) * 255))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_keep_the_high_byte(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(RAMP.astype(np.uint16) * 256 + 200).save(path)
-    np.testing.assert_array_equal(pixels(path), grey(RAMP))
+    np.testing.assert_array_equal(pixels(path), gray(RAMP))
 
 
 def test_palette(tmp_path):
@@ -64,7 +64,7 @@ def test_alpha_is_composited_on_white(tmp_path):
     assert pixels(tmp_path / "a.png")[0].tolist() == [[255] * 3, [100, 0, 0], [224, 204, 204]]
 
 
-def test_grey_with_alpha(tmp_path):
+def test_gray_with_alpha(tmp_path):
     Image.fromarray(np.stack([RAMP, RAMP * 0], axis=2), "LA").save(tmp_path / "a.png")
     assert (pixels(tmp_path / "a.png") == 255).all()
 
@@ -105,7 +105,7 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     stored = np.kron(RAMP, np.ones((8, 8), np.uint8))
     Image.fromarray(stored).save(path, exif=exif)
     found = pixels(path)
-    expected = grey(UPRIGHT[orientation](stored))
+    expected = gray(UPRIGHT[orientation](stored))
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).max() <= 8
 
@@ -148,7 +148,7 @@ def save_mask(path, mode: str, ids: np.ndarray):
     image = Image.fromarray(ids.astype(np.uint16) if mode == "I;16" else ids.astype(np.uint8))
     if mode == "P":
         image = image.convert("P")
-        image.putpalette([200, 0, 0] + [0, 200, 0] * 255)  # ids, not colours, are what counts
+        image.putpalette([200, 0, 0] + [0, 200, 0] * 255)  # ids, not colors, are what counts
     elif mode == "1":
         image = Image.fromarray(ids.astype(bool))
     image.save(path)
@@ -200,7 +200,7 @@ def test_color_mask_says_what_is_expected(tmp_path, mode):
     Image.new(mode, (4, 4)).save(tmp_path / "m.png")
     with pytest.raises(InputError) as error:
         read_mask(tmp_path / "m.png", 3)
-    one_line(error, tmp_path / "m.png", "colour", "palette PNG", "255")
+    one_line(error, tmp_path / "m.png", "color", "palette PNG", "255")
 
 
 def test_truncated_mask(tmp_path):

@@ -100,8 +100,8 @@ def test_predict_takes_tensors_and_pil_images_of_any_mode(strided: Predictor) ->
     assert (labels == strided.logits(image).argmax(0).numpy()).all()
     pil = Image.fromarray(image.permute(1, 2, 0).numpy())
     assert (strided.predict(pil) == labels).all()
-    grey = pil.convert("L")
-    assert (strided.predict(grey) == strided.predict(grey.convert("RGB"))).all()
+    gray = pil.convert("L")
+    assert (strided.predict(gray) == strided.predict(gray.convert("RGB"))).all()
     # Transparency is laid on white, as in training.
     veiled = pil.copy()
     veiled.putalpha(Image.linear_gradient("L").resize(pil.size))

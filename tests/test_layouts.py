@@ -38,7 +38,7 @@ def names(data, split: str) -> list[str]:
 def test_tables_have_one_color_a_class():
     assert len(CITYSCAPES_CLASSES) == len(CITYSCAPES_PALETTE) == len(set(CITYSCAPES_PALETTE)) == 19
     assert len(VOC_CLASSES) == len(VOC_PALETTE) == len(set(VOC_PALETTE)) == 21
-    # VOC's colours count in bits: bit k of the class goes to channel k mod 3, highest bits first.
+    # VOC's colors count in bits: bit k of the class goes to channel k mod 3, highest bits first.
     for index, color in enumerate(VOC_PALETTE):
         bits = [(index >> k & 1) << (7 - k // 3) for k in range(8)]
         assert color == tuple(sum(bits[channel::3]) for channel in range(3))

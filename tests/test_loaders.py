@@ -226,7 +226,7 @@ def test_all_unlabeled_images_corrupt(tmp_path, count, workers):
         sample.image.write_bytes(b"")
     with pytest.raises(InputError) as error:
         take(data, "unlabeled", 1, workers=workers)
-    one_line(error, f"{min(count, 10)} unlabelled images", data.root)
+    one_line(error, f"{min(count, 10)} unlabeled images", data.root)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

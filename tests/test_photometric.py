@@ -20,7 +20,7 @@ SIZE = 20
 
 
 def batch(count: int = 6) -> Tensor:
-    """Crops with saturated, grey and black pixels among them."""
+    """Crops with saturated, gray and black pixels among them."""
     images = torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 255
     images[:, :, :2] = images[:, :1, :2]
     images[:, 1:, 2:4] = 0
@@ -84,11 +84,11 @@ def test_a_tiny_image_is_not_blurred():
 
 
 def test_probabilities():
-    """Blur 0.5, jitter 0.8, grey 0.2, within five sigma of 1,000 draws; and the ranges."""
+    """Blur 0.5, jitter 0.8, gray 0.2, within five sigma of 1,000 draws; and the ranges."""
     rows = drawn(1000)
-    sigma, amounts, turns, grey = rows[:, 0], rows[:, 1:5], rows[:, 5:9], rows[:, 9]
+    sigma, amounts, turns, gray = rows[:, 0], rows[:, 1:5], rows[:, 5:9], rows[:, 9]
     jitter = turns[:, 0] >= 0
-    for chosen, share in ((sigma > 0, 0.5), (jitter, 0.8), (grey > 0, 0.2)):
+    for chosen, share in ((sigma > 0, 0.5), (jitter, 0.8), (gray > 0, 0.2)):
         assert abs(chosen.double().mean() - share) < 5 * (share * (1 - share) / 1000) ** 0.5
     assert 0.1 <= sigma[sigma > 0].min() < 0.15 and 1.95 < sigma.max() <= 2
     for kind, (low, high) in enumerate([(0.6, 1.4)] * 3 + [(-0.1, 0.1)]):

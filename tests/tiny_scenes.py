@@ -15,8 +15,8 @@ def scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray
     for _ in range(3):
         top, left = rng.integers(0, height - 12), rng.integers(0, width - 12)
         mask[top : top + 12, left : left + 12] = 2
-    colours = np.array([[200, 210, 230], [60, 70, 50], [220, 40, 40]])
-    image = colours[mask] + rng.normal(0, 20, (height, width, 3))
+    colors = np.array([[200, 210, 230], [60, 70, 50], [220, 40, 40]])
+    image = colors[mask] + rng.normal(0, 20, (height, width, 3))
     mask[0] = 255
     return image.clip(0, 255).astype(np.uint8), mask
 

@@ -29,14 +29,14 @@ class Config:
     # What to train on
     dataset: str = setting("", "data layout", ("cityscapes", "voc", "folder", "toycity"))
     data_dir: str | None = setting(None, "the data's folder (not needed for toycity)")
-    labeled: str | None = setting(None, "list of labelled images")
+    labeled: str | None = setting(None, "list of labeled images")
     unlabeled: str | None = setting(
-        None, "list of unlabelled images (default: the rest of the train split)"
+        None, "list of unlabeled images (default: the rest of the train split)"
     )
     labeled_share: str | None = setting(
         None, "without lists: this share of the masks is used, as 1/16, or full"
     )
-    data_list: int = setting(0, "seed of the derived labelled share")
+    data_list: int = setting(0, "seed of the derived labeled share")
 
     # What to train
     method: str = setting("cac", "training method", ("cac", "supervised"))
@@ -53,7 +53,7 @@ class Config:
     output: str | None = setting(None, "run folder (default: runs/ and a name made of the choices)")
     iterations: int = setting(20_000, "optimizer steps")
     batch_size: int = setting(
-        8, "labelled images a step over all processes; as many unlabelled ones are drawn"
+        8, "labeled images a step over all processes; as many unlabeled ones are drawn"
     )
     crop_size: int = setting(320, "side of the square crops in pixels, a multiple of 8")
     seed: int = setting(0, "seed of everything random")
@@ -75,7 +75,7 @@ class Config:
     )
     forward: str = setting(
         "separate",
-        "separate (authors): labelled images and both views have batch statistics of their own; "
+        "separate (authors): labeled images and both views have batch statistics of their own; "
         "joint: one pass over all",
         ("separate", "joint"),
     )
@@ -94,7 +94,7 @@ class Config:
         None, "profile this many steps: shares of time, and trace.json in the run folder"
     )
 
-    # Optimisation (paper, Sec. 4.1)
+    # Optimization (paper, Sec. 4.1)
     learning_rate: float = setting(0.002, "base learning rate of the backbone")
     head_learning_rate_factor: float = setting(
         10.0, "learning rate of the rest, as a multiple of the backbone's"
@@ -107,19 +107,17 @@ class Config:
 
     # Crops and augmentation (paper, Sec. 4.1)
     labeled_scale: tuple[float, float] = setting(
-        (0.5, 2.0), "range of the random resize of labelled images"
+        (0.5, 2.0), "range of the random resize of labeled images"
     )
     unlabeled_scale: tuple[float, float] = setting(
-        (0.8, 2.0), "range of the random resize of unlabelled images"
+        (0.8, 2.0), "range of the random resize of unlabeled images"
     )
     base_size: int | None = setting(
         None,
         "authors: the long side is drawn from the range times this (default: a ratio of the image)",
     )
     iou_range: tuple[float, float] = setting((0.1, 1.0), "bounds of the IoU of the two crops")
-    jitter_labeled: bool = setting(
-        False, "authors, Cityscapes: colour jitter of labelled crops too"
-    )
+    jitter_labeled: bool = setting(False, "authors, Cityscapes: color jitter of labeled crops too")
 
     # The directional contrastive loss (paper, Sec. 3.3 and 3.4)
     dc_weight: float = setting(0.1, "lambda, the weight of the contrastive loss")
@@ -160,7 +158,7 @@ class Config:
         "auto", "back end of the loss", ("auto", "reference", "eager", "cpp", "triton", "cuda")
     )
     false_negatives: bool = setting(
-        False, "measure the share of false negatives (Fig. 6); reads the unlabelled images' masks"
+        False, "measure the share of false negatives (Fig. 6); reads the unlabeled images' masks"
     )
 
     @property
@@ -202,7 +200,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "folder": {},
     # From random weights, in minutes on two CPU cores: ResNet-18 learns in fewer steps than
     # MobileNetV2, small crops buy a larger batch, dropout would slow it down, and the head, as new
-    # as the backbone, shares its learning rate. Labelled crops are jittered, as the authors do for
+    # as the backbone, shares its learning rate. Labeled crops are jittered, as the authors do for
     # Cityscapes: without it the supervised baseline would fail in other light for that alone. The
     # loss of the method itself is the paper's.
     "toycity": {
@@ -266,11 +264,13 @@ def differences(config: Config, former: dict[str, Any]) -> list[str]:
         # A run made before a setting was there did what is the default now.
         for there in [former.get(field.name, field.default)]
         for here in [getattr(config, field.name)]
-        if field.name not in FREE and _plain(there) != _plain(here)
+        if field.name not in FREE and _compared(field.name, there) != _compared(field.name, here)
     ]
 
 
-def _plain(value: Any) -> Any:
+def _compared(name: str, value: Any) -> Any:
+    if name == "weights" and value is not None:
+        return Path(value).name  # wherever it lies now: only the first start has read it
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -129,7 +129,7 @@ class Trainer:
         )
 
     def _syncs_bn(self) -> bool:
-        # PyTorch has no synchronised batch norm for CPUs, and one process needs none.
+        # PyTorch has no synchronized batch norm for CPUs, and one process needs none.
         return self.config.sync_bn and self.world.size > 1 and self.world.device.type == "cuda"
 
     def _read_former(self) -> dict[str, Any] | None:
@@ -217,7 +217,7 @@ class Trainer:
         return {"best": self.best, "last": result}
 
     def _steps(self) -> Iterator[Step]:
-        """All batches to come: warm-up without the unlabelled stream, then with both.
+        """All batches to come: warm-up without the unlabeled stream, then with both.
 
         DDP expects the same parameters to take part in every step: each phase has a wrapper.
         """
@@ -231,7 +231,7 @@ class Trainer:
             yield from self.stream.steps(self.iteration, end, both)
 
     def use_unlabeled(self, used: bool) -> None:
-        """Make ready for steps with unlabelled images, or for steps without."""
+        """Make ready for steps with unlabeled images, or for steps without."""
         self.method.set_unlabeled(used)
         self.model: nn.Module = self.method
         if self.world.size > 1:
@@ -351,7 +351,7 @@ class Trainer:
             "network": self.network.state_dict(),
             "config": dataclasses.asdict(self.config),
             "classes": list(self.data.classes),
-            "palette": [list(colour) for colour in self.data.palette],
+            "palette": [list(color) for color in self.data.palette],
             "iteration": self.iteration,
             "best": self.best,
         }
@@ -416,8 +416,8 @@ class Trainer:
         elif self.iteration:
             say(f"resuming {self.folder} at iteration {self.iteration}")
         say(
-            f"{config.dataset}: {len(self.stream.labeled)} labelled, "
-            f"{len(self.stream.unlabeled)} unlabelled, {len(self.data.splits['val'])} validation "
+            f"{config.dataset}: {len(self.stream.labeled)} labeled, "
+            f"{len(self.stream.unlabeled)} unlabeled, {len(self.data.splits['val'])} validation "
             f"images, {len(self.data.classes)} classes"
         )
         size = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6

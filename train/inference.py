@@ -26,12 +26,12 @@ STRIDE = 16
 
 
 class Predictor(nn.Module):
-    """A network with all that inference needs: class names, colours, normalization.
+    """A network with all that inference needs: class names, colors, normalization.
 
     Args:
         network: maps normalized images (B, 3, H, W) to logits (B, K, H, W); keeps its mode.
         classes: K names.
-        palette: K colours (red, green, blue) in 0..255.
+        palette: K colors (red, green, blue) in 0..255.
         channels_last: feed the network in that memory format.
     """
 
@@ -49,7 +49,7 @@ class Predictor(nn.Module):
         super().__init__()
         self.network = network
         self.classes = tuple(classes)
-        self.palette = tuple(tuple(colour) for colour in palette)
+        self.palette = tuple(tuple(color) for color in palette)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
@@ -76,9 +76,9 @@ class Predictor(nn.Module):
         """Class ids (H, W) uint8 of a PIL image (any mode) or an RGB image (3, H, W) uint8.
 
         With ``tile``, windows of at most ``tile`` x ``tile`` pixels go through the network one at a
-        time, and of the whole image only the class ids are kept. Only a window's centre counts:
+        time, and of the whole image only the class ids are kept. Only a window's center counts:
         pixels within min(128, ``tile`` // 4) of its edge lack context and are taken from its
-        neighbour. A network that pools globally sees the window and not the image, so its result
+        neighbor. A network that pools globally sees the window and not the image, so its result
         can differ from the one without tiles.
 
         Raises:
@@ -133,7 +133,7 @@ def windows(length: int, tile: int | None) -> list[Window]:
     last = -(-(length - tile) // STRIDE) * STRIDE
     starts = [*range(0, last, step), last]
     stops = [start + tile for start in starts[:-1]] + [length]
-    # Two neighbours meet in the middle of what they share.
+    # Two neighbors meet in the middle of what they share.
     seams = [(start + stop) // 2 for start, stop in zip(starts[1:], stops[:-1], strict=True)]
     return [
         Window(*ends) for ends in zip(starts, stops, [0, *seams], [*seams, length], strict=True)

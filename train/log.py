@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-IGNORED_COLOUR = (0, 0, 0)
+IGNORED_COLOR = (0, 0, 0)
 
 
 class RunLog:
@@ -179,7 +179,7 @@ def train_line(
 ) -> dict[str, float | None]:
     """The values of a ``"kind": "train"`` line from the readings of all ranks.
 
-    ``active`` and ``pairs`` count the whole step, ``images_per_s`` the labelled and unlabelled
+    ``active`` and ``pairs`` count the whole step, ``images_per_s`` the labeled and unlabeled
     images of all ranks; memory and waiting are those of the worst rank.
     """
     means = {
@@ -214,9 +214,9 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def colourise(labels: np.ndarray, palette: tuple[tuple[int, int, int], ...]) -> np.ndarray:
-    """Colours (H, W, 3) uint8 of class ids (H, W) uint8; 255 is black."""
+def colorize(labels: np.ndarray, palette: tuple[tuple[int, int, int], ...]) -> np.ndarray:
+    """Colors (H, W, 3) uint8 of class ids (H, W) uint8; 255 is black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
-    table[255] = IGNORED_COLOUR
+    table[255] = IGNORED_COLOR
     return table[labels]

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train/predict.py",
-        description="Write NAME.png (class ids, with the classes' colours as palette) and "
+        description="Write NAME.png (class ids, with the classes' colors as palette) and "
         "NAME_overlay.png for every image in a folder and the folders in it.",
     )
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from cac_fast.train.log import colourise
+from cac_fast.train.log import colorize
 
 PICTURES = 3
 MAX_WIDTH = 480
@@ -24,7 +24,7 @@ class SampleSheet:
             return
         row = Image.fromarray(
             np.concatenate(
-                [image, colourise(truth, self.palette), colourise(prediction, self.palette)], axis=1
+                [image, colorize(truth, self.palette), colorize(prediction, self.palette)], axis=1
             )
         )
         if row.width > 3 * MAX_WIDTH:

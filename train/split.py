@@ -58,7 +58,7 @@ def _split(options: argparse.Namespace) -> None:
             f"--output {options.output} cannot be written: {error.strerror}"
         ) from error
     print(
-        f"{len(labeled)} labelled and {len(unlabeled)} unlabelled images: "
+        f"{len(labeled)} labeled and {len(unlabeled)} unlabeled images: "
         f"labeled.txt and unlabeled.txt in {options.output}"
     )
 

@@ -55,7 +55,7 @@ CAC_FAST_BOTH int rows_first(int lane, int pitch) {
   return chunk_offset((lane & 7) + (lane & 8), lane >> 4, pitch);
 }
 
-// Chunks first: the order of the operand b of two neighbouring products, stored with b's columns
+// Chunks first: the order of the operand b of two neighboring products, stored with b's columns
 // as rows.
 CAC_FAST_BOTH int chunks_first(int lane, int pitch) {
   return chunk_offset((lane & 7) + ((lane & 16) >> 1), (lane >> 3) & 1, pitch);

@@ -35,7 +35,7 @@ class LabeledTransform:
         crop: side of the crop in pixels, a multiple of 8.
         scale: range of the resize ratio, or of the long side in units of `base_size`.
         base_size: None for the paper's ratio, a number of pixels for the authors' long side.
-        jitter: also change every crop's colours (the authors do for Cityscapes).
+        jitter: also change every crop's colors (the authors do for Cityscapes).
 
     Raises:
         InputError: `crop` is not a multiple of 8.
@@ -76,12 +76,12 @@ class LabeledTransform:
 
 
 class UnlabeledTransform:
-    """One random resize and two overlapping crops of it, each with its own flip and colours.
+    """One random resize and two overlapping crops of it, each with its own flip and colors.
 
     Args:
         crop, scale, base_size: as `LabeledTransform`.
         iou_range: closed range of the boxes' intersection over union.
-        photometric: False leaves the colours as they are.
+        photometric: False leaves the colors as they are.
 
     Raises:
         InputError: `crop` is not a multiple of 8.
@@ -107,7 +107,7 @@ class UnlabeledTransform:
         int64 (2,), view 2's box minus view 1's in cells (down, right); "flipv" bool (); "validv"
         int64 (2,), rows and columns of cells on the image, before the flip; with photometric
         changes, "changesv" float32 (13,) for `photometric.apply_photometric`; and, with a mask
-        uint8 (H, W), "truthv" uint8 (c/8, c/8), the id at the centre of each cell, flipped as its
+        uint8 (H, W), "truthv" uint8 (c/8, c/8), the id at the center of each cell, flipped as its
         image is, 255 where unknown.
         """
         crop = self.crop

@@ -21,7 +21,7 @@ _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 def read_image(path: Path) -> Image.Image:
     """Read any photograph as an upright 8-bit RGB image.
 
-    The EXIF orientation is applied; grey, palette and CMYK images are converted, transparency is
+    The EXIF orientation is applied; gray, palette and CMYK images are converted, transparency is
     composited on white, and 16-bit images keep their high byte.
 
     Raises:
@@ -62,11 +62,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = None) -> np.ndarray:
     """Read a mask of class ids, uint8 (H, W), with 255 where no class is known.
 
-    The ids are the raw values of a grey, palette, 1-bit or 16-bit file: palette colours are not
+    The ids are the raw values of a gray, palette, 1-bit or 16-bit file: palette colors are not
     looked at. `label_map`, if given, holds the class of each of the 256 ids of the file.
 
     Raises:
-        InputError: the file is missing or truncated, is a colour picture, or holds an id that is
+        InputError: the file is missing or truncated, is a color picture, or holds an id that is
             neither below `num_classes` nor 255.
     """
     try:
@@ -81,8 +81,8 @@ def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = 
         raise _unreadable("mask", path, error) from error
     if ids is None:
         raise InputError(
-            f"mask {path} is a colour picture (mode {mode}), but a mask must hold one class id a "
-            f"pixel: save it as an 8-bit grey or palette PNG with ids 0 to {num_classes - 1} and "
+            f"mask {path} is a color picture (mode {mode}), but a mask must hold one class id a "
+            f"pixel: save it as an 8-bit gray or palette PNG with ids 0 to {num_classes - 1} and "
             f"{IGNORE} for pixels to ignore"
         )
     if label_map is None:

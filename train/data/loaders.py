@@ -224,7 +224,7 @@ class _UnlabeledItems(Dataset):
             skipped = torch.tensor(len(messages))
             return {**item, "name": sample.name, "skipped": skipped, "skipped_files": messages}
         return _Failure(
-            f"{len(messages)} unlabelled images in a row cannot be read, the last one being "
+            f"{len(messages)} unlabeled images in a row cannot be read, the last one being "
             f"{messages[-1].removeprefix('image ')}"
         )
 

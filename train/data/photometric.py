@@ -17,21 +17,21 @@ from torch.nn.functional import pad
 
 CHANGES = 13
 """Numbers a crop: sigma of the blur (0: none); brightness, contrast, saturation, hue; the turn, 0
-to 3, at which each of these four comes (-1: not at all); 1 for grey; and where the image is in the
+to 3, at which each of these four comes (-1: not at all); 1 for gray; and where the image is in the
 crop: its height, left and right border in pixels, the rest being padding."""
 
-_SIGMA, _AMOUNT, _TURN, _GREY, _PLACE = 0, 1, 5, 9, slice(10, 13)
+_SIGMA, _AMOUNT, _TURN, _GRAY, _PLACE = 0, 1, 5, 9, slice(10, 13)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
 def draw_photometric(rng: np.random.Generator) -> np.ndarray:
-    """Gaussian blur (5 x 5, p 0.5), colour jitter (p 0.8) and grey (p 0.2): float32 (13,)."""
+    """Gaussian blur (5 x 5, p 0.5), color jitter (p 0.8) and gray (p 0.2): float32 (13,)."""
     changes = no_change()
-    blur, jitter, grey = rng.random(3) < (0.5, 0.8, 0.2)
+    blur, jitter, gray = rng.random(3) < (0.5, 0.8, 0.2)
     sigma = rng.uniform(0.1, 2.0)
     if jitter:
         changes = draw_jitter(rng)
-    changes[_SIGMA], changes[_GREY] = sigma if blur else 0, grey
+    changes[_SIGMA], changes[_GRAY] = sigma if blur else 0, gray
     return changes
 
 
@@ -45,7 +45,7 @@ def draw_jitter(rng: np.random.Generator) -> np.ndarray:
 
 
 def no_change() -> np.ndarray:
-    """The row of a crop that keeps its colours, float32 (13,); the place is still to be set."""
+    """The row of a crop that keeps its colors, float32 (13,); the place is still to be set."""
     changes = np.zeros(CHANGES, np.float32)
     changes[_TURN : _TURN + 4] = -1
     return changes
@@ -87,7 +87,7 @@ def _apply(images: Tensor, changes: Tensor, rows: Tensor) -> None:
         for kind, function in enumerate((_brightness, _contrast, _saturation, _hue)):
             chosen = rows & (changes[:, _TURN + kind] == turn)
             _change(images, chosen, function, amounts[:, _AMOUNT + kind])
-    _change(images, rows & (changes[:, _GREY] > 0), _to_grey, amounts[:, _GREY])
+    _change(images, rows & (changes[:, _GRAY] > 0), _to_gray, amounts[:, _GRAY])
 
 
 def _change(
@@ -122,8 +122,8 @@ def _contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    grey = _luma(images)
-    return images.sub_(grey).mul_(factor.view(-1, 1, 1, 1)).add_(grey).clamp_(0, 255)
+    gray = _luma(images)
+    return images.sub_(gray).mul_(factor.view(-1, 1, 1, 1)).add_(gray).clamp_(0, 255)
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     return images
 
 
-def _to_grey(images: Tensor, _: Tensor) -> Tensor:
+def _to_gray(images: Tensor, _: Tensor) -> Tensor:
     return _luma(images).expand_as(images)
 
 

@@ -1,4 +1,4 @@
-"""Which training images are labelled: lists as users hold them, or seeded shares."""
+"""Which training images are labeled: lists as users hold them, or seeded shares."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def select(
     share: str | None,
     data_list: int = 0,
 ) -> tuple[list[Sample], list[Sample]]:
-    """The labelled and the unlabelled training images.
+    """The labeled and the unlabeled training images.
 
     Either lists are given, or a `share` ("full", or a fraction such as "1/8") of the training
     images that have masks; with neither it is "full", but for toycity the lists written with it.
-    Without an `unlabeled` list, what is not labelled is unlabelled. Where nothing is left, the
-    unlabelled images are the labelled ones (the paper's full setting).
+    Without an `unlabeled` list, what is not labeled is unlabeled. Where nothing is left, the
+    unlabeled images are the labeled ones (the paper's full setting).
 
     A list line is a NAME of the train split, or `image mask`, or `image`, as paths from the data
     folder; a leading slash is dropped, so that the authors' lists are read as they are.
 
     Raises:
         InputError: a list is missing, empty, or names what is not there (with its line); a
-            labelled line has no mask; a share is no fraction or leaves no labelled image; both
+            labeled line has no mask; a share is no fraction or leaves no labeled image; both
             lists and a share are given.
     """
     train = data.splits["train"]
@@ -84,7 +84,7 @@ def _select_share(
     count = labeled_count(len(with_mask), share)
     if count == 0:
         raise InputError(
-            f"the share {share} of {len(with_mask)} training images with masks leaves no labelled "
+            f"the share {share} of {len(with_mask)} training images with masks leaves no labeled "
             "image: give a larger one"
         )
     # One order for all shares of a data list, so that 1/16 lies within 1/8. Python's generator
@@ -129,8 +129,8 @@ def _read_list(path: Path, data: SegmentationData, needs_mask: bool) -> list[Sam
         sample = by_name.get(line) or _read_paths(line, place, data, by_image, needs_mask)
         if needs_mask and sample.mask is None:
             raise InputError(
-                f"{place}: {line} has no mask, but labelled images need one: name it in the second "
-                "column, or move the line to the unlabelled list"
+                f"{place}: {line} has no mask, but labeled images need one: name it in the second "
+                "column, or move the line to the unlabeled list"
             )
         samples.append(sample)
     if not samples:
@@ -167,7 +167,7 @@ def _read_paths(
     if len(words) == 2:
         named = data.root / words[1].lstrip("/")
         mask = data.find_mask(named)
-        # An unlabelled image's mask is looked at for one diagnostic only, so it may be absent.
+        # An unlabeled image's mask is looked at for one diagnostic only, so it may be absent.
         if mask is None and needs_mask:
             raise InputError(
                 f"{place}: the mask {_shortened(str(named))} does not exist: correct the line"

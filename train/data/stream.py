@@ -81,7 +81,7 @@ class Stream:
         """The batches after ``start`` iterations, up to the one that makes them ``end``.
 
         Raises:
-            RankInputError: a labelled image, or ten unlabelled ones in a row, cannot be used.
+            RankInputError: a labeled image, or ten unlabeled ones in a row, cannot be used.
         """
         labeled = loaders.batches(self._labeled_loader(start))
         unlabeled = loaders.batches(self._unlabeled_loader(start)) if with_unlabeled else None
@@ -142,7 +142,7 @@ class Stream:
         )
 
     def to_device(self, batch: Batch) -> Batch:
-        """Move a batch; images travel as uint8, and change their colours on the device."""
+        """Move a batch; images travel as uint8, and change their colors on the device."""
         device = self.world.device
         changes = {name: batch.pop(name) for name in tuple(batch) if name.startswith("changes")}
         moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -94,7 +94,7 @@ class CAC(Supervised):
     def separate_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, list[View]]:
         """Cross entropy and both views of three passes, each with its own batch statistics."""
         loss_ce, views = self.supervised_loss(labeled, keep_last=False), []
-        with phase("forward unlabelled"):
+        with phase("forward unlabeled"):
             for name, last in (("image1", False), ("image2", True)):
                 slices = self.sliced(self.unlabeled_view, unlabeled[name], keep_last=last)
                 views.append(_join(slices))

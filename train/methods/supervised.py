@@ -1,4 +1,4 @@
-"""Supervised training: cross entropy on the labelled images alone."""
+"""Supervised training: cross entropy on the labeled images alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Batch = dict[str, Tensor]
 class Supervised(nn.Module):
     """Cross entropy of the upsampled logits, over the valid pixels of the whole global batch.
 
-    ``forward(labeled, unlabeled)`` returns named scalars; ``"loss"`` is the one to minimise. It is
+    ``forward(labeled, unlabeled)`` returns named scalars; ``"loss"`` is the one to minimize. It is
     scaled so that the mean of the gradients over ranks, which DDP takes, is the gradient of the
     global loss.
 
@@ -45,7 +45,7 @@ class Supervised(nn.Module):
         self.features = torch.compile(self.network.features, dynamic=False)
 
     def set_unlabeled(self, used: bool) -> None:
-        """Say whether the coming steps use unlabelled images (no part of this method does)."""
+        """Say whether the coming steps use unlabeled images (no part of this method does)."""
 
     def sliced(self, function: Any, *batch: Tensor, keep_last: bool = False) -> list[Any]:
         """``function`` of each slice of a batch; see :func:`in_slices`."""
@@ -68,7 +68,7 @@ class Supervised(nn.Module):
     def supervised_loss(self, labeled: Batch, keep_last: bool) -> Tensor:
         """Cross entropy of ``image`` (B, 3, H, W) by ``label`` (B, H, W) uint8, 255 ignored."""
         images, labels = labeled["image"], labeled["label"]
-        with phase("forward labelled"):
+        with phase("forward labeled"):
             sums = self.sliced(self.labeled_sum, images, labels, keep_last=keep_last)
             return self.normalized(sums, labels)
 
