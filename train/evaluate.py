@@ -22,8 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train/evaluate.py",
-        description="IoU of each class, mIoU and pixel accuracy of a checkpoint, over images in "
-        "their original size. Under torchrun the images are shared out over the processes.",
+        description="IoU of each class, mIoU and pixel accuracy of a checkpoint, in float32, over "
+        "images in their original size. Under torchrun the images are shared out over the "
+        "processes.",
     )
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="FILE", help="best.pt or last.pt of a run"
