@@ -39,7 +39,7 @@ class RunError(Exception):
 
 
 def run(command: list[str], threads: int, label: str) -> None:
-    """Run one command of the project to its end; pass its lines on, each behind ``label``.
+    """Run one program of the project to its end; pass its lines on, each behind ``label``.
 
     Raises:
         RunError: it ended with another code than 0.
@@ -47,8 +47,7 @@ def run(command: list[str], threads: int, label: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     line = ""
     with subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
+        [sys.executable, str(ROOT / command[0]), *command[1:]],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

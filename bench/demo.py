@@ -40,7 +40,7 @@ def pictures(path: Path) -> None:
 
 
 def main() -> int:
-    """Train both methods side by side, one thread each, then show what they learnt.
+    """Train both methods side by side, one thread each, then show what they learned.
 
     1 if a run failed, else 0.
 

@@ -37,11 +37,11 @@ def step_times(size: Size, options: argparse.Namespace) -> list[float]:
     processes, batch = size
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes), "train/main.py", "--method", "cac", *DATA]
+        command += ["--nproc-per-node", str(processes), str(ROOT / "train" / "main.py")]
+        command += ["--method", "cac", *DATA]
         command += ["--batch-size", str(batch), "--iterations", str(options.steps), *SETTINGS]
         done = subprocess.run(
             [*command, "--output", folder, *options.rest],
-            cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
             capture_output=True,
             text=True,

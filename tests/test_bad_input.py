@@ -101,6 +101,18 @@ def test_best_in_place_of_last(capfd, data):
     assert "copy of best.pt" in fails(capfd, data)
 
 
+def test_best_without_last_is_not_written_over(capfd, data):
+    run = ["--dataset", "folder", "--data-dir", str(data), "--device", "cpu", *QUICK]
+    folder = data.parent / "run"
+    assert main.main([*run, "--output", str(folder)]) == 0
+    capfd.readouterr()
+    (folder / "last.pt").unlink()
+    best = (folder / "best.pt").read_bytes()
+    line = fails(capfd, data)
+    assert "best.pt" in line and "--restart" in line
+    assert (folder / "best.pt").read_bytes() == best and list(folder.glob("samples/*.png"))
+
+
 def test_crop_not_a_multiple_of_8(capfd, data):
     assert "use 32 or 40" in fails(capfd, data, "--crop-size", "36")
 
@@ -176,8 +188,8 @@ def test_as_a_program(data):
 
 @pytest.mark.parametrize(("rank", "kind", "said"), [(0, 0, 1), (1, 0, 0), (1, 1, 1)])
 def test_who_says_it_under_torchrun(capfd, monkeypatch, rank, kind, said):
-    """Rank 0 speaks for all; of what one rank met alone only that rank knows."""
-    monkeypatch.setenv("RANK", str(rank))
+    """A machine's first rank speaks for all; of what one rank met alone only that rank knows."""
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
 
     def command() -> None:
         raise (errors.InputError, errors.RankInputError)[kind]("file x is broken")

@@ -342,6 +342,26 @@ def test_file_that_breaks_in_the_middle_keeps_what_was_trained(tmp_path, monkeyp
     assert 5 <= checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] < 30
 
 
+@pytest.mark.parametrize("iterations", ["2", "4"])  # the last evaluation, and one before
+def test_failing_evaluation_loses_nothing(folder_data, tmp_path, monkeypatch, iterations):
+    options = ["--iterations", iterations, "--eval-every", "2", "--save-every", "50"]
+    run(folder_data, tmp_path / "whole", *options, "--deterministic")
+
+    def full(*_, **__):
+        raise InputError("image too large")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "evaluate", full)
+        for _ in range(2):
+            with pytest.raises(InputError, match="too large"):
+                run(folder_data, tmp_path / "run", *options, "--deterministic")
+            assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == 2
+    lines = run(folder_data, tmp_path / "run", *options, "--deterministic")
+    scored = [line["iteration"] for line in lines if line["kind"] == "val"]
+    assert scored == list(range(2, int(iterations) + 1, 2))
+    assert_same_bits(weights(tmp_path / "run" / "last.pt"), weights(tmp_path / "whole" / "last.pt"))
+
+
 def test_corrupt_unlabeled_image_is_skipped_and_counted(tmp_path):
     data = write_scenes(tmp_path / "data", {"train": (2, 4)})
     (data / "images" / "train" / "04.png").write_bytes(b"no image")

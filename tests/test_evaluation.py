@@ -249,3 +249,14 @@ def test_two_processes_count_each_image_once_and_stop_together(tmp_path: Path) -
         assert_same(found[0], uneven)
         assert_same(found[1], single)
         assert "1.png cannot be read" in found[2]
+
+
+def test_image_that_does_not_fit_in_memory(tmp_path, monkeypatch):
+    data = make_data(tmp_path, 2)
+
+    def full(self, image):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Predictor, "logits", full)
+    with pytest.raises(InputError, match=r"0\.png \(33 x 20\) does not fit .* smaller"):
+        evaluate(Network(), data.splits["val"], data, ALONE, workers=0)

@@ -244,6 +244,12 @@ def test_voc_prefers_the_augmented_set(tmp_path):
     assert {s.mask.parent.name for s in data.splits["train"]} == {"SegmentationClassAug"}
 
 
+def test_voc_augmented_set_without_its_list(tmp_path):
+    write_voc(tmp_path, lists={"train": ["2007_0"], "val": ["2007_3"]})
+    write_voc(tmp_path, "SegmentationClassAug")
+    assert names(open_data("voc", tmp_path), "train") == ["2007_0", "2007_1", "2007_2"]
+
+
 def test_voc_val_masks_beside_an_augmented_set_without_them(tmp_path):
     write_voc(tmp_path, lists={"val": ["2007_3"]})
     write_voc(tmp_path, "SegmentationClassAug", {"trainaug": ["2007_0"]})

@@ -81,7 +81,7 @@ def test_every_class_is_frequent_in_every_split(labeled: Scenes, unlabeled: Scen
         assert max(label.max() for label in labels) < len(toycity.CLASSES)
 
 
-def test_objects_are_large_and_common_enough_to_be_learnt_in_minutes(
+def test_objects_are_large_and_common_enough_to_be_learned_in_minutes(
     labeled: Scenes, unlabeled: Scenes
 ) -> None:
     val, test = (

@@ -141,10 +141,11 @@ def world(device_name: str) -> Iterator[World]:
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Run a command's body; an :class:`InputError` becomes one line (rank 0) and exit code 2."""
+    """Run a command's body; an :class:`InputError` becomes one line (a machine) and exit code 2."""
     try:
         return command() or 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankInputError):
+        # A file may be missing on one machine alone.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankInputError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

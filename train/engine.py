@@ -59,6 +59,7 @@ class Trainer:
         self.folder = config.run_folder
         self.last = self.folder / "last.pt"
         self.iteration = 0
+        self.evaluated = 0  # iteration of the last evaluation
         self.best: dict[str, float] | None = None
         self.signal: int | None = None  # received by this rank
         self.stopped_by: int | None = None  # agreed on by all ranks
@@ -142,7 +143,13 @@ class Trainer:
                 f"not all processes find {self.last}: --output must be on a disk that all "
                 "machines see"
             )
+        best = self.folder / "best.pt"
         if not found:
+            if best.is_file() and not self.config.restart:
+                raise InputError(
+                    f"{best} is of a former run, whose last.pt is gone: use another --output, or "
+                    "--restart, which deletes it"
+                )
             return None
         try:
             former = checkpoint.read(self.last)
@@ -173,6 +180,7 @@ class Trainer:
         start_momentum(self.optimizer)
         self.scaler.load_state_dict(former["scaler"])
         self.iteration, self.best = former["iteration"], former["best"]
+        self.evaluated = former.get("evaluated", self.iteration)
         if self.world.is_main:
             self.stream.skipped = former["skipped"]
         if len(former["random"]) == self.world.size:
@@ -191,6 +199,8 @@ class Trainer:
         result = None
         try:
             with self._stop_signals():
+                if self.evaluated < self.iteration and self._evaluation_is_due():
+                    result = self._evaluate()  # the former try was ended before it
                 for step in self._profiled(self._steps()):
                     self._train_step(step)
                     result = self._after_step() or result
@@ -198,10 +208,8 @@ class Trainer:
                         break
         except InputError:
             # A bad file costs nothing that was trained; under torchrun saving would need all ranks.
-            # After the last step only the evaluation is missing, which a resumed run would not do.
-            unfinished = self.iteration < self.config.iterations
             sound = self.meters.first_bad < 0 and _is_finite(self.method)
-            if self.world.size == 1 and unfinished and sound:
+            if self.world.size == 1 and sound:
                 self._save()
             raise
         finally:
@@ -277,9 +285,8 @@ class Trainer:
     def _after_step(self) -> dict[str, Any] | None:
         """Log, evaluate and save where due; return the evaluation's result if there was one."""
         config, iteration = self.config, self.iteration
-        has_val = bool(self.data.splits["val"])
         final = iteration == config.iterations
-        due_eval = has_val and (final or iteration % config.num_eval_every == 0)
+        due_eval = self._evaluation_is_due()
         due_save = final or due_eval or iteration % config.save_every == 0
         stopping = self.signal is not None and self.world.size == 1
         if due_save or stopping or iteration % config.log_every == 0:
@@ -287,12 +294,16 @@ class Trainer:
         due_save = due_save or self.stopped_by is not None
         if due_save and not _is_finite(self.method):
             self._stop_not_finite(iteration)
-        result = self._evaluate() if due_eval else None
-        if final and not has_val:
-            self._write("best.pt")
         if due_save:
-            self._save()
-        return result
+            self._save()  # before the evaluation, which may fail
+        if final and not self.data.splits["val"]:
+            self._write("best.pt")
+        return self._evaluate() if due_eval else None
+
+    def _evaluation_is_due(self) -> bool:
+        last = self.iteration == self.config.iterations
+        due = last or self.iteration % self.config.num_eval_every == 0
+        return due and bool(self.data.splits["val"])
 
     def _read_meters(self) -> None:
         """Write a line of metrics; stop the run if a loss was not finite. Waits for the device."""
@@ -329,6 +340,8 @@ class Trainer:
         if self.best is None or result["miou"] > self.best["miou"]:
             self.best = {"miou": result["miou"], "iteration": self.iteration}
             self._write("best.pt")
+        self.evaluated = self.iteration
+        self._save()
         self.meters.restart_clock()
         return result
 
@@ -337,8 +350,8 @@ class Trainer:
     def _prepare_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.iteration == 0:
-                for old in ("last.pt", "best.pt", "trace.json", "samples/*.png"):  # --restart
+            if self.config.restart and self.iteration == 0:
+                for old in ("last.pt", "best.pt", "trace.json", "samples/[0-9]*.png"):
                     for path in self.folder.glob(old):
                         path.unlink()
             settings = json.dumps(dataclasses.asdict(self.config), indent=2)
@@ -373,6 +386,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "position": self.iteration * self.config.batch_size,
             "inputs": self.inputs,
+            "evaluated": self.evaluated,
             "skipped": sum(skipped for _, skipped in everyone),
             "random": [random for random, _ in everyone],
         }

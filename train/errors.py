@@ -4,7 +4,8 @@
 class InputError(Exception):
     """Input that cannot be used: its message is one sentence that names the thing and the remedy.
 
-    The commands print it as a single line and exit with code 2. Under torchrun rank 0 prints it.
+    The commands print it as a single line and exit with code 2. Under torchrun each
+    machine's first rank prints it.
     """
 
 

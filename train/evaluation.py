@@ -15,7 +15,7 @@ from cac_fast.train.data.images import IGNORE, check_size, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
-from cac_fast.train.inference import Predictor
+from cac_fast.train.inference import Predictor, out_of_memory
 from cac_fast.train.networks import Segmenter
 from cac_fast.train.progress import Progress
 
@@ -113,7 +113,8 @@ def evaluate(
 
     Raises:
         InputError: on every rank: there are no samples, an image has no mask, a file cannot be
-            read, a mask does not fit its image, or no pixel has a known class.
+            read, a mask does not fit its image, an image does not fit in memory, or no pixel has a
+            known class.
     """
     if not samples:
         raise InputError("there is no image to evaluate on: the split is empty")
@@ -138,7 +139,7 @@ def evaluate(
             for done, (image, truth) in enumerate(
                 _read_ahead(stripe, data, workers, world.device), start=1
             ):
-                prediction = predictor.logits(image).argmax(0)
+                prediction = _prediction(predictor, image, stripe[done - 1])
                 confusion.update(truth.to(world.device, non_blocking=True), prediction)
                 if on_prediction is not None:
                     labels = prediction.to(torch.uint8).cpu().numpy()
@@ -162,6 +163,19 @@ def evaluate(
         "pixel_accuracy": confusion.pixel_accuracy,
         "iou": [None if value != value else value for value in confusion.iou.tolist()],
     }
+
+
+def _prediction(predictor: Predictor, image: Tensor, sample: Sample) -> Tensor:
+    try:
+        return predictor.logits(image).argmax(0)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        height, width = image.shape[1:]
+        raise InputError(
+            f"image {sample.image} ({width} x {height}) does not fit in memory: "
+            "images are scored whole, make those of this split and their masks smaller"
+        ) from error
 
 
 class _Images(Dataset):

@@ -174,6 +174,13 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Predictor:
     return Predictor(network, classes, palette).to(device).eval()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of PyTorch says that something did not fit in memory."""
+    # For a GPU there is an exception type, for the CPU's allocator only its message.
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return full or "DefaultCPUAllocator" in str(error)
+
+
 def _check(image: Tensor) -> None:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(

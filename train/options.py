@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             InputError: an unknown option, a missing one, or a value that cannot be used.
         """
         args = sys.argv[1:] if args is None else list(args)
-        # First, since argparse would complain that a required option is missing if it is misspelt.
+        # First, as argparse would complain that a required option is missing if it is misspelled.
         self._reject_unknown(args)
         namespace, rest = self.parse_known_args(args, namespace)
         if rest:

@@ -62,8 +62,6 @@ class Job(NamedTuple):
 
 def _predict(options: argparse.Namespace) -> None:
     # Imported late, so that a mistyped option is answered at once.
-    from PIL import Image
-
     from cac_fast.train.data.images import read_image
     from cac_fast.train.inference import SMALLEST_TILE, load
     from cac_fast.train.progress import show_progress, warn
@@ -76,8 +74,6 @@ def _predict(options: argparse.Namespace) -> None:
         )
     jobs = plan(options.images, options.output)
     predictor = load(options.checkpoint, distributed.pick_device(options.device))
-    # Pillow takes 180 million pixels for an attack, but --tile is there for such photographs.
-    Image.MAX_IMAGE_PIXELS = None
     show, skipped = show_progress("images"), 0
     for done, job in enumerate(jobs, start=1):
         try:
@@ -160,14 +156,12 @@ def find_images(folder: Path, output: Path) -> list[Path]:
 
 
 def _ids(predictor: Predictor, image: Image.Image, tile: int | None, path: Path) -> np.ndarray:
-    import torch
+    from cac_fast.train.inference import out_of_memory
 
     try:
         return predictor.predict(image, tile)
     except (RuntimeError, MemoryError) as error:
-        # For a GPU there is an exception type, for the CPU's allocator only its message.
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not full and "DefaultCPUAllocator" not in str(error):
+        if not out_of_memory(error):
             raise
         remedy = "--tile 1024" if tile is None else "a smaller --tile"
         raise InputError(

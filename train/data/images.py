@@ -15,6 +15,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 IGNORE = 255
 """The id of mask pixels that belong to no class."""
 
+# Pillow takes 180 million pixels for an attack, but people train on their own photographs.
+Image.MAX_IMAGE_PIXELS = None
+
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 

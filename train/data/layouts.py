@@ -187,9 +187,11 @@ def _open_voc(root: Path) -> SegmentationData:
     }
     lists = home / "ImageSets" / "Segmentation"
     val = _voc_names(lists / "val.txt", images)
-    train_lists = (lists / "trainaug.txt", lists / "train.txt")
-    train_list = next((path for path in train_lists if path.is_file()), None)
-    if train_list is None:
+    train_list = lists / "trainaug.txt"
+    if not train_list.is_file() and masks[0].name != "SegmentationClassAug":
+        train_list = lists / "train.txt"
+    if not train_list.is_file():
+        # The augmented set is all that has a mask and is not of val.
         train = sorted(labels.keys() & images.keys() - set(val))
     else:
         train = _voc_names(train_list, images)
