@@ -10,7 +10,6 @@ CAC's see unlabeled images), and on further scenes in which context and light va
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from causes import with_statistics_of
 from compare import METHODS
 from measure import ROOT, command_line, facts
 from PIL import Image
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
 
 from cac_fast.train import load
 from cac_fast.train.config import PRESETS
@@ -78,13 +77,6 @@ def unlabeled_crops() -> list[Tensor]:
         transform(Image.fromarray(scene.draw().image), None, rng)["image1"] for scene in scenes
     ]
     return list(torch.stack(crops).split(BATCH_SIZE))
-
-
-def with_statistics_of(predictor: Predictor, crops: list[Tensor]) -> Predictor:
-    """A copy whose batch-norm statistics are the mean of those of ``crops``."""
-    changed = copy.deepcopy(predictor)
-    update_bn([(batch / 255 - changed.mean) / changed.std for batch in crops], changed.network)
-    return changed.eval()
 
 
 def main(arguments: list[str]) -> None:

@@ -1,0 +1,141 @@
+"""What a comparison's networks know that their scores do not tell.
+
+    python bench/causes.py --runs runs/camvid [--json FILE]
+
+For every run of ``bench/compare.py``: val and test again, with batch-norm statistics taken anew
+from the same unlabeled crops for both methods (small batches leave noisy ones). For those of CAC
+also how well both ends of the pairs that it learns from know the truth, where the unlabeled images
+have masks: it can gain no more than what the positives know better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import command_line, facts, progress, write_record
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
+
+from cac_fast import overlap_from_crops
+from cac_fast.loss import _active, _cells, _confidence, _partner_rows
+from cac_fast.train import checkpoint, load
+from cac_fast.train.config import Config
+from cac_fast.train.data.augment import UnlabeledTransform
+from cac_fast.train.data.images import read_image
+from cac_fast.train.data.layouts import Sample, open_data
+from cac_fast.train.data.splits import select
+from cac_fast.train.data.stream import Stream
+from cac_fast.train.distributed import World
+from cac_fast.train.evaluation import evaluate
+from cac_fast.train.inference import Predictor
+
+ALONE = World(0, 1, torch.device("cpu"))
+CROPS, BATCH = 128, 8
+STEPS = 16
+"""Batches of pairs."""
+
+
+def with_statistics_of(predictor: Predictor, crops: list[Tensor]) -> Predictor:
+    """A copy whose batch-norm statistics are the mean of those of ``crops``, (B, 3, c, c) uint8."""
+    changed = copy.deepcopy(predictor)
+    update_bn([(batch / 255 - changed.mean) / changed.std for batch in crops], changed.network)
+    return changed.eval()
+
+
+def unlabeled_crops(config: Config, samples: list[Sample]) -> list[Tensor]:
+    """Batches (8, 3, c, c) uint8 as the trainer cuts them, without photometric changes."""
+    transform = UnlabeledTransform(config.crop_size, config.unlabeled_scale, photometric=False)
+    rng = np.random.default_rng(0)
+    chosen = [samples[index] for index in rng.permutation(len(samples))[:CROPS]]
+    crops = [transform(read_image(sample.image), None, rng)["image1"] for sample in chosen]
+    return list(torch.stack(crops).split(BATCH))
+
+
+@torch.no_grad()
+def knowledge_of_pairs(predictor: Predictor, stream: Stream) -> dict[str, float]:
+    """Shares among the pairs of 16 steps' views: what both ends' predictions know of the truth.
+
+    The network is in training mode, as when it learns. pairs: of cells at one place of the image.
+    active: of these, those that one direction learns from. anchor, positive: of the active, those
+    where this end's class is the true one. agree: of the active, those of equal classes.
+    """
+    network = predictor.network.train()
+    counts = torch.zeros(5, dtype=torch.int64)
+    for step in stream.steps(0, STEPS, with_unlabeled=True):
+        batch = step.unlabeled
+        logits = []
+        for name in ("image1", "image2"):
+            features = network.features(batch[name])
+            if network.feature_stride == 4:
+                features = torch.nn.functional.avg_pool2d(features, 2)
+            logits.append(network.classify(features))
+        geometry = (batch[name] for name in ("offset", "flip1", "flip2", "valid1", "valid2"))
+        overlap = overlap_from_crops(*geometry, size=logits[0].shape[-2:])
+        confidence, labels = _confidence(torch.cat([_cells(view) for view in logits]))
+        truth = torch.cat([batch[name].flatten() for name in ("truth1", "truth2")])
+        partner, paired = _partner_rows(overlap)
+        paired &= truth != 255
+        threshold = stream.config.threshold
+        active = paired & _active(confidence, confidence[partner], threshold, directional=True)
+        right = labels == truth
+        shares = (paired, active, active & right, active & right[partner])
+        agree = active & (labels == labels[partner])
+        counts += torch.stack([mask.sum() for mask in (*shares, agree)])
+    pairs, active, anchor, positive, agree = counts.tolist()
+    return {
+        "pairs": pairs,
+        "active": active / pairs,
+        "anchor": anchor / active,
+        "positive": positive / active,
+        "agree": agree / active,
+    }
+
+
+def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
+    """What one run's last state knows."""
+    state = checkpoint.read(run / "last.pt")
+    settings = {"false_negatives": True, "workers": 0, "cache": None}
+    config = Config(**state["config"] | settings)
+    data = open_data(config.dataset, data_dir or Path(config.data_dir))
+    lists = (path and Path(path) for path in (config.labeled, config.unlabeled))
+    labeled, unlabeled = select(data, *lists, config.labeled_share, config.data_list)
+    predictor = load(run / "last.pt")
+    anew = with_statistics_of(predictor, unlabeled_crops(config, unlabeled))
+    found: dict[str, Any] = {"run": run.name}
+    for split in ("val", "test"):
+        for name, network in ((split, predictor.network), (f"{split} anew", anew.network)):
+            result = evaluate(network, data.splits[split], data, ALONE, workers=0)
+            found[name] = 100 * result["miou"]
+    if config.method == "cac" and all(sample.mask is not None for sample in unlabeled):
+        stream = Stream(config, ALONE, data, labeled, unlabeled)
+        found |= knowledge_of_pairs(predictor, stream)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """Print a line for every run below ``--runs``, and write ``--json``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the comparison's runs")
+    parser.add_argument("--data-dir", type=Path, help="where the data are now, if they were moved")
+    parser.add_argument("--json", type=Path, help="also write what was found to this file")
+    options = parser.parse_args(arguments)
+    record = {"command": command_line("bench/causes.py", arguments), **facts(ALONE.device)}
+    found = []
+    for run in sorted(path.parent for path in options.runs.glob("*/last.pt")):
+        progress(f"scoring {run.name}")
+        found.append(causes(run, options.data_dir))
+        numbers = {name: value for name, value in found[-1].items() if name != "run"}
+        print(f"{run.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        write_record(options.json, {**record, "runs": found})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,47 @@
+"""The probe of a comparison's runs: every number it gives, from runs of both methods."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_scenes import write_scenes
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import causes
+
+from cac_fast.train import config, engine
+from cac_fast.train.distributed import World
+
+OPTIONS = (
+    "--backbone mobilenet_v2 --batch-size 2 --crop-size 32 --iterations 1 --warmup 0 --workers 0 "
+    "--device cpu --labeled-share 1/2 --threshold 0"
+)
+
+
+def test_causes(tmp_path, capsys):
+    data = write_scenes(tmp_path / "data", {"train": (4, 0), "val": (1, 0), "test": (1, 0)})
+    for method in ("supervised", "cac"):
+        run = f"--dataset folder --data-dir {data} --output {tmp_path}/runs/{method} {OPTIONS}"
+        settings = config.parse([*run.split(), "--method", method])
+        trained = engine.train(settings, World(0, 1, torch.device("cpu")))
+    file = tmp_path / "causes.json"
+    causes.main(["--runs", str(tmp_path / "runs"), "--json", str(file)])
+    cac, supervised = json.loads(file.read_text())["runs"]
+    assert cac["run"] == "cac" and supervised.keys() == {
+        "run",
+        "val",
+        "val anew",
+        "test",
+        "test anew",
+    }
+    assert cac["val"] == pytest.approx(100 * trained["last"]["miou"])
+    assert cac["val anew"] != cac["val"]
+    assert cac["pairs"] > 0 and all(0 <= cac[name] <= 1 for name in ("active", "agree"))
+    # An end knows the truth where the other does, or they do not agree.
+    assert abs(cac["anchor"] - cac["positive"]) <= 1 - cac["agree"]
+    assert "cac: " in capsys.readouterr().out
