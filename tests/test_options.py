@@ -44,8 +44,8 @@ def test_good_options_are_parsed(parser: Parser) -> None:
         (["--check", "x"], "unknown option --check, did you mean --checkpoint?"),
         (["-checkpoint", "x"], "unknown option -checkpoint, did you mean --checkpoint?"),
         (
-            [*GOOD, "--labeled-share", "1/8"],
-            "unknown option --labeled-share, did you mean --labeled-share?",
+            [*GOOD, "--labelled-share", "1/8"],
+            "unknown option --labelled-share, did you mean --labeled-share?",
         ),
         ([*GOOD, "--labeled=a b"], "unknown option --labeled, did you mean --labeled-share?"),
         ([*GOOD, "--xyzzy"], "unknown option --xyzzy, --help lists the options"),
