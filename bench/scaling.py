@@ -50,7 +50,8 @@ def step_times(size: Size, options: argparse.Namespace) -> list[float]:
         if done.returncode:
             sys.exit(f"error: {processes} processes, {batch} images: {done.stderr[-2000:]}")
         lines = read_metrics(Path(folder) / "metrics.jsonl")
-        return [batch / line["images_per_s"] for line in lines if line["kind"] == "train"][1:]
+        # The labeled and the unlabeled images of a step.
+        return [2 * batch / line["images_per_s"] for line in lines if line["kind"] == "train"][1:]
 
 
 def rows(times: dict[Size, list[float]]) -> list[dict[str, Any]]:

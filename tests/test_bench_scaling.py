@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import scaling
+
+from cac_fast.train.log import train_line
 
 
 def test_efficiency_is_relative_to_one_process():
@@ -21,6 +24,21 @@ def test_efficiency_is_relative_to_one_process():
     assert found[2, 8]["strong"] == pytest.approx(2.0 / 1.375 / 2)
     assert found[1, 8]["strong"] == found[1, 8]["weak"] == 1
     assert found[4, 16]["weak"] == pytest.approx(0.5) and found[4, 16]["strong"] is None
+
+
+def test_seconds_are_those_of_a_step(monkeypatch):
+    def trained(command, **_):
+        folder = Path(command[command.index("--output") + 1])
+        means = {"loss": 1.0, "loss_ce": 1.0, "loss_dc": 1.0}
+        reading = {"means": means, "steps_per_s": 4.0, "data_s": 0, "peak_memory_mb": 0}
+        line = train_line([reading | {"skipped": 0}], batch_size=6, rate=0.1)
+        text = json.dumps({"kind": "train", "iteration": 5, **line})
+        (folder / "metrics.jsonl").write_text(f"{text}\n{text}\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(scaling.subprocess, "run", trained)
+    options = scaling.parse([])
+    assert scaling.step_times((2, 6), options) == pytest.approx([0.25])
 
 
 def test_command(folder_data, tmp_path, capsys):
