@@ -255,6 +255,22 @@ def test_restart_by_torchrun_goes_on(folder_data, tmp_path, monkeypatch):
     assert engine.Trainer(config.parse(again), CPU).iteration == 2
 
 
+def test_restart_by_torchrun_starts_over_if_the_first_try_did_not(
+    folder_data, tmp_path, monkeypatch
+):
+    run(folder_data, tmp_path / "run", "--iterations", "2")
+    again = arguments(folder_data, tmp_path / "run", "--iterations", "2", "--restart")
+    with monkeypatch.context() as first:
+        first.setattr(engine, "build_network", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.Trainer(config.parse(again), CPU)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    second = engine.Trainer(config.parse(again), CPU)
+    assert second.iteration == 0
+    second.run()
+    assert engine.Trainer(config.parse(again), CPU).iteration == 2
+
+
 def test_momentum_of_another_memory_format(folder_data, tmp_path):
     trainer = engine.Trainer(config.parse(arguments(folder_data, tmp_path / "run")), CPU)
     weight = trainer.network.head.decoder[0][0].weight

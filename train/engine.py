@@ -58,6 +58,7 @@ class Trainer:
         self.config, self.world = config, world
         self.folder = config.run_folder
         self.last = self.folder / "last.pt"
+        self.to_restart = self.folder / "to-restart"  # a former run lies here, to be deleted
         self.iteration = 0
         self.evaluated = 0  # iteration of the last evaluation
         self.best: dict[str, float] | None = None
@@ -135,9 +136,8 @@ class Trainer:
 
     def _read_former(self) -> dict[str, Any] | None:
         """The checkpoint that this run goes on from, None for a new run."""
-        # After a failure torchrun starts the same command again, --restart included.
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        found = self.last.is_file() and (again or not self.config.restart)
+        starts_over = self.world.on_main(self._starts_over)
+        found = self.last.is_file() and not starts_over
         if len(set(self.world.all_gather_objects(found))) > 1:
             raise InputError(
                 f"not all processes find {self.last}: --output must be on a disk that all "
@@ -172,6 +172,19 @@ class Trainer:
                 "use another --output, or --restart to start over"
             )
         return former
+
+    def _starts_over(self) -> bool:
+        """Whether ``--restart`` still has to be done: torchrun repeats it after a failure."""
+        if not self.config.restart:
+            return False
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            return self.to_restart.exists()
+        try:
+            if self.last.is_file():
+                self.to_restart.touch()
+        except OSError as error:
+            raise InputError(f"--output {self.folder}: {error.strerror}") from error
+        return True
 
     def _restore(self, former: dict[str, Any]) -> None:
         checkpoint.load_model(self.method, former["method"], self.last)
@@ -351,7 +364,8 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.config.restart and self.iteration == 0:
-                for old in ("last.pt", "best.pt", "trace.json", "samples/[0-9]*.png"):
+                former = "last.pt", "best.pt", "trace.json", "samples/[0-9]*.png", "to-restart"
+                for old in former:
                     for path in self.folder.glob(old):
                         path.unlink()
             settings = json.dumps(dataclasses.asdict(self.config), indent=2)
