@@ -2,10 +2,11 @@
 
     python bench/causes.py --runs runs/camvid [--json FILE]
 
-For every run of ``bench/compare.py``: val and test again, with batch-norm statistics taken anew
-from the same unlabeled crops for both methods (small batches leave noisy ones). For those of CAC
-also how well both ends of the pairs that it learns from know the truth, where the unlabeled images
-have masks: it can gain no more than what the positives know better.
+For every run of ``bench/compare.py``: how many classes are known, and val and test again, with
+batch-norm statistics taken anew from the same unlabeled crops for both methods (small batches leave
+noisy ones). For those of CAC also the strength of its loss beside the cross entropy, and, where the
+unlabeled images have masks, how well both ends of the pairs that it learns from know the truth: it
+can gain no more than what the positives know better.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,14 @@ from cac_fast.train.data.stream import Stream
 from cac_fast.train.distributed import World
 from cac_fast.train.evaluation import evaluate
 from cac_fast.train.inference import Predictor
+from cac_fast.train.methods import CAC, build_method
 
 ALONE = World(0, 1, torch.device("cpu"))
 CROPS, BATCH = 128, 8
 STEPS = 16
 """Batches of pairs."""
+KNOWN = 0.1
+"""IoU from which on a class counts as known."""
 
 
 def with_statistics_of(predictor: Predictor, crops: list[Tensor]) -> Predictor:
@@ -97,14 +102,35 @@ def knowledge_of_pairs(predictor: Predictor, stream: Stream) -> dict[str, float]
     }
 
 
+def strength(method: CAC, stream: Stream) -> dict[str, float]:
+    """How hard the contrastive loss pulls at the network's weights, beside the cross entropy.
+
+    strength: norm of its gradient, times lambda, by that of the cross entropy's, root mean squares
+    over 16 steps. The projector's own weights, which have no share in the cross entropy, are left
+    out.
+    """
+    method.train()
+    forward = method.joint_forward if method.joint else method.separate_forward
+    weights = list(method.network.parameters())
+    squares = torch.zeros(2)
+    for step in stream.steps(0, STEPS, with_unlabeled=True):
+        loss_ce, views = forward(step.labeled, step.unlabeled)
+        loss_dc = method.weight * method.contrast(*views, step.unlabeled).loss
+        for place, loss in enumerate((loss_ce, loss_dc)):
+            gradient = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+            squares[place] += sum(part.square().sum() for part in gradient if part is not None)
+    return {"strength": float((squares[1] / squares[0]).sqrt())}
+
+
 def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
     """What one run's last state knows."""
     state = checkpoint.read(run / "last.pt")
-    settings = {"false_negatives": True, "workers": 0, "cache": None}
-    config = Config(**state["config"] | settings)
+    config = Config(**state["config"] | {"workers": 0, "cache": None})
     data = open_data(config.dataset, data_dir or Path(config.data_dir))
     lists = (path and Path(path) for path in (config.labeled, config.unlabeled))
     labeled, unlabeled = select(data, *lists, config.labeled_share, config.data_list)
+    truth = all(sample.mask is not None for sample in unlabeled)
+    config = replace(config, false_negatives=truth)
     predictor = load(run / "last.pt")
     anew = with_statistics_of(predictor, unlabeled_crops(config, unlabeled))
     found: dict[str, Any] = {"run": run.name}
@@ -112,10 +138,16 @@ def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
         for name, network in ((split, predictor.network), (f"{split} anew", anew.network)):
             result = evaluate(network, data.splits[split], data, ALONE, workers=0)
             found[name] = 100 * result["miou"]
-    if config.method == "cac" and all(sample.mask is not None for sample in unlabeled):
-        stream = Stream(config, ALONE, data, labeled, unlabeled)
+            if name == "val":
+                found["classes known"] = sum((iou or 0) > KNOWN for iou in result["iou"])
+    if config.method != "cac":
+        return found
+    stream = Stream(config, ALONE, data, labeled, unlabeled)
+    if truth:
         found |= knowledge_of_pairs(predictor, stream)
-    return found
+    method = build_method(config, predictor.network, ALONE, torch.float32)
+    checkpoint.load_model(method, state["method"], run / "last.pt")
+    return found | strength(method.requires_grad_(), stream)
 
 
 def main(arguments: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -38,10 +39,23 @@ def test_causes(tmp_path, capsys):
         "val anew",
         "test",
         "test anew",
+        "classes known",
     }
     assert cac["val"] == pytest.approx(100 * trained["last"]["miou"])
     assert cac["val anew"] != cac["val"]
+    assert cac["classes known"] == sum(iou > causes.KNOWN for iou in trained["last"]["iou"] if iou)
     assert cac["pairs"] > 0 and all(0 <= cac[name] <= 1 for name in ("active", "agree"))
     # An end knows the truth where the other does, or they do not agree.
     assert abs(cac["anchor"] - cac["positive"]) <= 1 - cac["agree"]
+    assert math.isfinite(cac["strength"]) and cac["strength"] > 0
     assert "cac: " in capsys.readouterr().out
+
+
+def test_strength_is_that_of_the_weighted_loss(tmp_path):
+    data = write_scenes(tmp_path / "data", {"train": (4, 0), "val": (1, 0)})
+    run = f"--dataset folder --data-dir {data} --output {tmp_path}/run {OPTIONS} --no-dropout"
+    trainer = engine.Trainer(config.parse(run.split()), World(0, 1, torch.device("cpu")))
+    once = causes.strength(trainer.method, trainer.stream)["strength"]
+    trainer.method.weight *= 3
+    thrice = causes.strength(trainer.method, trainer.stream)["strength"]
+    assert thrice == pytest.approx(3 * once, rel=1e-3)
