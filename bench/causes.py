@@ -33,10 +33,11 @@ from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import Sample, open_data
 from cac_fast.train.data.splits import select
 from cac_fast.train.data.stream import Stream
-from cac_fast.train.distributed import World
+from cac_fast.train.distributed import World, run_command
 from cac_fast.train.evaluation import evaluate
 from cac_fast.train.inference import Predictor
 from cac_fast.train.methods import CAC, build_method
+from cac_fast.train.networks import build_network
 
 ALONE = World(0, 1, torch.device("cpu"))
 CROPS, BATCH = 128, 8
@@ -55,71 +56,63 @@ def with_statistics_of(predictor: Predictor, crops: list[Tensor]) -> Predictor:
 
 def unlabeled_crops(config: Config, samples: list[Sample]) -> list[Tensor]:
     """Batches (8, 3, c, c) uint8 as the trainer cuts them, without photometric changes."""
-    transform = UnlabeledTransform(config.crop_size, config.unlabeled_scale, photometric=False)
+    transform = UnlabeledTransform(
+        config.crop_size, config.unlabeled_scale, config.base_size, photometric=False
+    )
     rng = np.random.default_rng(0)
     chosen = [samples[index] for index in rng.permutation(len(samples))[:CROPS]]
     crops = [transform(read_image(sample.image), None, rng)["image1"] for sample in chosen]
     return list(torch.stack(crops).split(BATCH))
 
 
-@torch.no_grad()
-def knowledge_of_pairs(predictor: Predictor, stream: Stream) -> dict[str, float]:
-    """Shares among the pairs of 16 steps' views: what both ends' predictions know of the truth.
+def taught(method: CAC, stream: Stream, known: bool) -> dict[str, float]:
+    """What the contrastive loss has to teach in 16 steps, and how hard it pulls.
 
-    The network is in training mode, as when it learns. pairs: of cells at one place of the image.
-    active: of these, those that one direction learns from. anchor, positive: of the active, those
-    where this end's class is the true one. agree: of the active, those of equal classes.
-    """
-    network = predictor.network.train()
-    counts = torch.zeros(5, dtype=torch.int64)
-    for step in stream.steps(0, STEPS, with_unlabeled=True):
-        batch = step.unlabeled
-        logits = []
-        for name in ("image1", "image2"):
-            features = network.features(batch[name])
-            if network.feature_stride == 4:
-                features = torch.nn.functional.avg_pool2d(features, 2)
-            logits.append(network.classify(features))
-        geometry = (batch[name] for name in ("offset", "flip1", "flip2", "valid1", "valid2"))
-        overlap = overlap_from_crops(*geometry, size=logits[0].shape[-2:])
-        confidence, labels = _confidence(torch.cat([_cells(view) for view in logits]))
-        truth = torch.cat([batch[name].flatten() for name in ("truth1", "truth2")])
-        partner, paired = _partner_rows(overlap)
-        paired &= truth != 255
-        threshold = stream.config.threshold
-        active = paired & _active(confidence, confidence[partner], threshold, directional=True)
-        right = labels == truth
-        shares = (paired, active, active & right, active & right[partner])
-        agree = active & (labels == labels[partner])
-        counts += torch.stack([mask.sum() for mask in (*shares, agree)])
-    pairs, active, anchor, positive, agree = counts.tolist()
-    return {
-        "pairs": pairs,
-        "active": active / pairs,
-        "anchor": anchor / active,
-        "positive": positive / active,
-        "agree": agree / active,
-    }
-
-
-def strength(method: CAC, stream: Stream) -> dict[str, float]:
-    """How hard the contrastive loss pulls at the network's weights, beside the cross entropy.
-
-    strength: norm of its gradient, times lambda, by that of the cross entropy's, root mean squares
-    over 16 steps. The projector's own weights, which have no share in the cross entropy, are left
-    out.
+    pairs: of cells at one place of the image. active: of these, those that the loss learns from.
+    strength: norm of the loss's gradient, times lambda, by that of the cross entropy's: root mean
+    squares over the steps, of the network's weights (the projector has no cross entropy). Where the
+    truth is known also anchor and positive: of the active pairs with a truth, those where this
+    end's prediction is it; agree: those where both ends predict one class.
     """
     method.train()
     forward = method.joint_forward if method.joint else method.separate_forward
     weights = list(method.network.parameters())
-    squares = torch.zeros(2)
+    pairs, active, squares = 0, 0, torch.zeros(2)
+    shares = torch.zeros(4, dtype=torch.int64)
     for step in stream.steps(0, STEPS, with_unlabeled=True):
         loss_ce, views = forward(step.labeled, step.unlabeled)
-        loss_dc = method.weight * method.contrast(*views, step.unlabeled).loss
-        for place, loss in enumerate((loss_ce, loss_dc)):
+        dc = method.contrast(*views, step.unlabeled)
+        for place, loss in enumerate((loss_ce, method.weight * dc.loss)):
             gradient = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
             squares[place] += sum(part.square().sum() for part in gradient if part is not None)
-    return {"strength": float((squares[1] / squares[0]).sqrt())}
+        pairs, active = pairs + int(dc.pairs), active + int(dc.active)
+        if known:
+            shares += _right(method, [logits.detach() for _, logits in views], step.unlabeled)
+    found = {
+        "pairs": pairs,
+        "active": active / max(pairs, 1),
+        "strength": float((squares[1] / squares[0]).sqrt()),
+    }
+    if known:
+        of, *parts = shares.tolist()
+        names = ("anchor", "positive", "agree")
+        found |= {name: part / max(of, 1) for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+def _right(method: CAC, logits: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+    """Active cells whose pair has a truth; of these: anchor right, positive right, both alike."""
+    geometry = (batch[name] for name in ("offset", "flip1", "flip2", "valid1", "valid2"))
+    overlap = overlap_from_crops(*geometry, size=logits[0].shape[-2:])
+    confidence, labels = _confidence(torch.cat([_cells(view) for view in logits]))
+    truth = torch.cat([batch[name].flatten() for name in ("truth1", "truth2")])
+    partner, paired = _partner_rows(overlap)
+    loss = method.dc_loss
+    active = _active(confidence, confidence[partner], loss.threshold, loss.directional)
+    active &= paired & (truth != 255)
+    right = labels == truth
+    parts = active, active & right, active & right[partner], active & (labels == labels[partner])
+    return torch.stack([mask.sum() for mask in parts])
 
 
 def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
@@ -134,7 +127,7 @@ def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
     predictor = load(run / "last.pt")
     anew = with_statistics_of(predictor, unlabeled_crops(config, unlabeled))
     found: dict[str, Any] = {"run": run.name}
-    for split in ("val", "test"):
+    for split in (name for name in ("val", "test") if data.splits.get(name)):
         for name, network in ((split, predictor.network), (f"{split} anew", anew.network)):
             result = evaluate(network, data.splits[split], data, ALONE, workers=0)
             found[name] = 100 * result["miou"]
@@ -142,12 +135,14 @@ def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
                 found["classes known"] = sum((iou or 0) > KNOWN for iou in result["iou"])
     if config.method != "cac":
         return found
-    stream = Stream(config, ALONE, data, labeled, unlabeled)
-    if truth:
-        found |= knowledge_of_pairs(predictor, stream)
-    method = build_method(config, predictor.network, ALONE, torch.float32)
+    # As it learned, with dropout, which a loaded network is without.
+    network = build_network(
+        config.network, config.backbone, len(data.classes), dropout=config.dropout
+    )
+    method = build_method(config, network, ALONE, torch.float32)
     checkpoint.load_model(method, state["method"], run / "last.pt")
-    return found | strength(method.requires_grad_(), stream)
+    stream = Stream(config, ALONE, data, labeled, unlabeled)
+    return found | taught(method, stream, known=truth)
 
 
 def main(arguments: list[str]) -> None:
@@ -170,4 +165,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_command(lambda: main(sys.argv[1:])))
