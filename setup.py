@@ -108,6 +108,16 @@ else:
     NO_TORCH = None
 
 
+def archs(asked: str) -> str:
+    """Of a TORCH_CUDA_ARCH_LIST what the kernels can be built for: images of PyTorch set lists that
+    go back further."""
+    names = asked.replace(";", " ").split()
+    old = [name for name in names if re.match(r"[1-7]\.", name)]
+    if old:
+        print(f"cac_fast: its CUDA kernels need sm_80, so not built for {', '.join(old)}")
+    return ";".join(name for name in names if name not in old) or CUDA_ARCHS
+
+
 def why_no_cuda() -> str | None:
     """Why there is no use in trying to build the CUDA back end, or None."""
     if NO_TORCH:
@@ -125,7 +135,7 @@ def why_no_cuda() -> str | None:
 
 NVCC = find_nvcc(torch and torch.version.cuda)
 NO_CUDA = why_no_cuda()
-ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
+ARCHS = archs(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
 if not NO_CUDA:
     # PyTorch looks for it when its tools are imported, and takes a wrapper's folder for the root.
     os.environ["CUDA_HOME"] = str(NVCC.root)
@@ -238,7 +248,7 @@ def describe_extensions() -> list[Extension]:
     # there to say so.
     describe = Extension if NO_CUDA else CUDAExtension
     facts = {
-        "CAC_FAST_CUDA_ARCHS": ";".join(ARCHS.replace(";", " ").split()),
+        "CAC_FAST_CUDA_ARCHS": ARCHS,
         "CAC_FAST_NVCC": "" if NO_CUDA else NVCC.version,
     }
     gpu = describe(

@@ -24,7 +24,7 @@ PROC = Path("/proc")
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Time of one call; on CUDA from the start of its first kernel to the end of its last."""
+    """Time of one call; on CUDA until its last kernel is done, with what the host needs before."""
     if device.type != "cuda":
         begin = time.perf_counter()
         call()

@@ -91,7 +91,11 @@ def find_providers(device: torch.device) -> list[Provider]:
 
 
 class Products:
-    """The two bare matrix products of as many pairs as are admitted: a practical limit."""
+    """The two bare matrix products of as many pairs as are admitted.
+
+    On a GPU a practical limit. On a CPU PyTorch splits each product over the threads, and `cpp`,
+    which gives each thread tiles of its own, can be faster.
+    """
 
     def __init__(self, operands: Operands, height: int, width: int) -> None:
         self.anchors = operands.anchors[operands.active]

@@ -48,8 +48,8 @@ def directional_contrastive_loss(
     backend: "auto" or a name from `cac_fast.backends()`.
 
     Returns a scalar, or (A,) for "none", in float32 (float64 for float64 anchors). Products are
-    taken in the anchors' dtype, or autocast's. The gradient goes to `anchors` alone; positives and
-    confidences are taken as constants.
+    taken of values in the anchors' dtype, or autocast's. The gradient goes to `anchors` alone;
+    positives and confidences are taken as constants.
 
     Raises ValueError for wrong shapes, dtypes, devices and choices and for negatives that require
     grad.

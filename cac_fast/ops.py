@@ -26,8 +26,9 @@ def dc_loss_rows(
 ) -> tuple[Tensor, Tensor]:
     """Directional contrastive loss of each anchor and its gradient (Eq. 5, without reduction).
 
-    anchors, positives: (A, D), negatives: (M, D), unit norm, floating point; products are taken in
-    the anchors' dtype, or autocast's where it is on, and summed in float32 (float64 for float64).
+    anchors, positives: (A, D), negatives: (M, D), unit norm, floating point; products are taken of
+    values in the anchors' dtype, or autocast's where it is on, and summed in float32 (float64 for
+    float64).
     anchor_labels (A,), negative_labels (M,): integers; an anchor admits the negatives of other
     labels, none admits a negative whose label is below 0; its features must be finite all the same,
     as a matrix product meets them. active: (A,) bool. temperature: tau.

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import torch
 from torch import Tensor
 
 LARGEST_D = 256
+OLDEST = 8, 0
+"""Compute capability on NVIDIA."""
+
+# Triton compiles its launchers at run time. Looked for here, as torch.compile traces `why_not`.
+_COMPILER = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
 
 
 def why_not() -> str | None:
@@ -22,8 +28,10 @@ def why_not() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "needs a CUDA or ROCm device"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
         return "needs a GPU of compute capability 8.0 or newer"
+    if _COMPILER is None:
+        return "needs a C compiler at run time: install gcc, or set CC"
     return None
 
 
@@ -36,6 +44,10 @@ def refuses(anchors: Tensor) -> str | None:
     needed = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     if anchors.device.type != needed:
         return f"it takes tensors on a {needed} device, not on {anchors.device}"
+    if needed == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(anchors.device)
+        if capability < OLDEST:
+            return f"{anchors.device} has compute capability {capability}, it needs 8.0 or newer"
     return None
 
 

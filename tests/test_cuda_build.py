@@ -189,11 +189,14 @@ def test_chooses_the_toolkit_that_fits_and_says_what_is_missing(tmp_path: Path) 
         "found['os'].environ['CUDA_HOME'] = '/nowhere'\n"
         f"found['os'].environ['CUDA_PATH'] = {str(tmp_path / 'bare')!r}\n"
         "print(found['find_nvcc']('13.2'))\n"
+        "print(found['archs']('7.0 7.5'), found['archs']('6.1;7.5 8.6 Hopper 10.0a+PTX'))\n"
         "print(found['ARCHS'], found['NO_CUDA'], found['describe_extensions']()[1].include_dirs)",
         CUDA_HOME=str(tmp_path / "old"),
         TORCH_CUDA_ARCH_LIST="",
     )
-    any_, fitting, none, last = done.stdout.splitlines()
+    any_, fitting, none, *said, archs, last = done.stdout.splitlines()
+    assert len(said) == 2 and "7.0, 7.5" in said[0] and "6.1, 7.5" in said[1]
+    assert archs == "8.0;9.0+PTX 8.6;Hopper;10.0a+PTX"
     assert "version='1.0.0'" in any_
     assert "version='13.0.88'" in fitting
     assert none.endswith(f"bin/nvcc has no include/cuda_runtime.h in {tmp_path / 'bare'}")

@@ -378,6 +378,49 @@ def test_failing_evaluation_loses_nothing(folder_data, tmp_path, monkeypatch, it
     assert_same_bits(weights(tmp_path / "run" / "last.pt"), weights(tmp_path / "whole" / "last.pt"))
 
 
+def test_evaluation_that_is_cut_off_is_logged_once(folder_data, tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(engine.Trainer, "_write", lambda *_: 1 / 0)  # of best.pt, after the line
+        with pytest.raises(ZeroDivisionError):
+            run(folder_data, tmp_path / "run", "--iterations", "2")
+    lines = run(folder_data, tmp_path / "run", "--iterations", "2")
+    assert [line["iteration"] for line in lines if line["kind"] == "val"] == [2]
+
+
+def test_finished_run_without_validation_has_its_best_state(tmp_path):
+    data = write_scenes(tmp_path / "data", {"train": (2, 0)})
+    for _ in range(2):
+        run(data, tmp_path / "run", "--iterations", "1")
+        best = tmp_path / "run" / "best.pt"
+        assert checkpoint.read(best)["iteration"] == 1
+        best.unlink()  # as if killed before it was written
+
+
+def test_signal_after_the_last_step_stops_nothing(folder_data, tmp_path, monkeypatch):
+    step = engine.Trainer._train_step
+
+    def interrupted(self, *batch):
+        step(self, *batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(engine.Trainer, "_train_step", interrupted)
+    lines = run(folder_data, tmp_path / "run", "--iterations", "1")
+    assert [line["kind"] for line in lines] == ["train", "val"]
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    checkpoint.write(tmp_path / "last.pt", {"iteration": 1})
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"last.pt cannot be written .*No space"):
+        checkpoint.write(tmp_path / "last.pt", {"iteration": 2})
+    assert checkpoint.read(tmp_path / "last.pt")["iteration"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
 def test_corrupt_unlabeled_image_is_skipped_and_counted(tmp_path):
     data = write_scenes(tmp_path / "data", {"train": (2, 4)})
     (data / "images" / "train" / "04.png").write_bytes(b"no image")

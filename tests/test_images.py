@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 from data_folders import one_line
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cac_fast.train.data.images import read_image, read_mask
 from cac_fast.train.errors import InputError
@@ -212,3 +212,14 @@ def test_truncated_mask(tmp_path):
     with pytest.raises(InputError) as error:
         read_mask(path, 3)
     one_line(error, path)
+
+
+def test_image_that_does_not_fit_in_memory(tmp_path, monkeypatch):
+    def full(_):
+        raise MemoryError
+
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", full)
+    for read in (read_image, lambda path: read_mask(path, 3)):
+        with pytest.raises(InputError, match=r"a.png is too large to be decoded"):
+            read(tmp_path / "a.png")

@@ -52,7 +52,10 @@ def test_says_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert "8.0" in kernels.why_not()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "_COMPILER", "gcc")
     assert kernels.why_not() is None
+    monkeypatch.setattr(kernels, "_COMPILER", None)
+    assert "C compiler" in kernels.why_not()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
     assert kernels.why_not() == "triton is not installed"
 

@@ -14,13 +14,21 @@ FORMAT = 1
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path``; a crash at any moment leaves the old file or the new one."""
+    """Write ``state`` to ``path``; a crash at any moment leaves the old file or the new one.
+
+    Raises:
+        InputError: it cannot be written (a full disk, as a rule); a former file is still there.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # the latter is what PyTorch makes of the former
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error}): is the disk full?") from error
     # The rename itself is only durable once the folder is synced.
     folder = os.open(path.parent, os.O_RDONLY)
     try:

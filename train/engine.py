@@ -90,8 +90,6 @@ class Trainer:
             )
         _set_determinism(config, world)
         self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
-        if config.cache is not None:
-            world.on_each_machine(lambda: fill_cache(config, self.data, labeled, unlabeled))
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
         former = self._read_former()
         self.stream = Stream(config, world, self.data, labeled, unlabeled)
@@ -100,6 +98,8 @@ class Trainer:
             torch.manual_seed(config.seed + world.rank)  # dropout differs between ranks
         else:
             self._restore(former)
+        if config.cache is not None:  # last, as it may take an hour
+            world.on_each_machine(lambda: fill_cache(config, self.data, labeled, unlabeled))
 
     # ---- set-up
 
@@ -136,7 +136,9 @@ class Trainer:
 
     def _read_former(self) -> dict[str, Any] | None:
         """The checkpoint that this run goes on from, None for a new run."""
-        starts_over = self.world.on_main(self._starts_over)
+        # Each machine's torchrun has a count of its own.
+        tries = self.world.all_gather_objects(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        starts_over = self.world.on_main(lambda: self._starts_over(first=set(tries) == {"0"}))
         found = self.last.is_file() and not starts_over
         if len(set(self.world.all_gather_objects(found))) > 1:
             raise InputError(
@@ -173,11 +175,11 @@ class Trainer:
             )
         return former
 
-    def _starts_over(self) -> bool:
+    def _starts_over(self, first: bool) -> bool:
         """Whether ``--restart`` still has to be done: torchrun repeats it after a failure."""
         if not self.config.restart:
             return False
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        if not first:
             return self.to_restart.exists()
         try:
             if self.last.is_file():
@@ -206,7 +208,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the last iteration; return the best and the last validation result."""
         self.world.on_main(self._prepare_folder)
-        self.log = RunLog(self.folder, self.config.iterations, self.iteration, self.world.is_main)
+        states = self.config.iterations, self.iteration, self.evaluated
+        self.log = RunLog(self.folder, *states, self.world.is_main)
         self.meters = Meters(self.world.device)
         self._announce()
         result = None
@@ -219,6 +222,8 @@ class Trainer:
                     result = self._after_step() or result
                     if self.stopped_by is not None:
                         break
+                if self.iteration == self.config.iterations and not self.data.splits["val"]:
+                    self._write("best.pt")
         except InputError:
             # A bad file costs nothing that was trained; under torchrun saving would need all ranks.
             sound = self.meters.first_bad < 0 and _is_finite(self.method)
@@ -227,7 +232,7 @@ class Trainer:
             raise
         finally:
             self.log.close()
-        if self.stopped_by is not None:
+        if self.stopped_by is not None and self.iteration < self.config.iterations:
             self.log.say(f"stopped at iteration {self.iteration}: the same command goes on there")
             raise SystemExit(128 + self.stopped_by)
         if self.best is not None:
@@ -309,8 +314,6 @@ class Trainer:
             self._stop_not_finite(iteration)
         if due_save:
             self._save()  # before the evaluation, which may fail
-        if final and not self.data.splits["val"]:
-            self._write("best.pt")
         return self._evaluate() if due_eval else None
 
     def _evaluation_is_due(self) -> bool:

@@ -24,16 +24,18 @@ class RunLog:
     Args:
         folder: the run folder.
         total: iterations of the run.
-        start: iteration that the run goes on from; later lines of an earlier try are dropped.
+        start, evaluated: iteration that the run goes on from, and of its last finished evaluation;
+            later lines of an earlier try are dropped.
     """
 
-    def __init__(self, folder: Path, total: int, start: int, is_main: bool) -> None:
+    def __init__(self, folder: Path, total: int, start: int, evaluated: int, is_main: bool) -> None:
         self.is_main = is_main
         if not is_main:
             return
         self.folder = folder
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["iteration"] <= start]
+        last = {"train": start, "val": evaluated}
+        kept = [x for x in read_metrics(self.path) if x["iteration"] <= last[x["kind"]]]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self.path)

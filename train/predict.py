@@ -78,9 +78,9 @@ def _predict(options: argparse.Namespace) -> None:
     for done, job in enumerate(jobs, start=1):
         try:
             image = read_image(job.image)
-        except (InputError, MemoryError) as error:
+        except InputError as error:
             skipped += 1
-            warn(f"skipped: {str(error) or f'image {job.image} is too large to be decoded'}")
+            warn(f"skipped: {error}")
         else:
             _write(job, image, _ids(predictor, image, options.tile, job.image), predictor.palette)
         show(done, len(jobs))

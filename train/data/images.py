@@ -39,8 +39,6 @@ def read_image(path: Path) -> Image.Image:
             file.load()
             ImageOps.exif_transpose(file, in_place=True)
             return to_rgb(file)
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's decoders raise nearly every type there is
         raise _unreadable("image", path, error) from error
 
@@ -78,8 +76,6 @@ def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = 
             ids = np.asarray(file) if mode in ("L", "P", "1", *_WIDE_MODES) else None
             if mode == "1":
                 ids = ids.astype(np.uint8)
-    except MemoryError:
-        raise
     except Exception as error:
         raise _unreadable("mask", path, error) from error
     if ids is None:
@@ -120,5 +116,7 @@ def check_size(
 def _unreadable(kind: str, path: Path, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
         return InputError(f"{kind} {path} does not exist")
+    if isinstance(error, MemoryError):
+        return InputError(f"{kind} {path} is too large to be decoded: replace or remove the file")
     reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(f"{kind} {path} cannot be read ({reason}): replace or remove the file")

@@ -18,7 +18,8 @@ class ResNetBackbone(nn.Module):
     """A torchvision ResNet without pooling and classifier.
 
     `forward` takes (B, 3, H, W) and returns the output of layer1 at stride 4 and that of layer4
-    at `output_stride`; stride s gives ceil(H / s) rows. Weight names are torchvision's, but "fc".
+    at `output_stride`; stride s gives ceil(H / s) rows. Weight names are torchvision's, but "fc",
+    and so is the stem, one 7x7 convolution (the authors' PSPNet has three of 3x3).
 
     Output stride 16 (DeepLabv3+): layer4 has no stride and its blocks are dilated by 2, 4, 8.
     Output stride 8 (PSPNet): layer3 and layer4 have no stride, and at every fourth location they
