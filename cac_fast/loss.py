@@ -271,10 +271,12 @@ def _cells(maps: Tensor) -> Tensor:
 
 def _unit(features: Tensor) -> Tensor:
     """Rows of unit norm, in at least float32. A row of zeros has no direction: it stays 0 and gets
-    no gradient."""
+    no gradient. One whose norm overflows becomes NaN, as a network that diverges must not go on
+    with rows of 0."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     norm = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=dtype)
-    return features / norm.masked_fill(norm < 1e-12, torch.inf)
+    norm = norm.masked_fill(norm.isinf(), torch.nan).masked_fill(norm < 1e-12, torch.inf)
+    return features / norm
 
 
 @torch.no_grad()

@@ -39,6 +39,17 @@ def functional_loss(backend: str, dtype: torch.dtype, **changes: Any) -> Tensor:
     return directional_contrastive_loss(**{**rows(dtype), **changes}, backend=backend)
 
 
+@pytest.mark.parametrize("scale", [1e18, 1e20])
+@pytest.mark.parametrize("name", ["anchors", "negatives"])
+def test_features_that_overflow_are_not_taken_for_zero(name: str, scale: float) -> None:
+    given = rows(torch.float32)
+    loss = directional_contrastive_loss(**given)
+    changed = directional_contrastive_loss(**{**given, name: scale * given[name]})
+    torch.testing.assert_close(
+        changed, loss if scale < 1e19 else torch.tensor(math.nan), equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("backend", ["reference", "eager", "auto"])
 def test_function_equals_a_loop(backend: str) -> None:
     given = rows()
