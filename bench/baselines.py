@@ -69,10 +69,11 @@ def dense(
     temperature: float,
 ) -> Tensor:
     """Eq. 5 with autograd: all A x M logits at once, kept for the backward pass."""
-    positive = _positive_logit(anchors, positives, temperature)
-    admitted = _admitted(anchor_labels, negative_labels)
-    logits = _logits(anchors, negatives, temperature).masked_fill(~admitted, -torch.inf)
-    loss = torch.cat((positive, logits), dim=1).logsumexp(1) - positive.squeeze(1)
+    positive = _positive_logit(anchors, positives, temperature).squeeze(1)
+    logits = (anchors @ negatives.T).to(_wide(anchors.dtype))
+    # In place, as a dense loss that is written with care does not keep a second such matrix.
+    logits.div_(temperature).masked_fill_(~_admitted(anchor_labels, negative_labels), -torch.inf)
+    loss = torch.logaddexp(positive, logits.logsumexp(1)) - positive
     return loss * active
 
 

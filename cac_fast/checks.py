@@ -15,9 +15,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
+# A float32 cosine is right to 6e-8 at best, so that here logits are right to 0.06; much below,
+# weights would differ from the true ones by more than a float32 can hold.
+_LOWEST_TEMPERATURE = 1e-6
+
+
 def check_temperature(temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a positive number, not {temperature}")
+    if not _LOWEST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature must be a number of at least {_LOWEST_TEMPERATURE}, not {temperature}"
+        )
 
 
 def check_threshold(threshold: float) -> None:

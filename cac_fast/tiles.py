@@ -88,7 +88,7 @@ def numbers(dtype: torch.dtype, temperature: float) -> Numbers:
         1 / temperature,
         1 / temperature > _LARGEST_LOGIT[dtype],
         # Below every logit, but finite: the kernels take the difference of two offsets.
-        max(-4 * scale, -torch.finfo(torch.float32).max),
+        -4 * scale,
         _HEADROOM[dtype],
     )
 

@@ -109,6 +109,7 @@ def test_a_run_made_before_a_setting_was_there_goes_on():
         (["--dataset", "folder"], "--data-dir is needed"),
         ([*BASE, "--momentum", "-1"], "must not be negative"),
         ([*BASE, "--momentum", "1"], "must be below 1"),
+        ([*BASE, "--temperature", "0"], "--temperature must be a number of at least 1e-06, not 0"),
         ([*BASE, "--seed", str(2**70)], "must be below 2**32"),
         ([*BASE, "--head-learning-rate-factor", "-1"], "must be positive"),
         (["--data-dir", "d"], "--dataset is needed"),

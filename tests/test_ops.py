@@ -195,6 +195,7 @@ def test_compiled_with_dynamic_shapes_equals_eager(
         ("active", torch.zeros(13).bool()),
         ("active", torch.zeros(12, device="meta").bool()),
         ("temperature", 0.0),
+        ("temperature", 9e-7),
         ("temperature", -1.0),
         ("temperature", float("nan")),
         ("backend", "numpy"),

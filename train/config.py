@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cac_fast.checks import check_temperature
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import Parser
 
@@ -403,7 +404,7 @@ def _check(config: Config) -> None:
         "iterations batch_size save_every log_every eval_every negatives_per_view base_size "
         "accumulate profile max_negatives"
     )
-    for name in [*counts.split(), "temperature", "learning_rate", "head_learning_rate_factor"]:
+    for name in [*counts.split(), "learning_rate", "head_learning_rate_factor"]:
         value = getattr(config, name)
         if value is not None and (value <= 0 if isinstance(value, float) else value < 1):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be positive")
@@ -423,6 +424,10 @@ def _check(config: Config) -> None:
             "--compile cuts its graph at each block of --checkpoint-activations: use one of them, "
             "or --compile with --accumulate"
         )
+    try:
+        check_temperature(config.temperature)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
     if config.momentum >= 1:
         raise InputError(f"--momentum {config.momentum}: must be below 1")
     if config.seed >= 2**32:
