@@ -243,7 +243,7 @@ def test_restart_leaves_nothing_of_the_former_run(folder_data, tmp_path):
     run(folder_data, tmp_path / "run", "--iterations", "1")
     again = arguments(folder_data, tmp_path / "run", "--iterations", "1", "--restart")
     trainer = engine.Trainer(config.parse(again), CPU)
-    trainer._prepare_folder()
+    trainer.folder.prepare(new=True)
     left = sorted(path.name for path in (tmp_path / "run").rglob("*.p*"))
     assert left == [] and trainer.iteration == 0
 
@@ -380,7 +380,7 @@ def test_failing_evaluation_loses_nothing(folder_data, tmp_path, monkeypatch, it
 
 def test_evaluation_that_is_cut_off_is_logged_once(folder_data, tmp_path, monkeypatch):
     with monkeypatch.context() as killed:
-        killed.setattr(engine.Trainer, "_write", lambda *_: 1 / 0)  # of best.pt, after the line
+        killed.setattr(engine.Trainer, "_write_best", lambda _: 1 / 0)  # after the line
         with pytest.raises(ZeroDivisionError):
             run(folder_data, tmp_path / "run", "--iterations", "2")
     lines = run(folder_data, tmp_path / "run", "--iterations", "2")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cac_fast.train import checkpoint
-from cac_fast.train.config import Config, differences
+from cac_fast.train.config import Config
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.data.loaders import check_samples
@@ -32,6 +31,7 @@ from cac_fast.train.networks import build_network, load_backbone_weights
 from cac_fast.train.optimizer import base_rates, build_optimizer, poly, start_momentum
 from cac_fast.train.profiling import StepProfile, phase
 from cac_fast.train.progress import show_progress
+from cac_fast.train.run_folder import RunFolder
 from cac_fast.train.samples import SampleSheet
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,9 +56,7 @@ class Trainer:
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
-        self.folder = config.run_folder
-        self.last = self.folder / "last.pt"
-        self.to_restart = self.folder / "to-restart"  # a former run lies here, to be deleted
+        self.folder = RunFolder(config, world)
         self.iteration = 0
         self.evaluated = 0  # iteration of the last evaluation
         self.best: dict[str, float] | None = None
@@ -91,7 +89,7 @@ class Trainer:
         _set_determinism(config, world)
         self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
-        former = self._read_former()
+        former = self.folder.former(self.inputs)
         self.stream = Stream(config, world, self.data, labeled, unlabeled)
         self._build(load_weights=former is None)
         if former is None:
@@ -111,7 +109,7 @@ class Trainer:
         )
         self.weights_report = "random backbone weights (ImageNet's: --weights FILE)"
         if not load_weights:
-            self.weights_report = f"weights of {self.last}"
+            self.weights_report = f"weights of {self.folder.last}"
         elif config.weights is not None:
             self.weights_report = str(load_backbone_weights(network, Path(config.weights)))
         self.method = build_method(
@@ -134,62 +132,8 @@ class Trainer:
         # PyTorch has no synchronized batch norm for CPUs, and one process needs none.
         return self.config.sync_bn and self.world.size > 1 and self.world.device.type == "cuda"
 
-    def _read_former(self) -> dict[str, Any] | None:
-        """The checkpoint that this run goes on from, None for a new run."""
-        # Each machine's torchrun has a count of its own.
-        tries = self.world.all_gather_objects(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        starts_over = self.world.on_main(lambda: self._starts_over(first=set(tries) == {"0"}))
-        found = self.last.is_file() and not starts_over
-        if len(set(self.world.all_gather_objects(found))) > 1:
-            raise InputError(
-                f"not all processes find {self.last}: --output must be on a disk that all "
-                "machines see"
-            )
-        best = self.folder / "best.pt"
-        if not found:
-            if best.is_file() and not self.config.restart:
-                raise InputError(
-                    f"{best} is of a former run, whose last.pt is gone: use another --output, or "
-                    "--restart, which deletes it"
-                )
-            return None
-        try:
-            former = checkpoint.read(self.last)
-        except InputError as error:
-            raise InputError(f"{error}; --restart starts the run over") from error
-        if "method" not in former:
-            raise InputError(
-                f"{self.last} holds no training state (is it a copy of best.pt?): "
-                "--restart starts the run over"
-            )
-        changed = differences(self.config, former["config"])
-        changed += [
-            f"other {name} images"
-            for name in self.inputs
-            if self.inputs[name] != former["inputs"][name]
-        ]
-        if changed:
-            raise InputError(
-                f"{self.folder} holds a run with other settings ({'; '.join(changed[:3])}): "
-                "use another --output, or --restart to start over"
-            )
-        return former
-
-    def _starts_over(self, first: bool) -> bool:
-        """Whether ``--restart`` still has to be done: torchrun repeats it after a failure."""
-        if not self.config.restart:
-            return False
-        if not first:
-            return self.to_restart.exists()
-        try:
-            if self.last.is_file():
-                self.to_restart.touch()
-        except OSError as error:
-            raise InputError(f"--output {self.folder}: {error.strerror}") from error
-        return True
-
     def _restore(self, former: dict[str, Any]) -> None:
-        checkpoint.load_model(self.method, former["method"], self.last)
+        checkpoint.load_model(self.method, former["method"], self.folder.last)
         self.method.load_extra_state(former["extra"])
         self.optimizer.load_state_dict(former["optimizer"])
         start_momentum(self.optimizer)
@@ -207,9 +151,9 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the last iteration; return the best and the last validation result."""
-        self.world.on_main(self._prepare_folder)
+        self.world.on_main(lambda: self.folder.prepare(new=self.iteration == 0))
         states = self.config.iterations, self.iteration, self.evaluated
-        self.log = RunLog(self.folder, *states, self.world.is_main)
+        self.log = RunLog(self.folder.path, *states, self.world.is_main)
         self.meters = Meters(self.world.device)
         self._announce()
         result = None
@@ -223,7 +167,7 @@ class Trainer:
                     if self.stopped_by is not None:
                         break
                 if self.iteration == self.config.iterations and not self.data.splits["val"]:
-                    self._write("best.pt")
+                    self._write_best()
         except InputError:
             # A bad file costs nothing that was trained; under torchrun saving would need all ranks.
             sound = self.meters.first_bad < 0 and _is_finite(self.method)
@@ -238,7 +182,7 @@ class Trainer:
         if self.best is not None:
             self.log.say(
                 f"best val mIoU {self.best['miou']:.4f} at iteration {self.best['iteration']}, "
-                f"run folder {self.folder}"
+                f"run folder {self.folder.path}"
             )
         return {"best": self.best, "last": result}
 
@@ -270,7 +214,7 @@ class Trainer:
         config = self.config
         if config.profile is None or not self.world.is_main:
             return steps
-        trace = self.folder / "trace.json"
+        trace = self.folder.path / "trace.json"
         profile = StepProfile(config.profile, self.world.device, trace, self.log.say)
         return profile.watch(steps, contrastive=config.method != "supervised")
 
@@ -355,26 +299,13 @@ class Trainer:
             self.log.sample(self.iteration, picture)
         if self.best is None or result["miou"] > self.best["miou"]:
             self.best = {"miou": result["miou"], "iteration": self.iteration}
-            self._write("best.pt")
+            self._write_best()
         self.evaluated = self.iteration
         self._save()
         self.meters.restart_clock()
         return result
 
     # ---- what is kept
-
-    def _prepare_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.config.restart and self.iteration == 0:
-                former = "last.pt", "best.pt", "trace.json", "samples/[0-9]*.png", "to-restart"
-                for old in former:
-                    for path in self.folder.glob(old):
-                        path.unlink()
-            settings = json.dumps(dataclasses.asdict(self.config), indent=2)
-            (self.folder / "config.json").write_text(settings + "\n")
-        except OSError as error:
-            raise InputError(f"--output {self.folder}: {error.strerror}") from error
 
     def _model_state(self) -> dict[str, Any]:
         return {
@@ -386,9 +317,9 @@ class Trainer:
             "best": self.best,
         }
 
-    def _write(self, name: str) -> None:
+    def _write_best(self) -> None:
         if self.world.is_main:
-            checkpoint.write(self.folder / name, self._model_state())
+            checkpoint.write(self.folder.best, self._model_state())
 
     def _save(self) -> None:
         """Write ``last.pt``: all that a resumed run needs to go on as if it had never stopped."""
@@ -407,7 +338,7 @@ class Trainer:
             "skipped": sum(skipped for _, skipped in everyone),
             "random": [random for random, _ in everyone],
         }
-        checkpoint.write(self.last, state)
+        checkpoint.write(self.folder.last, state)
 
     # ---- words and stops
 
@@ -431,8 +362,8 @@ class Trainer:
         parts = self.world.all_gather_objects(self.stream.names(iteration))
         names = [name for part in parts for name in part]
         kept = (
-            f"the last good checkpoint is {self.last}"
-            if self.last.is_file()
+            f"the last good checkpoint is {self.folder.last}"
+            if self.folder.last.is_file()
             else "no checkpoint was due before it"
         )
         raise InputError(
@@ -443,9 +374,9 @@ class Trainer:
     def _announce(self) -> None:
         config, say = self.config, self.log.say
         if self.iteration == config.iterations:
-            say(f"{self.folder} is finished already (--restart starts over)")
+            say(f"{self.folder.path} is finished already (--restart starts over)")
         elif self.iteration:
-            say(f"resuming {self.folder} at iteration {self.iteration}")
+            say(f"resuming {self.folder.path} at iteration {self.iteration}")
         say(
             f"{config.dataset}: {len(self.stream.labeled)} labeled, "
             f"{len(self.stream.unlabeled)} unlabeled, {len(self.data.splits['val'])} validation "
@@ -456,7 +387,7 @@ class Trainer:
         say(self.weights_report)
         say(
             f"{config.iterations} iterations on {self.world.size} x {self.world.device.type}, "
-            f"{self.precision}, into {self.folder}"
+            f"{self.precision}, into {self.folder.path}"
         )
         if not self.data.splits["val"]:
             say("no validation images: best.pt will be the last state")

@@ -1,0 +1,100 @@
+"""The run folder: which run lies there, and whether this one goes on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from cac_fast.train import checkpoint
+from cac_fast.train.config import Config, differences
+from cac_fast.train.distributed import World
+from cac_fast.train.errors import InputError
+
+
+class RunFolder:
+    """Where one run keeps its files, seen from one rank.
+
+    path: the folder. last: the state that a rerun goes on from. best: the network that scored best.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.path = config.run_folder
+        self.last, self.best = self.path / "last.pt", self.path / "best.pt"
+        self.to_restart = self.path / "to-restart"  # a former run lies here, to be deleted
+
+    def former(self, inputs: dict[str, str]) -> dict[str, Any] | None:
+        """The state that this run goes on from, None for a new run. All ranks call it together.
+
+        inputs: by name what tells the lists of images from others, as the state holds it.
+
+        Raises:
+            InputError: the former run has other settings or images, or cannot be read.
+        """
+        # Each machine's torchrun has a count of its own.
+        tries = self.world.all_gather_objects(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        starts_over = self.world.on_main(lambda: self._starts_over(first=set(tries) == {"0"}))
+        found = self.last.is_file() and not starts_over
+        if len(set(self.world.all_gather_objects(found))) > 1:
+            raise InputError(
+                f"not all processes find {self.last}: --output must be on a disk that all "
+                "machines see"
+            )
+        if not found:
+            if self.best.is_file() and not self.config.restart:
+                raise InputError(
+                    f"{self.best} is of a former run, whose last.pt is gone: use another "
+                    "--output, or --restart, which deletes it"
+                )
+            return None
+        try:
+            former = checkpoint.read(self.last)
+        except InputError as error:
+            raise InputError(f"{error}; --restart starts the run over") from error
+        if "method" not in former:
+            raise InputError(
+                f"{self.last} holds no training state (is it a copy of best.pt?): "
+                "--restart starts the run over"
+            )
+        changed = differences(self.config, former["config"])
+        changed += [
+            f"other {name} images" for name in inputs if inputs[name] != former["inputs"][name]
+        ]
+        if changed:
+            raise InputError(
+                f"{self.path} holds a run with other settings ({'; '.join(changed[:3])}): "
+                "use another --output, or --restart to start over"
+            )
+        return former
+
+    def _starts_over(self, first: bool) -> bool:
+        """Whether ``--restart`` still has to be done: torchrun repeats it after a failure."""
+        if not self.config.restart:
+            return False
+        if not first:
+            return self.to_restart.exists()
+        try:
+            if self.last.is_file():
+                self.to_restart.touch()
+        except OSError as error:
+            raise InputError(f"--output {self.path}: {error.strerror}") from error
+        return True
+
+    def prepare(self, new: bool) -> None:
+        """Make the folder, note the settings, and delete what ``--restart`` starts over from.
+
+        new: this run goes on from nothing.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.config.restart and new:
+                former = "last.pt", "best.pt", "trace.json", "samples/[0-9]*.png", "to-restart"
+                for old in former:
+                    for path in self.path.glob(old):
+                        path.unlink()
+            settings = json.dumps(dataclasses.asdict(self.config), indent=2)
+            (self.path / "config.json").write_text(settings + "\n")
+        except OSError as error:
+            raise InputError(f"--output {self.path}: {error.strerror}") from error
