@@ -12,6 +12,7 @@ from cac_fast.loss import (
     directional_contrastive_loss,
 )
 from cac_fast.overlap import Overlap, overlap_from_crops
+from cac_fast.verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -20,9 +21,11 @@ __all__ = [
     "DirectionalContrastiveLoss",
     "FeatureBank",
     "Overlap",
+    "Verification",
     "__version__",
     "backends",
     "build_info",
     "directional_contrastive_loss",
     "overlap_from_crops",
+    "verify",
 ]

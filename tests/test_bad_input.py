@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from tiny_scenes import write_scenes
 
+from cac_fast.dispatch import BACKENDS
 from cac_fast.train import distributed, errors, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +82,16 @@ def test_validation_image_without_a_mask(capfd, data):
 
 def test_back_end_that_is_not_there(capfd, data):
     assert "use auto" in fails(capfd, data, "--dc-backend", "cuda")
+
+
+def test_back_end_that_is_wrong_on_this_machine(capfd, data, monkeypatch):
+    right = BACKENDS["eager"].rows
+    doubled = replace(
+        BACKENDS["eager"], rows=lambda *given: (right(*given)[0] * 2, right(*given)[1])
+    )
+    monkeypatch.setitem(BACKENDS, "eager", doubled)
+    line = fails(capfd, data, "--dc-backend", "eager")
+    assert "'eager' is wrong on cpu: its loss is 1.0e+00 off" in line
 
 
 def test_other_images_in_the_folder_of_a_run(capfd, data):

@@ -33,6 +33,13 @@ class TestOnGpu(RowsContract):
     temperature_size = (700, 3000, 128)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [48, 128])
+def test_verification(rows: Rows, dtype: torch.dtype, dim: int) -> None:
+    name = rows.keywords["backend"]
+    assert cac_fast.verify("cuda", dtype, name, dim).backend == name
+
+
 @pytest.mark.parametrize(("a", "m"), [(1, 1), (1, 70_000), (129, 64), (5000, 1), (0, 9), (9, 0)])
 def test_sizes_that_divide_nothing(rows: Rows, a: int, m: int) -> None:
     *features, y, z, active = operands("few", torch.bfloat16, a, m, 128, device="cuda")

@@ -18,7 +18,7 @@ import triton.language as tl
 from rows_contract import Rows, RowsContract, compare, operands
 from triton.runtime import interpreter
 
-from cac_fast import kernels, ops
+from cac_fast import kernels, ops, verify
 from cac_fast.kernels import configs
 
 # Small tiles, so that a few hundred rows make many of them.
@@ -106,6 +106,10 @@ def test_same_bits_on_every_run(rows: Rows) -> None:
     for temperature in (0.1, 0.005):
         first, second = (rows(*given, temperature) for _ in range(2))
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))
+
+
+def test_verification() -> None:
+    assert verify("cpu", torch.bfloat16, "triton", dim=16).backend == "triton"
 
 
 def test_serves_the_operator_and_its_autograd() -> None:

@@ -385,6 +385,8 @@ class Trainer:
         size = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
         say(f"{config.method}: {config.network} on {config.backbone}, {size:.1f} M parameters")
         say(self.weights_report)
+        if self.method.report is not None:
+            say(self.method.report)
         say(
             f"{config.iterations} iterations on {self.world.size} x {self.world.device.type}, "
             f"{self.precision}, into {self.folder.path}"

@@ -35,6 +35,8 @@ class Supervised(nn.Module):
         self.world = world
         self.num_slices = config.accumulate
         self.features = network.features
+        self.report: str | None = None
+        """What a run says of its loss at the beginning."""
 
     def compile_features(self) -> None:
         """Compile the encoder for training, once for each shape of batch.
