@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 FOLDERS = {"cac_fast": "cac_fast", "cac_fast.kernels": "kernels", "cac_fast.train": "train"}
 
-TRAIN = ["torchvision>=0.26", "pillow>=10.1", "tensorboard", "tqdm", "nvidia-ml-py"]
+TRAIN = ["torchvision>=0.26", "pillow>=10.1", "imagecodecs", "tensorboard", "tqdm", "nvidia-ml-py"]
 DEV = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "ninja", "pybind11"]
 DEV += ["matplotlib"]
 

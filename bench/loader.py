@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from report import three_digits
 from torch.utils.data import DataLoader
 
 from cac_fast.train.config import Config
+from cac_fast.train.data import png
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD
@@ -248,6 +250,7 @@ def main(arguments: list[str]) -> int:
     facts = measure.facts(device) | {
         "torchvision": torchvision.__version__,
         "pillow": PIL.__version__,
+        "imagecodecs": version("imagecodecs") if png.png_decode is not None else None,
         "threads": 1,
     }
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)

@@ -9,6 +9,7 @@ import pytest
 from data_folders import one_line
 from PIL import Image, PngImagePlugin
 
+from cac_fast.train.data import png
 from cac_fast.train.data.images import read_image, read_mask
 from cac_fast.train.errors import InputError
 
@@ -219,7 +220,74 @@ def test_image_that_does_not_fit_in_memory(tmp_path, monkeypatch):
         raise MemoryError
 
     Image.fromarray(RAMP).save(tmp_path / "a.png")
+    monkeypatch.setattr(png, "png_decode", full)
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", full)
     for read in (read_image, lambda path: read_mask(path, 3)):
         with pytest.raises(InputError, match=r"a.png is too large to be decoded"):
             read(tmp_path / "a.png")
+
+
+def plain(image: Image.Image, **more) -> np.ndarray | None:
+    stream = io.BytesIO()
+    image.save(stream, "png", **more)
+    stream.seek(0)
+    found = png.read_plain(stream)
+    assert found is not None or stream.tell() == 0
+    return found
+
+
+def text(key: str, value: str) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(key, value)
+    return info
+
+
+needs_imagecodecs = pytest.mark.skipif(png.png_decode is None, reason="imagecodecs is not there")
+COLOR = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+
+
+@needs_imagecodecs
+@pytest.mark.parametrize("stored", [COLOR, COLOR[..., 0]])
+@pytest.mark.parametrize(
+    "more", [{}, {"dpi": (72, 72)}, {"gamma": 0.5}, {"pnginfo": text("Software", "a camera")}]
+)
+def test_plain_png(stored, more):
+    found = plain(Image.fromarray(stored), **more)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, stored)
+
+
+@needs_imagecodecs
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [
+        ("P", {}),
+        ("1", {}),
+        ("LA", {}),
+        ("RGBA", {}),
+        ("I;16", {}),
+        ("RGB", {"transparency": (1, 2, 3)}),
+        ("L", {"transparency": 3}),
+        ("RGB", {"exif": Image.Exif()}),
+        ("RGB", {"pnginfo": text("Raw profile type exif", "orientation")}),
+        ("L", {"pnginfo": text("XML:com.adobe.xmp", "tiff:Orientation")}),
+        ("RGB", {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "red")]}),
+    ],
+)
+def test_png_that_is_more_than_pixels_is_left_to_pillow(mode, more):
+    if "exif" in more:
+        more["exif"][0x0112] = 6
+    assert plain(Image.new(mode, (8, 8)), **more) is None
+
+
+@needs_imagecodecs
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"\x89PNG\r\n\x1a\n"])
+def test_no_png_is_left_to_pillow(content):
+    stream = io.BytesIO(content)
+    assert png.read_plain(stream) is None and stream.tell() == 0
+
+
+def test_png_without_imagecodecs(tmp_path, monkeypatch):
+    Image.fromarray(COLOR).save(tmp_path / "a.png")
+    monkeypatch.setattr(png, "png_decode", None)
+    assert np.array_equal(pixels(tmp_path / "a.png"), COLOR)

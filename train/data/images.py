@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from cac_fast.train.data.png import read_plain
 from cac_fast.train.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -31,14 +33,17 @@ def read_image(path: Path) -> Image.Image:
         InputError: the file is missing, truncated, no image, or holds floating-point values.
     """
     try:
-        # Pillow, though torchvision and OpenCV took 0.85 to 0.9 of its time (PNG and JPEG of 2048 x
-        # 1024): they do not tell what else is in a file, as EXIF behind a PNG's pixels, and a
-        # JPEG drafted at half size would not be the one that the cache and the others see.
-        # Given a path, Pillow maps a TIFF without compression, and garbles it if it is rotated.
-        with path.open("rb") as stream, Image.open(stream) as file:
-            file.load()
-            ImageOps.exif_transpose(file, in_place=True)
-            return to_rgb(file)
+        # Pillow for all but plain PNGs, though torchvision and OpenCV took 0.85 to 0.9 of its time:
+        # they do not tell what else is in a file, and a JPEG drafted at half size would not be the
+        # one that the cache and the others see. Given a path, Pillow maps a TIFF without
+        # compression, and garbles it if it is rotated.
+        with path.open("rb") as stream:
+            if (pixels := read_plain(stream)) is not None:
+                return to_rgb(Image.fromarray(pixels))
+            with Image.open(stream) as file:
+                file.load()
+                ImageOps.exif_transpose(file, in_place=True)
+                return to_rgb(file)
     except Exception as error:  # Pillow's decoders raise nearly every type there is
         raise _unreadable("image", path, error) from error
 
@@ -71,11 +76,8 @@ def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = 
             neither below `num_classes` nor 255.
     """
     try:
-        with path.open("rb") as stream, Image.open(stream) as file:
-            mode = file.mode
-            ids = np.asarray(file) if mode in ("L", "P", "1", *_WIDE_MODES) else None
-            if mode == "1":
-                ids = ids.astype(np.uint8)
+        with path.open("rb") as stream:
+            ids, mode = _raw_ids(stream)
     except Exception as error:
         raise _unreadable("mask", path, error) from error
     if ids is None:
@@ -96,6 +98,15 @@ def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = 
             f"are classes here and {IGNORE} is ignored: correct the mask or the class list"
         )
     return classes.astype(np.uint8)
+
+
+def _raw_ids(stream: BinaryIO) -> tuple[np.ndarray | None, str]:
+    """The values of a gray or palette picture, None for other modes, and the mode."""
+    if (pixels := read_plain(stream)) is not None:
+        return (pixels, "L") if pixels.ndim == 2 else (None, "RGB")
+    with Image.open(stream) as file:
+        ids = np.asarray(file) if file.mode in ("L", "P", "1", *_WIDE_MODES) else None
+        return (ids.astype(np.uint8) if file.mode == "1" else ids), file.mode
 
 
 def check_size(
