@@ -27,6 +27,8 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h
 	@echo "Installing into $(VENV); the first time this takes some minutes."
 	$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt setuptools wheel ninja torch numpy
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+	@# Its place is taken by Pillow where it has no wheel: it is never built.
+	-$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt --only-binary imagecodecs imagecodecs
 	@touch $@
 
 $(VENV)/bin/pip:

@@ -23,7 +23,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 FOLDERS = {"cac_fast": "cac_fast", "cac_fast.kernels": "kernels", "cac_fast.train": "train"}
 
-TRAIN = ["torchvision>=0.26", "pillow>=10.1", "imagecodecs", "tensorboard", "tqdm", "nvidia-ml-py"]
+TRAIN = ["torchvision>=0.26", "pillow>=10.1", "tensorboard", "tqdm", "nvidia-ml-py"]
+FAST = ["imagecodecs"]  # PNGs in half of Pillow's time, where there is a wheel of it
 DEV = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "ninja", "pybind11"]
 DEV += ["matplotlib"]
 
@@ -278,5 +279,5 @@ setup(
     ext_modules=describe_extensions(),
     cmdclass={"build_ext": BuildOrSayWhy},
     install_requires=["torch>=2.11", "numpy"],
-    extras_require={"train": TRAIN, "dev": TRAIN + DEV},
+    extras_require={"train": TRAIN, "fast": FAST, "dev": TRAIN + DEV},
 )

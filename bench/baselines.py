@@ -71,7 +71,7 @@ def dense(
     """Eq. 5 with autograd: all A x M logits at once, kept for the backward pass."""
     positive = _positive_logit(anchors, positives, temperature).squeeze(1)
     logits = (anchors @ negatives.T).to(_wide(anchors.dtype))
-    # In place, as a dense loss that is written with care does not keep a second such matrix.
+    # In place, as one who writes it with care would: backward needs but one such matrix.
     logits.div_(temperature).masked_fill_(~_admitted(anchor_labels, negative_labels), -torch.inf)
     loss = torch.logaddexp(positive, logits.logsumexp(1)) - positive
     return loss * active

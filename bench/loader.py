@@ -250,7 +250,7 @@ def main(arguments: list[str]) -> int:
     facts = measure.facts(device) | {
         "torchvision": torchvision.__version__,
         "pillow": PIL.__version__,
-        "imagecodecs": version("imagecodecs") if png.png_decode is not None else None,
+        "imagecodecs": version("imagecodecs") if png.spng_decode is not None else None,
         "threads": 1,
     }
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)

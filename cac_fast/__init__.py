@@ -12,7 +12,7 @@ from cac_fast.loss import (
     directional_contrastive_loss,
 )
 from cac_fast.overlap import Overlap, overlap_from_crops
-from cac_fast.verification import Verification, verify
+from cac_fast.verification import Verification, VerificationError, verify
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "FeatureBank",
     "Overlap",
     "Verification",
+    "VerificationError",
     "__version__",
     "backends",
     "build_info",

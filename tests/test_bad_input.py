@@ -84,14 +84,24 @@ def test_back_end_that_is_not_there(capfd, data):
     assert "use auto" in fails(capfd, data, "--dc-backend", "cuda")
 
 
-def test_back_end_that_is_wrong_on_this_machine(capfd, data, monkeypatch):
-    right = BACKENDS["eager"].rows
-    doubled = replace(
-        BACKENDS["eager"], rows=lambda *given: (right(*given)[0] * 2, right(*given)[1])
-    )
-    monkeypatch.setitem(BACKENDS, "eager", doubled)
-    line = fails(capfd, data, "--dc-backend", "eager")
-    assert "'eager' is wrong on cpu: its loss is 1.0e+00 off" in line
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("reference", "use --dc-backend eager"), ("eager", "use --device cpu")]
+)
+def test_back_end_that_is_wrong_on_this_machine(capfd, data, monkeypatch, name, remedy):
+    right = BACKENDS[name].rows
+
+    def doubled(*given):
+        loss, gradient = right(*given)
+        return loss * 2, gradient
+
+    monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], rows=doubled))
+    line = fails(capfd, data, "--dc-backend", name)
+    assert f"{name!r} is wrong on cpu: its loss is 1.0e+00 off" in line
+    assert line.endswith(remedy)
+    # Without the contrast it is not used.
+    run = ["--dataset", "folder", "--data-dir", str(data), "--device", "cpu", *QUICK]
+    run += ["--dc-backend", name, "--no-contrastive", "--output", str(data.parent / "other")]
+    assert main.main(run) == 0
 
 
 def test_other_images_in_the_folder_of_a_run(capfd, data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -220,7 +221,7 @@ def test_image_that_does_not_fit_in_memory(tmp_path, monkeypatch):
         raise MemoryError
 
     Image.fromarray(RAMP).save(tmp_path / "a.png")
-    monkeypatch.setattr(png, "png_decode", full)
+    monkeypatch.setattr(png, "spng_decode", full)
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", full)
     for read in (read_image, lambda path: read_mask(path, 3)):
         with pytest.raises(InputError, match=r"a.png is too large to be decoded"):
@@ -242,19 +243,18 @@ def text(key: str, value: str) -> PngImagePlugin.PngInfo:
     return info
 
 
-needs_imagecodecs = pytest.mark.skipif(png.png_decode is None, reason="imagecodecs is not there")
+needs_imagecodecs = pytest.mark.skipif(png.spng_decode is None, reason="imagecodecs is not there")
 COLOR = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
 
 
 @needs_imagecodecs
-@pytest.mark.parametrize("stored", [COLOR, COLOR[..., 0]])
 @pytest.mark.parametrize(
     "more", [{}, {"dpi": (72, 72)}, {"gamma": 0.5}, {"pnginfo": text("Software", "a camera")}]
 )
-def test_plain_png(stored, more):
-    found = plain(Image.fromarray(stored), **more)
+def test_plain_png(more):
+    found = plain(Image.fromarray(COLOR), **more)
     assert found.dtype == np.uint8
-    assert np.array_equal(found, stored)
+    assert np.array_equal(found, COLOR)
 
 
 @needs_imagecodecs
@@ -263,14 +263,18 @@ def test_plain_png(stored, more):
     [
         ("P", {}),
         ("1", {}),
+        ("L", {}),
         ("LA", {}),
         ("RGBA", {}),
         ("I;16", {}),
         ("RGB", {"transparency": (1, 2, 3)}),
-        ("L", {"transparency": 3}),
         ("RGB", {"exif": Image.Exif()}),
+        (
+            "RGB",
+            {"icc_profile": b"what colors mean"},
+        ),
         ("RGB", {"pnginfo": text("Raw profile type exif", "orientation")}),
-        ("L", {"pnginfo": text("XML:com.adobe.xmp", "tiff:Orientation")}),
+        ("RGB", {"pnginfo": text("XML:com.adobe.xmp", "tiff:Orientation")}),
         ("RGB", {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "red")]}),
     ],
 )
@@ -287,7 +291,19 @@ def test_no_png_is_left_to_pillow(content):
     assert png.read_plain(stream) is None and stream.tell() == 0
 
 
+@needs_imagecodecs
+def test_broken_png_leaves_nothing_behind(capfd):
+    stream = io.BytesIO()
+    Image.fromarray(COLOR).save(stream, "png")
+    cut = stream.getvalue()[: len(stream.getvalue()) // 2]
+    nones = sys.getrefcount(None)
+    for _ in range(500):
+        assert png.read_plain(io.BytesIO(cut)) is None
+    assert abs(sys.getrefcount(None) - nones) < 100
+    assert capfd.readouterr().err == ""
+
+
 def test_png_without_imagecodecs(tmp_path, monkeypatch):
     Image.fromarray(COLOR).save(tmp_path / "a.png")
-    monkeypatch.setattr(png, "png_decode", None)
+    monkeypatch.setattr(png, "spng_decode", None)
     assert np.array_equal(pixels(tmp_path / "a.png"), COLOR)

@@ -10,5 +10,4 @@ class InputError(Exception):
 
 
 class RankInputError(InputError):
-    """Bad input that one rank met alone, in its part of the data or on its device:
-    that rank prints it."""
+    """Bad input that one rank met alone, in its part of the data: that rank prints it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -33,13 +32,13 @@ def read_image(path: Path) -> Image.Image:
         InputError: the file is missing, truncated, no image, or holds floating-point values.
     """
     try:
-        # Pillow for all but plain PNGs, though torchvision and OpenCV took 0.85 to 0.9 of its time:
-        # they do not tell what else is in a file, and a JPEG drafted at half size would not be the
+        # Pillow for all but plain RGB PNGs. Torchvision and OpenCV took 0.85 to 0.9 of its time,
+        # but do not tell what else is in a file, and a JPEG drafted at half size would not be the
         # one that the cache and the others see. Given a path, Pillow maps a TIFF without
         # compression, and garbles it if it is rotated.
         with path.open("rb") as stream:
             if (pixels := read_plain(stream)) is not None:
-                return to_rgb(Image.fromarray(pixels))
+                return Image.fromarray(pixels)
             with Image.open(stream) as file:
                 file.load()
                 ImageOps.exif_transpose(file, in_place=True)
@@ -76,8 +75,11 @@ def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = 
             neither below `num_classes` nor 255.
     """
     try:
-        with path.open("rb") as stream:
-            ids, mode = _raw_ids(stream)
+        with path.open("rb") as stream, Image.open(stream) as file:
+            mode = file.mode
+            ids = np.asarray(file) if mode in ("L", "P", "1", *_WIDE_MODES) else None
+            if mode == "1":
+                ids = ids.astype(np.uint8)
     except Exception as error:
         raise _unreadable("mask", path, error) from error
     if ids is None:
@@ -98,15 +100,6 @@ def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = 
             f"are classes here and {IGNORE} is ignored: correct the mask or the class list"
         )
     return classes.astype(np.uint8)
-
-
-def _raw_ids(stream: BinaryIO) -> tuple[np.ndarray | None, str]:
-    """The values of a gray or palette picture, None for other modes, and the mode."""
-    if (pixels := read_plain(stream)) is not None:
-        return (pixels, "L") if pixels.ndim == 2 else (None, "RGB")
-    with Image.open(stream) as file:
-        ids = np.asarray(file) if file.mode in ("L", "P", "1", *_WIDE_MODES) else None
-        return (ids.astype(np.uint8) if file.mode == "1" else ids), file.mode
 
 
 def check_size(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from cac_fast import verify
+from cac_fast import VerificationError, verify
 from cac_fast.train.config import Config
 from cac_fast.train.distributed import World
-from cac_fast.train.errors import InputError, RankInputError
+from cac_fast.train.errors import InputError
 from cac_fast.train.methods.cac import CAC
 from cac_fast.train.methods.supervised import Supervised
 from cac_fast.train.networks import Segmenter
@@ -27,16 +27,29 @@ def build_method(
         return Supervised(network, world, config)
     try:
         method = CAC(network, world, config, bank_dtype)
-        # Now, and not at the first step after the warm-up.
-        found = verify(
-            world.device, bank_dtype, config.dc_backend, method.bank.dim, config.temperature
-        )
+        if config.contrastive:
+            method.report = _verified(config, world, bank_dtype, method.bank.dim)
     except ValueError as error:
         raise InputError(f"--dc-backend {config.dc_backend}: {error}; use auto") from error
-    except RuntimeError as error:
-        raise RankInputError(f"{error}; use --dc-backend eager") from error
-    method.report = (
+    return method
+
+
+def _verified(config: Config, world: World, dtype: torch.dtype, dim: int) -> str:
+    """Compare the loss with float64 on every rank's device, now and not at the first step with it.
+
+    Returns a line for the log. Raises ValueError for a back end that is not there, and InputError
+    on all ranks where one of them finds it wrong.
+    """
+    found, wrong = None, None
+    try:
+        found = verify(world.device, dtype, config.dc_backend, dim, config.temperature)
+    except VerificationError as error:
+        wrong = str(error)
+    for line in world.all_gather_objects(wrong):
+        if line is not None:
+            remedy = "--device cpu" if config.dc_backend == "eager" else "--dc-backend eager"
+            raise InputError(f"the loss by {line}; use {remedy}")
+    return (
         f"loss by back end {found.backend}: gradient {found.gradient_error:.0e} off float64, that "
         f"of plain PyTorch {found.plain_gradient_error:.0e}"
     )
-    return method
