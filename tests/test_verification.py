@@ -17,7 +17,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["auto", "reference", "eager", "cpp"])
-@pytest.mark.parametrize("temperature", [1e-3, 0.01, 0.1, 1.0])
+@pytest.mark.parametrize("temperature", [1e-3, 0.1])
 def test_right_back_ends(backend: str, dtype: torch.dtype, temperature: float) -> None:
     if missing := backends().get(backend):
         pytest.skip(missing)
