@@ -61,9 +61,9 @@ def verify(
     rows = choose_backend(backend, given[0])
     name = next(name for name, known in BACKENDS.items() if known.rows is rows)
     with torch.autocast(device.type, enabled=False):
-        wide = (tensor.double() if tensor.is_floating_point() else tensor for tensor in given)
-        truth = _dense(*wide, temperature)
-        plain = _errors(_dense(*given, temperature), truth)
+        wide = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in given)
+        truth = _dense(wide, temperature)
+        plain = _errors(_dense(given, temperature), truth)
         try:
             mine = _errors(rows(*given, temperature), truth)
         except Exception as error:  # a compiler or a driver may throw anything
@@ -110,16 +110,9 @@ def _case(device: torch.device, dtype: torch.dtype, dim: int) -> tuple[Tensor, .
     return tuple(tensor.to(device) for tensor in given)
 
 
-def _dense(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    anchor_labels: Tensor,
-    negative_labels: Tensor,
-    active: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
+def _dense(given: tuple[Tensor, ...], temperature: float) -> tuple[Tensor, Tensor]:
     """The reference, a slice of the anchors at a time."""
+    anchors, positives, negatives, anchor_labels, negative_labels, active = given
     per_anchor = (anchors, positives, anchor_labels, active)
     slices = zip(*(tensor.split(_SLICE) for tensor in per_anchor), strict=True)
     parts = [

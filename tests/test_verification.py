@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -42,16 +43,8 @@ def test_random_state_is_left_alone() -> None:
 def broken(rows: object, wrong: str) -> object:
     """A back end in which 32 active anchors go wrong, as if they had not met 64 negatives."""
 
-    def broken_rows(
-        anchors: Tensor,
-        positives: Tensor,
-        negatives: Tensor,
-        anchor_labels: Tensor,
-        negative_labels: Tensor,
-        active: Tensor,
-        temperature: float,
-    ) -> tuple[Tensor, Tensor]:
-        given = anchors, positives, negatives, anchor_labels, negative_labels, active, temperature
+    def broken_rows(*given: Any) -> tuple[Tensor, Tensor]:
+        _, _, _, anchor_labels, negative_labels, active, _ = given
         loss, gradient = rows(*given)
         tile = (active & (anchor_labels > 0)).nonzero().flatten()[:32]
         unmet = negative_labels.clone()
