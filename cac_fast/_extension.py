@@ -47,6 +47,11 @@ def cuda_archs() -> tuple[str, ...]:
     return tuple(import_module("cac_fast._C_cuda").archs.split(";"))
 
 
+def bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware, as far as the extension knows."""
+    return why_not() is None and import_module("cac_fast._C").bfloat16_units
+
+
 def build_info() -> dict[str, Any]:
     """How the compiled extension was built; without one, {"built": False, "reason": why not}.
 
@@ -87,10 +92,18 @@ def dc_loss_rows(
     """Loss (A,) and its gradient by the anchors (A, D), Eq. 5, in C++ on the CPU.
 
     Arguments as `cac_fast.ops` hands them to a back end, if `refuses` has nothing against them.
-    Computes in float32 (float64 for float64 features); beyond one ordered copy of the admitted
-    negatives it needs the memory of a tile or two per thread. The same bits on every run and for
-    every number of threads.
+    Sums in float32 (float64 for float64 features), and takes products of float32 values, or of
+    bfloat16 ones where the CPU has units for them (AVX-512 BF16, AMX). Beyond one ordered copy of
+    the admitted negatives (with those units two, of bfloat16) it needs the memory of a tile or two
+    per thread. The same bits on every run and for every number of threads.
     """
     return torch.ops.cac_fast.dc_loss_rows_cpp(
-        anchors, positives, negatives, anchor_labels, negative_labels, active, temperature
+        anchors,
+        positives,
+        negatives,
+        anchor_labels,
+        negative_labels,
+        active,
+        temperature,
+        bfloat16_units(),
     )

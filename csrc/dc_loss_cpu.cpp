@@ -4,6 +4,7 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
@@ -61,10 +62,13 @@ struct Sums {
   Tensor weighted;
 };
 
-// One call of the operator; `scalar_t` is the features' dtype, T the one that is computed in.
-template <typename scalar_t>
+// One call of the operator; `scalar_t` is the features' dtype, T the one of sums and weights, and
+// P that of the factors in products: T, or bfloat16 where the CPU has units for it.
+template <typename scalar_t, typename P = at::opmath_type<scalar_t>>
 class Loss {
   using T = at::opmath_type<scalar_t>;
+  static constexpr bool kUnits = !std::is_same_v<P, T>;
+  static_assert(!kUnits || std::is_same_v<P, scalar_t>);
 
  public:
   Loss(
@@ -75,6 +79,7 @@ class Loss {
         positives_(positives),
         dim_(anchors.size(1)),
         temperature_(temperature),
+        scale_(static_cast<T>(kLog2E / temperature)),
         moving_(1 / temperature > kLargestLogit<T>),
         options_(anchors.options().dtype(c10::CppTypeToScalarType<T>::value)),
         loss_(loss.mutable_data_ptr<T>()),
@@ -95,6 +100,7 @@ class Loss {
     if (tasks_.empty()) return;
     find_excluded(admitted.labels);
     gather(Rows<scalar_t>(negatives), admitted.rows, negatives.options());
+    if constexpr (kUnits) transposed_ = negatives_.t().contiguous();
   }
 
   void run() {
@@ -124,7 +130,7 @@ class Loss {
 
  private:
   struct Workspace {
-    Tensor scaled, logits, converted;
+    Tensor anchors, logits, weights, converted;
   };
 
   // The ordered negatives of each anchor's own label.
@@ -150,26 +156,25 @@ class Loss {
     });
   }
 
-  // The anchors of a span by log2(e) / tau, so that logits come in units of log 2.
-  void scale(const Span& span, Tensor& scaled) const {
-    if (!scaled.defined()) scaled = at::empty({kHeight, dim_}, options_);
-    auto* to = scaled.mutable_data_ptr<T>();
+  // The anchors of a span, one after the other.
+  Tensor gathered(const Span& span, Workspace& workspace) const {
+    Tensor& anchors = workspace.anchors;
+    if (!anchors.defined()) {
+      anchors = at::empty({kHeight, dim_}, options_.dtype(c10::CppTypeToScalarType<P>::value));
+    }
+    P* to = anchors.mutable_data_ptr<P>();
     for (int64_t i = span.first; i < span.last; ++i) {
       const scalar_t* const row = anchors_[order_.rows[i]];
-      for (int64_t d = 0; d < dim_; ++d) *to++ = scaled_value(row[d * anchors_.stride]);
+      for (int64_t d = 0; d < dim_; ++d) *to++ = static_cast<P>(row[d * anchors_.stride]);
     }
-  }
-
-  T scaled_value(scalar_t value) const {
-    return static_cast<T>(static_cast<double>(value) * (kLog2E / temperature_));
+    return anchors.narrow(0, 0, span.rows());
   }
 
   Sums<T> add_up(const Task& task, Workspace& workspace) const {
     const Span& span = spans_[task.span];
     const int64_t rows = span.rows();
-    scale(span, workspace.scaled);
+    const Tensor anchors = gathered(span, workspace);
     if (!workspace.logits.defined()) workspace.logits = at::empty({kHeight * kWidth}, options_);
-    const Tensor scaled = workspace.scaled.narrow(0, 0, rows);
     const T start = moving_ ? -std::numeric_limits<T>::infinity() : T(0);
     Sums<T> sums{
         std::vector<double>(rows, 0.0), std::vector<T>(rows, start),
@@ -180,14 +185,38 @@ class Loss {
       const int64_t side_end = before ? std::min(task.end, span.middle_end) : task.end;
       const int64_t width = std::min(kWidth, side_end - column);
       const int64_t first = before ? column : column - span.middle_end + span.high;
-      const Tensor part = converted(negatives_.narrow(0, first, width), workspace);
       Tensor logits = workspace.logits.narrow(0, 0, rows * width).view({rows, width});
-      at::cpu::mm_out(logits, scaled, part.t());
-      weigh(span, first, width, logits.mutable_data_ptr<T>(), sums);
-      at::cpu::addmm_out(sums.weighted, sums.weighted, logits, part);
+      if constexpr (kUnits) {
+        multiply(anchors, transposed_.narrow(1, first, width), logits, false);
+        weigh(span, first, width, logits.mutable_data_ptr<T>(), sums);
+        multiply(
+            rounded(logits, workspace), negatives_.narrow(0, first, width), sums.weighted, true);
+      } else {
+        const Tensor part = converted(negatives_.narrow(0, first, width), workspace);
+        at::cpu::mm_out(logits, anchors, part.t());
+        weigh(span, first, width, logits.mutable_data_ptr<T>(), sums);
+        at::cpu::addmm_out(sums.weighted, sums.weighted, logits, part);
+      }
       column += width;
     }
     return sums;
+  }
+
+  // to (+)= left * right, with sums in float32: at::mm would round them to the factors' dtype.
+  static void multiply(const Tensor& left, const Tensor& right, Tensor& to, bool add) {
+    at::native::cpublas::brgemm(
+        left.size(0), right.size(1), left.size(1), left.stride(0), right.stride(0), to.stride(0),
+        add, left.const_data_ptr<P>(), right.const_data_ptr<P>(), to.mutable_data_ptr<float>(),
+        /*is_vnni=*/false);
+  }
+
+  // Weights in the dtype of the products.
+  static Tensor rounded(const Tensor& weights, Workspace& workspace) {
+    if (!workspace.weights.defined()) {
+      const auto dtype = c10::CppTypeToScalarType<P>::value;
+      workspace.weights = at::empty({kHeight * kWidth}, weights.options().dtype(dtype));
+    }
+    return workspace.weights.narrow(0, 0, weights.numel()).view_as(weights).copy_(weights);
   }
 
   // Negatives in the dtype that is computed in.
@@ -209,8 +238,8 @@ class Loss {
       const int64_t right = std::clamp<int64_t>(excluded_last - first, left, width);
       std::fill(logits + left, logits + right, T(0));
       if (moving_) raise_offset(i, logits, left, right, width, sums);
-      sums.total[i] += exp2_sum(logits, left, sums.offset[i]);
-      sums.total[i] += exp2_sum(logits + right, width - right, sums.offset[i]);
+      sums.total[i] += exp2_sum(logits, left, scale_, sums.offset[i]);
+      sums.total[i] += exp2_sum(logits + right, width - right, scale_, sums.offset[i]);
     }
   }
 
@@ -220,8 +249,10 @@ class Loss {
       Sums<T>& sums) const {
     const T old = sums.offset[i];
     T offset = old;
-    if (left > 0) offset = std::max(offset, largest(logits, left));
-    if (right < width) offset = std::max(offset, largest(logits + right, width - right));
+    if (left > 0) offset = std::max(offset, scale_ * largest(logits, left));
+    if (right < width) {
+      offset = std::max(offset, scale_ * largest(logits + right, width - right));
+    }
     if (offset == old) return;
     shrink(i, std::exp2(old - offset), sums);
     sums.offset[i] = offset;
@@ -264,13 +295,13 @@ class Loss {
       const int64_t row = order_.rows[span.first + i];
       const scalar_t* const anchor = anchors_[row];
       const scalar_t* const positive = positives_[row];
-      double logit = 0;
+      double cosine = 0;
       for (int64_t d = 0; d < dim_; ++d) {
-        // Rounded as in the products with the negatives, so that equal features give equal logits.
-        logit += static_cast<double>(scaled_value(anchor[d * anchors_.stride])) *
+        cosine += static_cast<double>(anchor[d * anchors_.stride]) *
             static_cast<double>(positive[d * positives_.stride]);
       }
-      const double x = (std::log2(total) + sums.offset[i] - logit) / kLog2E;
+      // Scaled as the products with the negatives, so that equal features give equal logits.
+      const double x = (std::log2(total) + sums.offset[i] - scale_ * cosine) / kLog2E;
       const double small = std::exp(-std::abs(x));
       loss_[row] = static_cast<T>(std::max(x, 0.0) + std::log1p(small));
       const double pull = (x > 0 ? 1 : small) / (1 + small) / temperature_;
@@ -286,6 +317,7 @@ class Loss {
   Rows<scalar_t> anchors_, positives_;
   int64_t dim_;
   double temperature_;
+  T scale_;  // logits of unit vectors, in units of log 2
   bool moving_;
   at::TensorOptions options_;
   T* loss_;
@@ -294,13 +326,18 @@ class Loss {
   std::vector<Span> spans_;
   std::vector<Task> tasks_;
   std::vector<std::pair<int64_t, int64_t>> excluded_;
-  Tensor negatives_;
+  Tensor negatives_, transposed_;
+};
+
+template <typename T>
+struct Type {
+  using type = T;
 };
 
 std::tuple<Tensor, Tensor> dc_loss_rows_cpp(
     const Tensor& anchors, const Tensor& positives, const Tensor& negatives,
     const Tensor& anchor_labels, const Tensor& negative_labels, const Tensor& active,
-    double temperature) {
+    double temperature, bool bfloat16_units) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor labels = anchor_labels.contiguous();
   const Tensor others = negative_labels.contiguous();
@@ -309,14 +346,19 @@ std::tuple<Tensor, Tensor> dc_loss_rows_cpp(
       anchors.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor loss = at::zeros({anchors.size(0)}, anchors.options().dtype(accumulated));
   const Tensor gradient = at::zeros(anchors.sizes(), anchors.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kBFloat16, at::kHalf, anchors.scalar_type(), "dc_loss_rows_cpp", [&] {
-        Loss<scalar_t>(
-            anchors, positives, negatives, labels.const_data_ptr<int64_t>(),
-            others.const_data_ptr<int64_t>(), rows.const_data_ptr<bool>(), temperature, loss,
-            gradient)
-            .run();
-      });
+  const auto run = [&](auto type) {
+    typename decltype(type)::type call(
+        anchors, positives, negatives, labels.const_data_ptr<int64_t>(),
+        others.const_data_ptr<int64_t>(), rows.const_data_ptr<bool>(), temperature, loss, gradient);
+    call.run();
+  };
+  if (bfloat16_units && anchors.scalar_type() == at::kBFloat16) {
+    run(Type<Loss<at::BFloat16, at::BFloat16>>());
+  } else {
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kBFloat16, at::kHalf, anchors.scalar_type(), "dc_loss_rows_cpp",
+        [&] { run(Type<Loss<scalar_t>>()); });
+  }
   return {loss, gradient};
 }
 
@@ -325,7 +367,8 @@ std::tuple<Tensor, Tensor> dc_loss_rows_cpp(
 TORCH_LIBRARY_FRAGMENT(cac_fast, library) {
   library.def(
       "dc_loss_rows_cpp(Tensor anchors, Tensor positives, Tensor negatives, Tensor anchor_labels, "
-      "Tensor negative_labels, Tensor active, float temperature) -> (Tensor, Tensor)");
+      "Tensor negative_labels, Tensor active, float temperature, bool bfloat16_units) -> "
+      "(Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(cac_fast, CPU, library) {

@@ -1,4 +1,5 @@
-// The Python module cac_fast._C: facts of the build. Importing it registers the operators.
+// The Python module cac_fast._C: facts of the build and of this CPU. Importing it registers the
+// operators.
 
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
@@ -17,4 +18,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("standard") = static_cast<int64_t>(__cplusplus);
   module.attr("flags") = CAC_FAST_TEXT(CAC_FAST_FLAGS);
   module.attr("torch") = TORCH_VERSION;
+#if defined(__x86_64__) && defined(__GNUC__)
+  module.attr("bfloat16_units") = __builtin_cpu_supports("avx512bf16") != 0;  // AMX's too have it
+#else
+  module.attr("bfloat16_units") = false;
+#endif
 }

@@ -44,21 +44,21 @@ inline float exp2_fast(float x) {
 }  // namespace
 
 CAC_FAST_CLONES
-float exp2_sum(float* logits, int64_t count, float offset) {
+float exp2_sum(float* logits, int64_t count, float scale, float offset) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < count; ++j) {
-    const float weight = exp2_fast(logits[j] - offset);
+    const float weight = exp2_fast(scale * logits[j] - offset);
     logits[j] = weight;
     sum += weight;
   }
   return sum;
 }
 
-double exp2_sum(double* logits, int64_t count, double offset) {
+double exp2_sum(double* logits, int64_t count, double scale, double offset) {
   double sum = 0;
   for (int64_t j = 0; j < count; ++j) {
-    logits[j] = std::exp2(logits[j] - offset);
+    logits[j] = std::exp2(scale * logits[j] - offset);
     sum += logits[j];
   }
   return sum;

@@ -5,10 +5,10 @@
 
 namespace cac_fast {
 
-// Replaces each logit x, in units of log 2, by 2^(x - offset) and returns their sum.
+// Replaces each x by 2^(scale x - offset) and returns their sum.
 // Differences below -126 give 0, not the 1e-38 or less of the largest weight that they are.
-float exp2_sum(float* logits, int64_t count, float offset);
-double exp2_sum(double* logits, int64_t count, double offset);
+float exp2_sum(float* logits, int64_t count, float scale, float offset);
+double exp2_sum(double* logits, int64_t count, double scale, double offset);
 
 // The largest of `count` > 0 values; a NaN among them need not be seen.
 float largest(const float* values, int64_t count);
