@@ -21,7 +21,8 @@ def why_not() -> str | None:
         return reason
     if not torch.cuda.is_available():
         return "needs a CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
+    gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    if all(gpu < (8, 0) for gpu in gpus):
         return "needs a GPU of compute capability 8.0 or newer"
     return None
 

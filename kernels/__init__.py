@@ -28,7 +28,8 @@ def why_not() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "needs a CUDA or ROCm device"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
+    gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    if torch.version.hip is None and all(gpu < OLDEST for gpu in gpus):
         return "needs a GPU of compute capability 8.0 or newer"
     if _COMPILER is None:
         return "needs a C compiler at run time: install gcc, or set CC"

@@ -49,9 +49,11 @@ def test_says_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.why_not() == "needs a CUDA or ROCm device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert "8.0" in kernels.why_not()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    # The first of two GPUs is too old: `refuses` says so of tensors that lie there.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(7, 5), (9, 0)].__getitem__)
     monkeypatch.setattr(kernels, "_COMPILER", "gcc")
     assert kernels.why_not() is None
     monkeypatch.setattr(kernels, "_COMPILER", None)
