@@ -79,9 +79,16 @@ def taught(method: CAC, stream: Stream, known: bool) -> dict[str, float]:
     weights = list(method.network.parameters())
     pairs, active, squares = 0, 0, torch.zeros(2)
     shares = torch.zeros(4, dtype=torch.int64)
+    contrast, views = method.contrast, []
+
+    def kept(*arguments: Any) -> Any:
+        views[:] = arguments[:2]
+        return contrast(*arguments)
+
+    method.contrast = kept
     for step in stream.steps(0, STEPS, with_unlabeled=True):
-        loss_ce, views = forward(step.labeled, step.unlabeled)
-        dc = method.contrast(*views, step.unlabeled)
+        loss_ce, finish = forward(step.labeled, step.unlabeled)
+        dc = finish()
         for place, loss in enumerate((loss_ce, method.weight * dc.loss)):
             gradient = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
             squares[place] += sum(part.square().sum() for part in gradient if part is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,20 @@ class FeatureBank:
     Empty places have label -1, which no anchor admits. The place of a push is counted on the host:
     a CUDA graph that captured one would write to that place for ever.
 
-    steps: pushes kept. dim: channels. dtype: of the stored features.
+    The ranks' rows travel while the caller goes on: a push starts the gather, and whatever reads
+    the ring first waits for it (on CUDA the stream does, not the host).
+
+    steps: pushes kept. dim: channels. dtype: of the stored features. group: the ranks that share
+    the bank; None for all. With a group of its own the gather waits for no other collective.
     """
 
-    def __init__(self, steps: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        steps: int,
+        dim: int,
+        dtype: torch.dtype = torch.bfloat16,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
         if dim < 1:
@@ -31,7 +42,9 @@ class FeatureBank:
         self.steps = steps
         self.dim = dim
         self.dtype = dtype
+        self.group = group
         self.pushes = 0
+        self._arriving: Callable[[], tuple[Tensor, Tensor]] | None = None
         self._features = torch.zeros(steps, 0, dim, dtype=dtype)
         self._labels = torch.zeros(steps, 0, dtype=torch.int64)
         self._rows_per_rank: int | None = None
@@ -39,22 +52,24 @@ class FeatureBank:
     @property
     def features(self) -> Tensor:
         """(steps * rows, dim): a view of the ring, unordered; the next push changes it."""
+        self._settle()
         return self._features.flatten(0, 1)
 
     @property
     def labels(self) -> Tensor:
         """(steps * rows,) int64, -1 where the ring is empty."""
+        self._settle()
         return self._labels.flatten()
 
     @property
     def push_id(self) -> int:
         """A number by which this rank's next push differs from all others it will meet here."""
-        rank = dist.get_rank() if _world_size() > 1 else 0
+        rank = dist.get_rank(self.group) if self._world_size() > 1 else 0
         return ((self.pushes % self.steps) << 16) + rank
 
     @torch.no_grad()
     def push(self, features: Tensor, labels: Tensor) -> None:
-        """Store one batch of every rank over the oldest one. All ranks must call this together.
+        """Store one batch of every rank over the oldest one. All ranks must make the same pushes.
 
         features: (M, dim) floating point. labels: (M,) integer. Both are detached; nothing that is
         pushed ever receives a gradient.
@@ -71,21 +86,20 @@ class FeatureBank:
             )
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"labels must be integers, not {labels.dtype}")
+        self._settle()
         room = self._make_room(features)
         if len(features) > room:
             raise ValueError(
                 f"features has {len(features)} rows but this bank keeps {room} per rank and push: "
                 "make the first push the largest"
             )
-        features, labels = _gather(
+        self._arriving = self._gather(
             _pad(features.detach().to(self.dtype), room, 0.0),
             _pad(labels.detach().to(torch.int64), room, -1),
         )
-        slot = self.pushes % self.steps
-        self._features[slot, : len(features)] = features
-        self._labels[slot, : len(labels)] = labels
-        self._labels[slot, len(labels) :] = -1
         self.pushes += 1
+        if self._world_size() == 1:
+            self._settle()  # now, as the caller may change its tensors
 
     @torch.no_grad()
     def sample(self, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +134,7 @@ class FeatureBank:
 
     def state_dict(self) -> dict[str, Any]:
         """The ring and the number of pushes, as plain tensors and numbers (not copies)."""
+        self._settle()
         return {"features": self._features, "labels": self._labels, "pushes": self.pushes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -133,6 +148,7 @@ class FeatureBank:
                 f"the saved bank keeps {features.shape[0]} steps of {features.shape[2]} channels, "
                 f"this one {self.steps} steps of {self.dim}"
             )
+        self._arriving = None
         self._features = features.to(self.dtype, copy=True)
         self._labels = labels.to(torch.int64, copy=True)
         self.pushes = int(state["pushes"])
@@ -141,11 +157,11 @@ class FeatureBank:
     def _make_room(self, features: Tensor) -> int:
         """Rows per rank and push; allocates the ring (or widens a loaded one) at the first push."""
         if self._rows_per_rank is None:
-            world = _world_size()
+            world = self._world_size()
             # Ranks may hold unequal shares of the batch: the largest decides for all.
             most = torch.tensor(len(features), device=features.device)
             if world > 1:
-                dist.all_reduce(most, dist.ReduceOp.MAX)
+                dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
             self._rows_per_rank = max(int(most), self._labels.shape[1] // world)
             missing = max(0, self._rows_per_rank * world - self._labels.shape[1])
             ring = torch.nn.functional.pad(self._features, (0, 0, 0, missing))
@@ -154,34 +170,50 @@ class FeatureBank:
             self._labels = labels.to(features.device)
         return self._rows_per_rank
 
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Write what the last push brings to its place."""
+        if self._arriving is None:
+            return
+        features, labels = self._arriving()
+        self._arriving = None
+        slot = (self.pushes - 1) % self.steps
+        self._features[slot, : len(features)] = features
+        self._labels[slot, : len(labels)] = labels
+        self._labels[slot, len(labels) :] = -1
+
+    def _world_size(self) -> int:
+        ready = dist.is_available() and dist.is_initialized()
+        return dist.get_world_size(self.group) if ready else 1
+
+    def _gather(self, features: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Start to concatenate all ranks' rows; return what waits for them.
+
+        Features and labels travel as the bytes of one tensor: a push costs one collective's
+        latency, and int64 labels arrive exactly, whatever the dtype of the features.
+        """
+        world = self._world_size()
+        if world == 1:
+            return lambda: (features, labels)
+        split = features.shape[1] * features.element_size()
+        packed = torch.cat(
+            (features.contiguous().view(torch.uint8), labels.unsqueeze(1).view(torch.uint8)), dim=1
+        )
+        gathered = packed.new_empty(world * packed.shape[0], packed.shape[1])
+        work = dist.all_gather_into_tensor(gathered, packed, self.group, async_op=True)
+
+        def arrived() -> tuple[Tensor, Tensor]:
+            work.wait()
+            return (
+                gathered[:, :split].contiguous().view(features.dtype),
+                gathered[:, split:].contiguous().view(torch.int64).squeeze(1),
+            )
+
+        return arrived
+
 
 def _pad(tensor: Tensor, rows: int, value: float) -> Tensor:
     missing = rows - tensor.shape[0]
     if missing == 0:
         return tensor
     return torch.cat((tensor, tensor.new_full((missing, *tensor.shape[1:]), value)))
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _gather(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenate all ranks' rows.
-
-    Features and labels travel as the bytes of one tensor: a push costs one collective's latency,
-    and int64 labels arrive exactly, whatever the dtype of the features.
-    """
-    world = _world_size()
-    if world == 1:
-        return features, labels
-    split = features.shape[1] * features.element_size()
-    packed = torch.cat(
-        (features.contiguous().view(torch.uint8), labels.unsqueeze(1).view(torch.uint8)), dim=1
-    )
-    gathered = packed.new_empty(world * packed.shape[0], packed.shape[1])
-    dist.all_gather_into_tensor(gathered, packed)
-    return (
-        gathered[:, :split].contiguous().view(features.dtype),
-        gathered[:, split:].contiguous().view(torch.int64).squeeze(1),
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -160,7 +161,7 @@ class DirectionalContrastiveLoss(nn.Module):
         overlap: Overlap,
         truth: tuple[Tensor, Tensor] | None = None,
     ) -> DCLossOutput:
-        """Loss of one batch.
+        """Loss of one batch: `start`, and at once what it returns.
 
         features1, features2: (B, D, h, w) raw projector outputs of the two views. logits1, logits2:
         (B, K, h, w) class logits, constants here. overlap: which cells pair. truth: two (B, h, w)
@@ -170,6 +171,22 @@ class DirectionalContrastiveLoss(nn.Module):
         features' dtype, or autocast's. With a bank all ranks must call this together.
 
         Raises ValueError for wrong shapes or dtypes.
+        """
+        return self.start(features1, features2, logits1, logits2, overlap, truth)()
+
+    def start(
+        self,
+        features1: Tensor,
+        features2: Tensor,
+        logits1: Tensor,
+        logits2: Tensor,
+        overlap: Overlap,
+        truth: tuple[Tensor, Tensor] | None = None,
+    ) -> Callable[[], DCLossOutput]:
+        """Send the batch's negatives to the other ranks; return what computes the loss of them all.
+
+        Arguments and errors as for `forward`. What runs in between overlaps with the gather. The
+        returned function must be called once, before the next `start`.
         """
         check_views(features1, features2, logits1, logits2, overlap, truth)
         # One row per cell: view 1's B*h*w, then view 2's. Rows without a partner are inactive, so
@@ -181,8 +198,7 @@ class DirectionalContrastiveLoss(nn.Module):
         positives = constants[partner]
         active = paired & _active(confidence, confidence[partner], self.threshold, self.directional)
 
-        negatives = active.new_zeros((), dtype=torch.int64)
-        false_negatives = None
+        false_negatives = pool = None
         if self.contrastive:
             chosen, usable = self._choose(overlap)
             if not self.negative_sampling:
@@ -193,42 +209,64 @@ class DirectionalContrastiveLoss(nn.Module):
             if not self.negative_sampling and self.bank is not None:
                 # Ids of other ranks and steps meet these in the bank.
                 labels = labels + (self.bank.push_id << 32)
-            pool, pool_labels = constants[chosen], labels[chosen].masked_fill(~usable, -1)
+            pool = constants[chosen], labels[chosen].masked_fill(~usable, -1)
             if self.bank is not None:
-                self.bank.push(pool, pool_labels)
-                pool, pool_labels = self.bank.features, self.bank.labels
-            targets = positives
-            if self.max_negatives is not None:
-                pool, pool_labels, weight = self.bank.sample(self.max_negatives, self.seed)
-                # Eq. 5 knows sum and positive by their ratio alone: a weight on the sum is as much
-                # off the positive's logit. Along the anchor, as the cosine's Jacobian then takes
-                # what this adds to the gradient away again.
-                targets = positives - self.temperature * weight.log() * constants
-            negatives = (pool_labels >= 0).sum()
-            dtype = features1.dtype
-            loss, _ = dc_loss_rows(
-                anchors.to(dtype),
-                targets.to(dtype),
-                pool,
-                labels,
-                pool_labels,
-                active,
-                self.temperature,
-                self.backend,
-            )
-        else:
-            loss = (anchors - positives).square().sum(1) * active
+                self.bank.push(*pool)
 
-        first = paired[: len(paired) // 2]
-        cosine = (constants * positives).sum(1)[: len(first)] * first
-        return DCLossOutput(
-            loss=(loss / self._divisors(active, overlap)).sum(),
-            active=active.sum(),
-            pairs=first.sum(),
-            negatives=negatives,
-            positive_cosine=cosine.sum() / first.sum().clamp_min(1),
-            false_negatives=false_negatives,
+        def finish() -> DCLossOutput:
+            negatives = active.new_zeros((), dtype=torch.int64)
+            if pool is None:
+                loss = (anchors - positives).square().sum(1) * active
+            else:
+                loss, negatives = self._contrast(
+                    anchors, positives, labels, active, pool, features1.dtype
+                )
+            first = paired[: len(paired) // 2]
+            cosine = (constants * positives).sum(1)[: len(first)] * first
+            return DCLossOutput(
+                loss=(loss / self._divisors(active, overlap)).sum(),
+                active=active.sum(),
+                pairs=first.sum(),
+                negatives=negatives,
+                positive_cosine=cosine.sum() / first.sum().clamp_min(1),
+                false_negatives=false_negatives,
+            )
+
+        return finish
+
+    def _contrast(
+        self,
+        anchors: Tensor,
+        positives: Tensor,
+        labels: Tensor,
+        active: Tensor,
+        pool: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """The rows' losses against the bank (or without one the `pool`), and its admissible rows.
+
+        dtype: of the products.
+        """
+        features, pool_labels = pool
+        if self.max_negatives is not None:
+            features, pool_labels, weight = self.bank.sample(self.max_negatives, self.seed)
+            # Eq. 5 knows sum and positive by their ratio alone: a weight on the sum is as much
+            # off the positive's logit. Along the anchor, as the cosine's Jacobian then takes
+            # what this adds to the gradient away again.
+            positives = positives - self.temperature * weight.log() * anchors.detach()
+        elif self.bank is not None:
+            features, pool_labels = self.bank.features, self.bank.labels
+        loss, _ = dc_loss_rows(
+            anchors.to(dtype),
+            positives.to(dtype),
+            features,
+            labels,
+            pool_labels,
+            active,
+            self.temperature,
+            self.backend,
         )
+        return loss, (pool_labels >= 0).sum()
 
     def _divisors(self, active: Tensor, overlap: Overlap) -> Tensor:
         """(2*B*h*w,) integers that divide the rows' losses."""

@@ -206,6 +206,9 @@ def test_sample_takes_empty_places_last() -> None:
 
 TWO_RANKS = """
 import sys
+import time
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from cac_fast import DirectionalContrastiveLoss, FeatureBank, overlap_from_crops
@@ -236,6 +239,18 @@ everyone = [torch.zeros_like(labels) for _ in range(2)]
 dist.all_gather(everyone, labels)
 assert torch.equal(*everyone)
 assert weight == 7 / 5, weight
+
+# A push does not wait for the other ranks; what reads the ring does.
+told = Path(sys.argv[2] + ".pushed")
+if rank == 1:
+    while not told.exists():
+        time.sleep(0.01)
+bank.push(torch.full((1, 3), 7.0 + rank), torch.tensor([7 + rank]))
+if rank == 0:
+    told.touch()
+used = bank.labels >= 0
+found = sorted((bank.labels[used] % big).tolist())
+assert found == [7, 8, 200, 210], found
 
 # A ring of another number of ranks, which two do not divide: nothing of it outlives its steps.
 bank = FeatureBank(steps=1, dim=3)

@@ -38,6 +38,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def new_group(self) -> dist.ProcessGroup | None:
+        """A group of all ranks that waits for no other group of them; None for one process."""
+        return dist.new_group() if self.size > 1 else None
+
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
         """Give every rank rank 0's buffers of ``module``."""
         if self.size > 1:

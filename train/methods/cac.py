@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ PROJECTOR_CHANNELS = 128  # paper, Sec. 4.1
 
 View = tuple[Tensor, Tensor]
 """Projected features (B, D, h, w) and class logits (B, K, h, w)."""
+
+Finish = Callable[[], DCLossOutput]
+"""Waits for the other ranks' negatives, and computes the contrastive loss."""
 
 
 class CAC(Supervised):
@@ -46,7 +49,8 @@ class CAC(Supervised):
                 nn.Conv2d(channels, PROJECTOR_CHANNELS, 1),
             )
             channels = PROJECTOR_CHANNELS
-        self.bank = FeatureBank(1 + config.bank_past_steps, channels, bank_dtype)
+        past = config.bank_past_steps
+        self.bank = FeatureBank(1 + past, channels, bank_dtype, world.new_group())
         self.dc_loss = DirectionalContrastiveLoss(
             temperature=config.temperature,
             threshold=config.threshold if config.positive_filtering else 0.0,
@@ -75,9 +79,9 @@ class CAC(Supervised):
         if unlabeled is None:
             return super().forward(labeled, unlabeled)
         networks = self.joint_forward if self.joint else self.separate_forward
-        loss_ce, views = networks(labeled, unlabeled)
+        loss_ce, finish = networks(labeled, unlabeled)
         with phase("loss"):
-            dc = self.contrast(*views, unlabeled)
+            dc = finish()
         losses = {
             "loss": loss_ce + self.weight * dc.loss,
             "loss_ce": loss_ce.detach(),
@@ -91,21 +95,27 @@ class CAC(Supervised):
             losses["false_negatives"] = dc.false_negatives
         return losses
 
-    def separate_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, list[View]]:
-        """Cross entropy and both views of three passes, each with its own batch statistics."""
-        loss_ce, views = self.supervised_loss(labeled, keep_last=False), []
-        with phase("forward unlabeled"):
-            for name, last in (("image1", False), ("image2", True)):
-                slices = self.sliced(self.unlabeled_view, unlabeled[name], keep_last=last)
-                views.append(_join(slices))
-        return loss_ce, views
+    def separate_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, Finish]:
+        """Cross entropy and :meth:`contrast` of three passes, each with its own batch statistics.
 
-    def joint_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, list[View]]:
+        The labeled images come last: meanwhile the negatives travel between the ranks.
+        """
+        views = []
+        with phase("forward unlabeled"):
+            for name in ("image1", "image2"):
+                views.append(_join(self.sliced(self.unlabeled_view, unlabeled[name])))
+        with phase("loss"):
+            finish = self.contrast(*views, unlabeled)
+        return self.supervised_loss(labeled), finish
+
+    def joint_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, Finish]:
         """The same of one pass over all images, with batch statistics of all of them."""
         images = labeled["image"], labeled["label"], unlabeled["image1"], unlabeled["image2"]
         with phase("forward"):
             sums, *views = zip(*self.sliced(self.joint_slice, *images, keep_last=True), strict=True)
-            return self.normalized(list(sums), labeled["label"]), [_join(view) for view in views]
+        with phase("loss"):
+            finish = self.contrast(*map(_join, views), unlabeled)
+        return self.normalized(list(sums), labeled["label"]), finish
 
     def joint_slice(
         self, images: Tensor, labels: Tensor, images1: Tensor, images2: Tensor
@@ -118,8 +128,8 @@ class CAC(Supervised):
         """:meth:`view` of images (B, 3, H, W)."""
         return self.view(self.features(images))
 
-    def contrast(self, view1: View, view2: View, unlabeled: Batch) -> DCLossOutput:
-        """The contrastive loss of two views of a batch."""
+    def contrast(self, view1: View, view2: View, unlabeled: Batch) -> Finish:
+        """Start the contrastive loss of two views of a batch; return what ends it."""
         (features1, logits1), (features2, logits2) = view1, view2
         overlap = overlap_from_crops(
             *(unlabeled[name] for name in ("offset", "flip1", "flip2", "valid1", "valid2")),
@@ -128,7 +138,7 @@ class CAC(Supervised):
         truth = None
         if "truth1" in unlabeled:
             truth = (unlabeled["truth1"].long(), unlabeled["truth2"].long())
-        return self.dc_loss(features1, features2, logits1, logits2, overlap, truth)
+        return self.dc_loss.start(features1, features2, logits1, logits2, overlap, truth)
 
     def extra_state(self) -> dict[str, Any]:
         return {"bank": self.bank.state_dict()}

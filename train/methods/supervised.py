@@ -67,15 +67,18 @@ class Supervised(nn.Module):
         valid = self.world.all_reduce((labels != 255).sum()).clamp(min=1)
         return torch.stack(sums).sum() * self.world.size / valid
 
-    def supervised_loss(self, labeled: Batch, keep_last: bool) -> Tensor:
-        """Cross entropy of ``image`` (B, 3, H, W) by ``label`` (B, H, W) uint8, 255 ignored."""
+    def supervised_loss(self, labeled: Batch) -> Tensor:
+        """Cross entropy of ``image`` (B, 3, H, W) by ``label`` (B, H, W) uint8, 255 ignored.
+
+        The step's last pass through the network.
+        """
         images, labels = labeled["image"], labeled["label"]
         with phase("forward labeled"):
-            sums = self.sliced(self.labeled_sum, images, labels, keep_last=keep_last)
+            sums = self.sliced(self.labeled_sum, images, labels, keep_last=True)
             return self.normalized(sums, labels)
 
     def forward(self, labeled: Batch, unlabeled: Batch | None) -> Batch:
-        loss = self.supervised_loss(labeled, keep_last=True)
+        loss = self.supervised_loss(labeled)
         return {"loss": loss, "loss_ce": loss.detach()}
 
     def extra_state(self) -> dict[str, torch.Tensor]:
