@@ -200,7 +200,7 @@ class FeatureBank:
             (features.contiguous().view(torch.uint8), labels.unsqueeze(1).view(torch.uint8)), dim=1
         )
         gathered = packed.new_empty(world * packed.shape[0], packed.shape[1])
-        work = dist.all_gather_into_tensor(gathered, packed, self.group, async_op=True)
+        work = all_gather(gathered, packed, self.group, async_op=True)
 
         def arrived() -> tuple[Tensor, Tensor]:
             work.wait()
@@ -210,6 +210,14 @@ class FeatureBank:
             )
 
         return arrived
+
+
+def all_gather(
+    gathered: Tensor, tensor: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+) -> dist.Work | None:
+    """Every rank's `tensor`, one after the other along dim 0, by whichever name PyTorch has it."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(gathered, tensor, group=group, async_op=async_op)
 
 
 def _pad(tensor: Tensor, rows: int, value: float) -> Tensor:

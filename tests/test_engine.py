@@ -459,16 +459,27 @@ def torchrun(data: Path, output: Path, *more: str, script: Path = ROOT / "train"
     )
 
 
-def test_two_processes_give_the_curve_of_one(folder_data, tmp_path):
+@pytest.mark.parametrize(
+    ("statistics", "more"),
+    [
+        ("--freeze-bn", "--accumulate 2 --checkpoint-activations"),
+        # Standing still: with so few values to a statistic float32 leaves gradients three digits,
+        # in one process too. test_sync_batch_norm compares them, in float64.
+        ("--sync-bn --learning-rate 1e-9", ""),
+    ],
+)
+def test_two_processes_give_the_curve_of_one(folder_data, tmp_path, statistics, more):
     # So early all pseudo labels are one: only without negative sampling is there a contrast.
     options = (
-        "--no-dropout --freeze-bn --batch-size 4 --iterations 8 --eval-every 8 --deterministic "
+        "--no-dropout --batch-size 4 --iterations 8 --eval-every 8 --deterministic "
         "--no-negative-sampling"
     ).split()
+    options += statistics.split()
     one = run(folder_data, tmp_path / "one", *options)
-    slices = "--accumulate 2 --checkpoint-activations".split()  # change nothing but rounding
-    cache = tmp_path / "cache"  # as little
-    finished = torchrun(folder_data, tmp_path / "two", *options, *slices, "--cache", str(cache))
+    # Where statistics are frozen, slices change nothing but rounding; the cache does nowhere.
+    cache = tmp_path / "cache"
+    options += [*more.split(), "--cache", str(cache)]
+    finished = torchrun(folder_data, tmp_path / "two", *options)
     assert finished.returncode == 0, finished.stderr
     assert any(cache.iterdir())
     two = read_metrics(tmp_path / "two" / "metrics.jsonl")
@@ -500,6 +511,22 @@ def test_two_processes_when_one_has_no_active_pixel(folder_data, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert losses(read_metrics(tmp_path / "run" / "metrics.jsonl"), "active")[-1] > 0
+
+
+def test_two_processes_compile(folder_data, tmp_path):
+    """The graphs are those of --compile; their code is not made, which takes long."""
+    script = tmp_path / "compiled.py"
+    script.write_text(
+        "import functools, sys, torch\n"
+        "torch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
+        "from cac_fast.train import main\n"
+        "sys.exit(main.main())\n"
+    )
+    options = "--iterations 3 --batch-size 4 --compile --no-sync-bn --backbone resnet18".split()
+    finished = torchrun(folder_data, tmp_path / "run", *options, script=script)
+    assert finished.returncode == 0, finished.stderr
+    assert "Warning" not in finished.stderr
+    assert min(losses(read_metrics(tmp_path / "run" / "metrics.jsonl"), "pairs")[2:]) > 0
 
 
 def test_batch_that_cannot_be_split(folder_data, tmp_path):

@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from cac_fast.train import config, engine
 from cac_fast.train.data.stream import Stream, fill_cache
 from cac_fast.train.distributed import World
 from cac_fast.train.log import read_metrics
+from cac_fast.train.networks import synchronize_batch_norm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -140,3 +143,33 @@ def test_resume_on_a_gpu(folder_data, tmp_path):
     monkey.undo()
     resumed = train(folder_data, tmp_path / "stopped", "cuda", "--precision", "fp32")
     assert resumed == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_synchronized_batch_norm_of_one_rank(tmp_path, dtype, memory):
+    """The calls that several GPUs make: as PyTorch's own batch norm, and nothing waits."""
+    torch.manual_seed(0)
+    x, weights = (torch.randn(4, 8, 9, 10, device="cuda").to(dtype) for _ in range(2))
+    x = (2 * x + 1).contiguous(memory_format=memory)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found = []
+        for synchronized in (False, True):
+            model = nn.Sequential(nn.BatchNorm2d(8)).cuda()
+            if synchronized:
+                synchronize_batch_norm(model, dist.new_group())
+            for run in range(2):  # the first one makes the communicator
+                torch.cuda.set_sync_debug_mode("error" if run else "default")
+                model.zero_grad()
+                given = x.clone().requires_grad_()
+                y = model(given)
+                (y * weights).sum().backward()
+                torch.cuda.set_sync_debug_mode("default")
+            found.append([y, given.grad, *(p.grad for p in model.parameters()), *model.buffers()])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for theirs, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)

@@ -103,7 +103,7 @@ class Config:
     momentum: float = setting(0.9, "SGD momentum")
     weight_decay: float = setting(1e-4, "SGD weight decay")
     poly_power: float = setting(0.9, "power of the poly schedule")
-    sync_bn: bool = setting(True, "batch statistics over all processes (GPUs only)")
+    sync_bn: bool = setting(True, "batch statistics over all processes")
     freeze_bn: bool = setting(False, "running statistics in training too")
 
     # Crops and augmentation (paper, Sec. 4.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import os
 import signal
 from collections.abc import Iterator
@@ -27,12 +28,23 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.evaluation import evaluate
 from cac_fast.train.log import Meters, RunLog, train_line
 from cac_fast.train.methods import build_method
-from cac_fast.train.networks import build_network, load_backbone_weights
+from cac_fast.train.networks import (
+    build_network,
+    load_backbone_weights,
+    synchronize_batch_norm,
+)
 from cac_fast.train.optimizer import base_rates, build_optimizer, poly, start_momentum
 from cac_fast.train.profiling import StepProfile, phase
 from cac_fast.train.progress import show_progress
 from cac_fast.train.run_folder import RunFolder
 from cac_fast.train.samples import SampleSheet
+
+# What PyTorch calls DDP's copying of rank 0's buffers before every step: the older name last.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -116,7 +128,7 @@ class Trainer:
             config, network, self.world, self.autocast_dtype or torch.float32
         )
         if self._syncs_bn():
-            self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
+            synchronize_batch_norm(self.method, self.world.new_group())
         self.network = self.method.network
         if config.checkpoint_activations:
             self.network.checkpoint_activations()
@@ -129,8 +141,7 @@ class Trainer:
         )
 
     def _syncs_bn(self) -> bool:
-        # PyTorch has no synchronized batch norm for CPUs, and one process needs none.
-        return self.config.sync_bn and self.world.size > 1 and self.world.device.type == "cuda"
+        return self.config.sync_bn and self.world.size > 1  # one process needs none
 
     def _restore(self, former: dict[str, Any]) -> None:
         checkpoint.load_model(self.method, former["method"], self.folder.last)
@@ -207,7 +218,7 @@ class Trainer:
         if self.world.size > 1:
             # Statistics of batch norm are equal with SyncBN and each rank's own without.
             self.model = DistributedDataParallel(
-                self.method, gradient_as_bucket_view=True, broadcast_buffers=False
+                self.method, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False}
             )
 
     def _profiled(self, steps: Iterator[Step]) -> Iterator[Step]:

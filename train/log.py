@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +189,17 @@ def train_line(
         name: sum(item["means"][name] for item in readings) / len(readings)
         for name in readings[0]["means"]
     }
+    pairs = [item["means"].get("pairs", 0.0) for item in readings]
+    if "positive_cosine" in means:  # a mean over pairs, of which ranks have more or fewer
+        cosines = [item["means"]["positive_cosine"] for item in readings]
+        means["positive_cosine"] = sum(map(mul, cosines, pairs)) / max(sum(pairs), 1)
     images = batch_size * (2 if "loss_dc" in means else 1)
     line: dict[str, float | None] = {
         "loss": means["loss"],
         "loss_ce": means["loss_ce"],
         "loss_dc": means.get("loss_dc", 0.0),
         "active": means.get("active", 0.0) * len(readings),
-        "pairs": means.get("pairs", 0.0) * len(readings),
+        "pairs": sum(pairs),
         "negatives": means.get("negatives", 0.0),
         "lr": rate,
         "images_per_s": images * min(item["steps_per_s"] for item in readings),

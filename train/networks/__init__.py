@@ -8,6 +8,7 @@ from cac_fast.train.networks.deeplabv3plus import DeepLabV3PlusHead
 from cac_fast.train.networks.pspnet import PSPHead
 from cac_fast.train.networks.recompute import in_slices
 from cac_fast.train.networks.segmenter import Segmenter, upsample_logits
+from cac_fast.train.networks.sync_batch_norm import synchronize_batch_norm
 from cac_fast.train.networks.weights import WeightsReport, load_backbone_weights
 
 NETWORKS = ("deeplabv3plus", "pspnet")
@@ -20,6 +21,7 @@ __all__ = [
     "build_network",
     "in_slices",
     "load_backbone_weights",
+    "synchronize_batch_norm",
     "upsample_logits",
 ]
 

@@ -23,7 +23,7 @@ class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: (B, in_channels, h, w) -> (B, 256, h, w).
 
     A 1x1, three 3x3 dilated by 6, 12, 18 and the global average, joined by a 1x1. In training mode
-    the BatchNorm of the global average needs two images per process (or SyncBatchNorm).
+    the BatchNorm of the global average needs two images per process (or SyncBatchNorm2d).
     """
 
     def __init__(self, in_channels: int) -> None:

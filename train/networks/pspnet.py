@@ -31,7 +31,7 @@ class Bottleneck(nn.Sequential):
 class PSPHead(nn.Module):
     """(low, unused; high at 1/8) -> (B, 512, h, w) at 1/8, all but the last 1x1 classifier.
 
-    In training mode the BatchNorm of the 1x1 bin needs two images per process (or SyncBatchNorm).
+    In training mode the BatchNorm of the 1x1 bin needs two images per process (or SyncBatchNorm2d).
     """
 
     feature_channels = _CHANNELS

@@ -1,0 +1,171 @@
+"""Batch norm with statistics of all processes, on CPUs too.
+
+PyTorch's `SyncBatchNorm` takes GPUs alone, and makes the host wait for them in every layer, to
+leave out ranks with an empty batch. Here every rank has as many values: the trainer sees to that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cac_fast.bank import all_gather
+
+
+def synchronize_batch_norm(module: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Put a :class:`SyncBatchNorm2d` with the same tensors where ``module`` has a `BatchNorm2d`.
+
+    Names, and so checkpoints, stay as they are.
+    """
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, SyncBatchNorm2d(child, group))
+
+
+class SyncBatchNorm2d(_BatchNorm):
+    """`nn.BatchNorm2d` over the batches (B, C, H, W) of all ranks, which have one shape.
+
+    Args:
+        norm: gives its settings, parameters and buffers; affine, with running statistics.
+        group: the ranks; None for all.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, group: dist.ProcessGroup | None) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.group = group
+        self.weight, self.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in the dtype of ``x``; in evaluation mode by the running statistics."""
+        if not self.training:
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
+        return _Normalize.apply(x, self.weight, self.bias, self)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim != 4:
+            raise ValueError(f"the input must have shape (B, C, H, W), not {tuple(x.shape)}")
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: SyncBatchNorm2d) -> Tensor:
+        x, ops = _dense(x), _operators(x)
+        ranks = dist.get_world_size(norm.group)
+        local = torch.stack(ops.batch_norm_stats(x, norm.eps))
+        gathered = local.new_empty(ranks * 2, local.shape[1])
+        all_gather(gathered, local, norm.group)
+        means, inverses = gathered.view(ranks, 2, -1).unbind(1)
+        counts = means.new_full((ranks,), x.numel() // x.shape[1])
+        mean, inverse = ops.batch_norm_gather_stats_with_counts(
+            x,
+            means.contiguous(),
+            inverses.contiguous(),
+            norm.running_mean,
+            norm.running_var,
+            norm.momentum,
+            norm.eps,
+            counts,
+        )
+        ctx.save_for_backward(x, weight, mean, inverse, counts)
+        ctx.group = norm.group
+        return ops.batch_norm_elemt(x, weight, bias, mean, inverse, norm.eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, inverse, counts = ctx.saved_tensors
+        gradient, ops = _dense(gradient), _operators(x)
+        of_x = gradient, x, mean, inverse, weight
+        *sums, of_weight, of_bias = ops.batch_norm_backward_reduce(*of_x, True, True, True)
+        # The parameters' gradients stay the rank's own: DDP takes the mean of all gradients.
+        both = torch.stack(sums)
+        dist.all_reduce(both, group=ctx.group)
+        return ops.batch_norm_backward_elemt(*of_x, *both, counts.int()), of_weight, of_bias, None
+
+
+class _OnCpu:
+    """What PyTorch has for GPUs alone, by the same names and with the same arguments.
+
+    inverse: 1 / sqrt(variance + eps), (C,), as mean in float32 at least. counts: (R,) values of a
+    channel on each rank.
+    """
+
+    @staticmethod
+    def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Mean and inverse of the rank's batch."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        return mean, torch.rsqrt(variance + eps)
+
+    @staticmethod
+    def batch_norm_gather_stats_with_counts(
+        x: Tensor,
+        means: Tensor,
+        inverses: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+        counts: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and inverse of all ranks' batches, of each rank's (R, C); moves the running ones."""
+        total = counts.sum()
+        shares = (counts / total).unsqueeze(1)
+        mean = (shares * means).sum(0)
+        variance = (shares * (inverses**-2 - eps + (means - mean).square())).sum(0)
+        unbiased = variance * total / (total - 1)
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        return mean, torch.rsqrt(variance + eps)
+
+    @staticmethod
+    def batch_norm_elemt(
+        x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, eps: float
+    ) -> Tensor:
+        """The batch, normalized."""
+        return F.batch_norm(x, mean, inverse**-2 - eps, weight, bias, eps=eps)
+
+    @staticmethod
+    def batch_norm_backward_reduce(
+        gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, *wanted: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums (C,) of dy and of dy (x - mean), and the gradients of weight and bias."""
+        sum_dy = gradient.sum((0, 2, 3), dtype=mean.dtype)
+        products = gradient * (x - mean.view(1, -1, 1, 1))
+        sum_dy_xmu = products.sum((0, 2, 3))
+        return sum_dy, sum_dy_xmu, (sum_dy_xmu * inverse).to(weight.dtype), sum_dy.to(weight.dtype)
+
+    @staticmethod
+    def batch_norm_backward_elemt(
+        gradient: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        inverse: Tensor,
+        weight: Tensor,
+        sum_dy: Tensor,
+        sum_dy_xmu: Tensor,
+        counts: Tensor,
+    ) -> Tensor:
+        """The gradient of the batch, in its dtype."""
+        mean_dy, slope = sum_dy / counts.sum(), inverse**2 * sum_dy_xmu / counts.sum()
+        scale = inverse * weight
+        mean, mean_dy, slope, scale = (v.view(1, -1, 1, 1) for v in (mean, mean_dy, slope, scale))
+        return ((gradient - mean_dy - (x - mean) * slope) * scale).to(x.dtype)
+
+
+def _operators(x: Tensor) -> Any:
+    return torch if x.is_cuda else _OnCpu
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
