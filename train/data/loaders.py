@@ -254,14 +254,7 @@ def _collate(items: list[dict[str, Any] | _Failure]) -> dict[str, Any] | _Failur
         if isinstance(item, _Failure):
             return item
     files = [message for item in items for message in item.pop("skipped_files", ())]
-    # Stacked as they lie in memory, channels last; the batch keeps it so.
-    images = {
-        name: default_collate([item.pop(name).permute(1, 2, 0) for item in items])
-        for name in ("image", "image1", "image2")
-        if name in items[0]
-    }
-    moved = {name: values.permute(0, 3, 1, 2) for name, values in images.items()}
-    return {**default_collate(items), **moved, "skipped_files": files}
+    return {**default_collate(items), "skipped_files": files}
 
 
 def _loader(

@@ -149,10 +149,9 @@ class Stream:
         for name, value in moved.items():
             if name.startswith("image"):
                 change = changes.get(name.replace("image", "changes"))
+                value = value.to(torch.float32)
                 if change is not None:
-                    # Planes: the changes mix channels, pixel by pixel.
-                    value = value.to(torch.float32, memory_format=torch.contiguous_format)
                     apply_photometric(value, change)
-                image = value.to(torch.float32, memory_format=self.memory_format)
-                moved[name] = image.sub_(self.mean).div_(self.std)
+                value.sub_(self.mean).div_(self.std)
+                moved[name] = value.contiguous(memory_format=self.memory_format)
         return moved
