@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# As in csrc/module.cpp.
+_INTERFACE = 2
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _load(name: str) -> str | None:
     try:
-        import_module(f"cac_fast.{name}")
+        module = import_module(f"cac_fast.{name}")
     except ModuleNotFoundError as error:
         if error.name != f"cac_fast.{name}":
             return f"the extension cannot be loaded: {error}"
@@ -25,6 +27,8 @@ def _load(name: str) -> str | None:
     # Anything can go wrong in a library that was built for another PyTorch.
     except Exception as error:
         return f"the extension cannot be loaded: {error}"
+    if name == "_C" and getattr(module, "interface", 1) != _INTERFACE:
+        return "the extension was built from other sources than these: install again"
     return None
 
 
@@ -48,7 +52,7 @@ def cuda_archs() -> tuple[str, ...]:
 
 
 def bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware, as far as the extension knows."""
+    """Whether this CPU multiplies bfloat16 matrices in hardware, and MKL is there to make it."""
     return why_not() is None and import_module("cac_fast._C").bfloat16_units
 
 
@@ -56,14 +60,15 @@ def build_info() -> dict[str, Any]:
     """How the compiled extension was built; without one, {"built": False, "reason": why not}.
 
     With one: "built": True, "compiler", "standard" (of C++), "flags", "torch" (the version built
-    against); "cuda_archs", a tuple of the architectures the GPU's part was built for, as in
-    TORCH_CUDA_ARCH_LIST, and "nvcc", the compiler's version; () and None without that part.
+    against); "bfloat16_units", whether this CPU's are used; "cuda_archs", a tuple of the
+    architectures the GPU's part was built for, as in TORCH_CUDA_ARCH_LIST, and "nvcc", the
+    compiler's version; () and None without that part.
     """
     reason = why_not()
     if reason is not None:
         return {"built": False, "reason": reason}
     module = import_module("cac_fast._C")
-    names = ("compiler", "standard", "flags", "torch")
+    names = ("compiler", "standard", "flags", "torch", "bfloat16_units")
     info = {"built": True, **{name: getattr(module, name) for name in names}}
     info |= {"cuda_archs": cuda_archs(), "nvcc": None}
     if why_not("_C_cuda") is None:
@@ -93,9 +98,9 @@ def dc_loss_rows(
 
     Arguments as `cac_fast.ops` hands them to a back end, if `refuses` has nothing against them.
     Sums in float32 (float64 for float64 features), and takes products of float32 values, or of
-    bfloat16 ones where the CPU has units for them (AVX-512 BF16, AMX). Beyond one ordered copy of
-    the admitted negatives (with those units two, of bfloat16) it needs the memory of a tile or two
-    per thread. The same bits on every run and for every number of threads.
+    bfloat16 ones where the CPU has units for them (Intel's AVX-512 BF16 and AMX). Beyond one
+    ordered copy of the admitted negatives (with those units two, of bfloat16) it needs the memory
+    of a tile or two per thread. The same bits on every run and for every number of threads.
     """
     return torch.ops.cac_fast.dc_loss_rows_cpp(
         anchors,

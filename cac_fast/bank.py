@@ -142,13 +142,13 @@ class FeatureBank:
 
         Raises ValueError if its steps or channels are not those of this bank.
         """
+        self._settle()
         features, labels = state["features"], state["labels"]
         if features.shape[0] != self.steps or features.shape[2] != self.dim:
             raise ValueError(
                 f"the saved bank keeps {features.shape[0]} steps of {features.shape[2]} channels, "
                 f"this one {self.steps} steps of {self.dim}"
             )
-        self._arriving = None
         self._features = features.to(self.dtype, copy=True)
         self._labels = labels.to(torch.int64, copy=True)
         self.pushes = int(state["pushes"])

@@ -186,7 +186,7 @@ class DirectionalContrastiveLoss(nn.Module):
         """Send the batch's negatives to the other ranks; return what computes the loss of them all.
 
         Arguments and errors as for `forward`. What runs in between overlaps with the gather. The
-        returned function must be called once, before the next `start`.
+        returned function raises RuntimeError where another batch has been pushed meanwhile.
         """
         check_views(features1, features2, logits1, logits2, overlap, truth)
         # One row per cell: view 1's B*h*w, then view 2's. Rows without a partner are inactive, so
@@ -212,15 +212,19 @@ class DirectionalContrastiveLoss(nn.Module):
             pool = constants[chosen], labels[chosen].masked_fill(~usable, -1)
             if self.bank is not None:
                 self.bank.push(*pool)
+                pool = None  # its copy in the bank is enough
+        pushes = self.bank.pushes if self.bank is not None else 0
 
         def finish() -> DCLossOutput:
+            if self.bank is not None and self.bank.pushes != pushes:
+                raise RuntimeError("the bank has moved on: finish each loss before the next start")
             negatives = active.new_zeros((), dtype=torch.int64)
-            if pool is None:
-                loss = (anchors - positives).square().sum(1) * active
-            else:
+            if self.contrastive:
                 loss, negatives = self._contrast(
                     anchors, positives, labels, active, pool, features1.dtype
                 )
+            else:
+                loss = (anchors - positives).square().sum(1) * active
             first = paired[: len(paired) // 2]
             cosine = (constants * positives).sum(1)[: len(first)] * first
             return DCLossOutput(
@@ -240,22 +244,21 @@ class DirectionalContrastiveLoss(nn.Module):
         positives: Tensor,
         labels: Tensor,
         active: Tensor,
-        pool: tuple[Tensor, Tensor],
+        pool: tuple[Tensor, Tensor] | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """The rows' losses against the bank (or without one the `pool`), and its admissible rows.
+        """The rows' losses against the `pool`, None for the bank, and its number of negatives.
 
         dtype: of the products.
         """
-        features, pool_labels = pool
         if self.max_negatives is not None:
             features, pool_labels, weight = self.bank.sample(self.max_negatives, self.seed)
             # Eq. 5 knows sum and positive by their ratio alone: a weight on the sum is as much
             # off the positive's logit. Along the anchor, as the cosine's Jacobian then takes
             # what this adds to the gradient away again.
             positives = positives - self.temperature * weight.log() * anchors.detach()
-        elif self.bank is not None:
-            features, pool_labels = self.bank.features, self.bank.labels
+        else:
+            features, pool_labels = pool or (self.bank.features, self.bank.labels)
         loss, _ = dc_loss_rows(
             anchors.to(dtype),
             positives.to(dtype),

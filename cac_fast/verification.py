@@ -72,7 +72,8 @@ def verify(
                 f"back end {name!r} fails on {device} ({type(error).__name__}: {first})"
             ) from error
     # Products of 16-bit features are exact, so that the loss is as good as in float32, and the
-    # gradient is rounded at the end (on GPUs the weights before); in plain PyTorch logits are too.
+    # gradient is rounded at the end (where 16-bit units multiply also the weights before); in plain
+    # PyTorch logits are too.
     if dtype.itemsize == 2 and name != "reference":
         rounding = (0, torch.finfo(dtype).eps)
     else:  # TF32 included, where PyTorch takes it as well

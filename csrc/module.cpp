@@ -1,11 +1,26 @@
 // The Python module cac_fast._C: facts of the build and of this CPU. Importing it registers the
 // operators.
 
+#include <ATen/Context.h>
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
 #define CAC_FAST_TEXT_OF(...) #__VA_ARGS__
 #define CAC_FAST_TEXT(...) CAC_FAST_TEXT_OF(__VA_ARGS__)
+
+namespace {
+
+// Whether PyTorch's product of bfloat16 matrices with float32 sums, which is MKL's, is made in
+// hardware (AVX-512 BF16, AMX). MKL picks its kernels for Intel's CPUs.
+bool bfloat16_units() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return at::hasMKL() && __builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 #if defined(__clang__)
@@ -18,9 +33,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("standard") = static_cast<int64_t>(__cplusplus);
   module.attr("flags") = CAC_FAST_TEXT(CAC_FAST_FLAGS);
   module.attr("torch") = TORCH_VERSION;
-#if defined(__x86_64__) && defined(__GNUC__)
-  module.attr("bfloat16_units") = __builtin_cpu_supports("avx512bf16") != 0;  // AMX's too have it
-#else
-  module.attr("bfloat16_units") = false;
-#endif
+  module.attr("bfloat16_units") = bfloat16_units();
+  // To be raised, here and in cac_fast/_extension.py, with every change of what the two exchange.
+  module.attr("interface") = 2;
 }

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cac_fast import reference
@@ -87,6 +90,43 @@ def exact(given: Given, temperature: float) -> tuple[Tensor, Tensor]:
     return reference.dc_loss_rows(*wide, temperature)
 
 
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm())
+
+
+def check_bounds(rows: Rows, given: Given, temperature: float, weights_rounded: bool) -> None:
+    """Loss and gradient within what rounding allows; where there is nothing to pull, exactly 0.
+
+    weights_rounded: to the features' dtype, for the product with the negatives.
+    """
+    found, expected = rows(*given, temperature), exact(given, temperature)
+    dtype = given[0].dtype
+    assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found[1].dtype == dtype
+    anchor_labels, negative_labels, active = given[3:]
+    admitted = (negative_labels >= 0) & (negative_labels != anchor_labels.unsqueeze(1))
+    nothing = ~(active & admitted.any(1))
+    for mine in found:
+        assert mine.isfinite().all()
+        assert not mine[nothing].any()
+    relative = max(1e-6, 1e-7 / temperature)
+    if dtype == torch.float64:
+        relative *= 1e-7  # the reference's own rounding
+    assert (found[0] - expected[0]).abs().max() <= relative * expected[0].abs().max() + 1e-6
+    assert distance(found[0], expected[0]) <= relative * expected[0].norm() + 1e-6
+    # A gradient of float16 or bfloat16 is rounded to it once, at the end.
+    rounding = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
+    # Below it numbers are lost: rows far on the right side have such gradients.
+    smallest = torch.finfo(dtype).tiny * (torch.finfo(dtype).eps if dtype == torch.float16 else 1)
+    allowed = (relative + rounding) * expected[1].norm() + smallest * found[1].numel() ** 0.5
+    if weights_rounded:
+        # So the mean of the unit negatives is, which sigmoid(x) / tau scales (x = log of the sum
+        # over the negatives, less the positive's logit).
+        pull = -torch.expm1(-expected[0]) / temperature
+        allowed += rounding * pull.norm()
+    assert distance(found[1], expected[1]) <= allowed
+
+
 def error(mine: Tensor, theirs: Tensor) -> float:
     return float((mine.double() - theirs).norm() / theirs.norm())
 
@@ -120,11 +160,13 @@ def compare(rows: Rows, given: Given, temperature: float) -> tuple[Tensor, Tenso
 class RowsContract:
     """Subclasses live beside a fixture `rows`, the back end, and say how large a case may be.
 
+    drawn: how many random cases, and their largest A and M.
     layout_sizes: (A, M, D) at which every layout of labels is tried, at all layout_temperatures.
     temperature_size: (A, M, D) at which every temperature is.
     """
 
     device = "cpu"
+    drawn: tuple[int, int, int]
     layout_sizes: list[tuple[int, int, int]]
     layout_temperatures = (0.1, 0.01)
     temperature_size: tuple[int, int, int]
@@ -143,6 +185,26 @@ class RowsContract:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_any_temperature(self, rows: Rows, dtype: torch.dtype, temperature: float) -> None:
         compare(rows, self.operands("few", dtype, *self.temperature_size), temperature)
+
+    def test_any_drawn_case(self, rows: Rows) -> None:
+        count, most_a, most_m = self.drawn
+
+        @settings(max_examples=count, deadline=None)
+        @hypothesis.given(
+            labels=st.sampled_from(LAYOUTS),
+            dtype=st.sampled_from(DTYPES),
+            a=st.integers(1, most_a),
+            m=st.integers(2, most_m),
+            d=st.integers(1, 256),
+            temperature=st.floats(0.01, 1),
+        )
+        def check(
+            labels: str, dtype: torch.dtype, a: int, m: int, d: int, temperature: float
+        ) -> None:
+            given = self.operands(labels, dtype, a, m, d)
+            check_bounds(rows, given, temperature, weights_rounded=dtype.itemsize == 2)
+
+        check()
 
     def test_one_channel(self, rows: Rows) -> None:
         compare(rows, self.operands("voc", torch.float32, 40, 70, 1), 0.1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows_contract import check_bounds, distance, exact
 from torch import Tensor
 
 from cac_fast import _extension, build_info, directional_contrastive_loss, reference
@@ -71,42 +72,9 @@ def operands(
     return (*features, *labels_of(layout, a, m, rng), torch.rand(a, generator=rng) < 0.8)
 
 
-def in_float64(given: Operands, temperature: float) -> tuple[Tensor, Tensor]:
-    return reference.dc_loss_rows(*(x.double() for x in given[:3]), *given[3:], temperature)
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm())
-
-
 def check(given: Operands, temperature: float) -> None:
-    """Hold the result against float64, and where there is nothing to pull, against 0."""
-    found, expected = dc_loss_rows(*given, temperature), in_float64(given, temperature)
-    dtype = given[0].dtype
-    assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert found[1].dtype == dtype
-    anchor_labels, negative_labels, active = given[3:]
-    admitted = (negative_labels >= 0) & (negative_labels != anchor_labels.unsqueeze(1))
-    nothing = ~(active & admitted.any(1))
-    for mine in found:
-        assert mine.isfinite().all()
-        assert not mine[nothing].any()
-    relative = max(1e-6, 1e-7 / temperature)
-    if dtype == torch.float64:
-        relative *= 1e-7  # the reference's own rounding
-    # A gradient of float16 or bfloat16 is rounded to it once, at the end.
-    rounding = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
-    assert (found[0] - expected[0]).abs().max() <= relative * expected[0].abs().max() + 1e-6
-    assert distance(found[0], expected[0]) <= relative * expected[0].norm() + 1e-6
-    # Below it numbers are lost: rows far on the right side have such gradients.
-    smallest = torch.finfo(dtype).tiny * (torch.finfo(dtype).eps if dtype == torch.float16 else 1)
-    allowed = (relative + rounding) * expected[1].norm() + smallest * found[1].numel() ** 0.5
-    if dtype == torch.bfloat16 and _extension.bfloat16_units():
-        # Each weight is rounded too, so the mean of the unit negatives, which sigmoid(x) / tau
-        # scales (x = log of the sum over the negatives, less the positive's logit).
-        pull = -torch.expm1(-expected[0]) / temperature
-        allowed += rounding * pull.norm()
-    assert distance(found[1], expected[1]) <= allowed
+    units = given[0].dtype == torch.bfloat16 and _extension.bfloat16_units()
+    check_bounds(dc_loss_rows, given, temperature, weights_rounded=units)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 0.02, 0.015, 0.0014, 0.0005])
@@ -126,15 +94,18 @@ def test_equals_float64_in_any_dimension(dtype: torch.dtype, d: int, temperature
 @given(
     a=st.integers(1, 700),
     m=st.integers(1, 5000),
-    d=st.integers(8, 64),
+    d=st.integers(1, 256),
     layout=st.sampled_from(LAYOUTS),
     temperature=st.floats(0.0005, 10),
     dtype=st.sampled_from(DTYPES),
+    units=st.booleans(),
 )
 def test_equals_float64_in_any_size(
-    a: int, m: int, d: int, layout: str, temperature: float, dtype: torch.dtype
+    a: int, m: int, d: int, layout: str, temperature: float, dtype: torch.dtype, units: bool
 ) -> None:
-    check(operands(layout, dtype, a, m, d, seed=a), temperature)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_extension, "bfloat16_units", lambda: units)
+        check(operands(layout, dtype, a, m, d, seed=a), temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
@@ -143,11 +114,11 @@ def test_error_of_short_dtypes_is_at_most_that_of_plain_pytorch(
     dtype: torch.dtype, temperature: float
 ) -> None:
     given = operands("voc", dtype, d=128)
-    expected = in_float64(given, temperature)
+    expected = exact(given, temperature)
     plain = reference.dc_loss_rows(*given, temperature)
     found = dc_loss_rows(*given, temperature)
-    for mine, theirs, exact in zip(found, plain, expected, strict=True):
-        assert distance(mine, exact) <= 1.5 * distance(theirs, exact)
+    for mine, theirs, truth in zip(found, plain, expected, strict=True):
+        assert distance(mine, truth) <= 1.5 * distance(theirs, truth)
     cosine = torch.cosine_similarity(found[1].double().flatten(), expected[1].flatten(), dim=0)
     assert cosine > 0.9999
 
@@ -177,8 +148,9 @@ def test_strides_do_not_matter(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.001])
-def test_zero_rows_and_duplicates(temperature: float) -> None:
-    a, p, n, *labels = operands("voc", torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, UNITS], indirect=True)
+def test_zero_rows_and_duplicates(dtype: torch.dtype, temperature: float) -> None:
+    a, p, n, *labels = operands("voc", dtype)
     a[::3] = 0
     p[::4] = 0
     n[::5] = 0
@@ -191,7 +163,7 @@ def test_zero_rows_and_duplicates(temperature: float) -> None:
 def test_empty(a: int, m: int, d: int, dtype: torch.dtype) -> None:
     given = operands("few", dtype, a, m, d)
     found = dc_loss_rows(*given, 0.1)
-    for mine, theirs in zip(found, in_float64(given, 0.1), strict=True):
+    for mine, theirs in zip(found, exact(given, 0.1), strict=True):
         torch.testing.assert_close(mine, theirs.to(mine.dtype))
 
 

@@ -77,6 +77,7 @@ def rows() -> Rows:
 
 
 class TestEmulated(RowsContract):
+    drawn = 15, 100, 200
     layout_sizes: ClassVar = [(400, 300, 64)]
     layout_temperatures = (0.1,)
     temperature_size = (60, 150, 48)

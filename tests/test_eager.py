@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from rows_contract import operands
+from rows_contract import Rows, RowsContract, operands
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +16,17 @@ from cac_fast import (
     ops,
     reference,
 )
+
+
+@pytest.fixture
+def rows() -> Rows:
+    return partial(ops.dc_loss_rows, backend="eager")
+
+
+class TestEager(RowsContract):
+    drawn = 100, 600, 1500
+    layout_sizes: ClassVar = [(300, 1000, 16)]
+    temperature_size = (300, 1000, 16)
 
 
 @pytest.mark.parametrize("tile", [(16, 32), (512, 1024)], ids=["small tile", "large tile"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,14 @@ def test_make_setup_builds_it() -> None:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("there is no C++ compiler")
     assert _extension.why_not() is None
+
+
+def test_build_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a pull in an editable install: said, not an error in the middle of a loss."""
+    monkeypatch.setitem(sys.modules, "cac_fast._C", SimpleNamespace())
+    assert "install again" in _extension._load("_C")
+    monkeypatch.setitem(sys.modules, "cac_fast._C", SimpleNamespace(interface=2))
+    assert _extension._load("_C") is None
 
 
 def python(program: str, folder: Path) -> str:

@@ -94,6 +94,16 @@ def test_module_with_a_bank_equals_the_paper(negative_sampling: bool) -> None:
 # ---- what the module reports ---------------------------------------------------------------------
 
 
+def test_only_the_last_start_can_be_finished() -> None:
+    features, logits, overlap = make_batch()
+    criterion = DirectionalContrastiveLoss(bank=FeatureBank(1, features[0].shape[1]))
+    first = criterion.start(*features, *logits, overlap)
+    second = criterion.start(*features, *logits, overlap)
+    with pytest.raises(RuntimeError, match="before the next start"):
+        first()
+    second()
+
+
 def test_counts_and_cosine() -> None:
     features, logits, overlap = make_batch()
     paper = PaperLoss(features, logits, overlap)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cac_fast.verification
-from cac_fast import VerificationError, backends, tiles, verify
+from cac_fast import VerificationError, _extension, backends, tiles, verify
 from cac_fast.dispatch import BACKENDS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -27,6 +27,14 @@ def test_right_back_ends(backend: str, dtype: torch.dtype, temperature: float) -
     assert found.gradient_error <= 1.5 * found.plain_gradient_error + 1e-6 / temperature
     with torch.autocast("cpu"):
         assert verify("cpu", dtype, backend, dim=48, temperature=temperature) == found
+
+
+def test_bfloat16_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing := backends()["cpp"]:
+        pytest.skip(missing)
+    monkeypatch.setattr(_extension, "bfloat16_units", lambda: True)
+    for temperature in (1e-3, 0.1, 1.0):
+        verify(dtype=torch.bfloat16, backend="cpp", temperature=temperature)
 
 
 def test_lowest_temperature() -> None:

@@ -72,6 +72,7 @@ def rows() -> Rows:
 
 
 class TestInterpreted(RowsContract):
+    drawn = 15, 60, 120
     layout_sizes: ClassVar = [(90, 200, 16)]
     temperature_size = (60, 90, 16)
 
