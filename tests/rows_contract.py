@@ -195,7 +195,7 @@ class RowsContract:
             dtype=st.sampled_from(DTYPES),
             a=st.integers(1, most_a),
             m=st.integers(2, most_m),
-            d=st.integers(1, 256),
+            d=st.integers(16, 256),
             temperature=st.floats(0.01, 1),
         )
         def check(
