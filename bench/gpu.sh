@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The whole round on a machine with a GPU: its tests, the benches, a training of both methods.
 #
-#   [PARTS="test bench train"] bench/gpu.sh [DATA_FOLDER WEIGHTS [SECONDS]]
+#   [PARTS="loss step train"] bench/gpu.sh [DATA_FOLDER WEIGHTS [SECONDS]]
 #
-# It takes three calls of 10 minutes, one for each of PARTS; by default all are done. Every step has
-# a limit. With DATA_FOLDER (read with --dataset folder) and WEIGHTS (mobilenet_v2's) follow a profile
-# of the goal row's step fed from the cache, for its share of "data wait", and the training; that
-# stops after SECONDS (default 210) and goes on where it stopped when the script is run again.
-# Results are written as they come, to RESULTS (default bench/results). One part that fails does not
-# keep the others from running, but makes the exit code 1.
+# Each of PARTS is a call of its own of less than 10 minutes; by default all are done. `loss`: tests
+# and bench of the loss, in less than 8; `step`: tests of the trainer, benches of step and loader.
+# Every command has a limit. With DATA_FOLDER (read with --dataset folder) and WEIGHTS (mobilenet_v2's)
+# `train` makes a profile of the goal row's step fed from the cache, for its share of "data wait", and
+# trains; that stops after SECONDS (default 210) and goes on where it stopped when the script is run
+# again. Results are written as they come, to RESULTS (default bench/results). One command that fails
+# does not keep the others from running, but makes the exit code 1.
 #
 # The CUDA back end must be built, or the round ends at once; CAC_FAST_CUDA=0 does without it.
 set -uo pipefail
@@ -19,7 +20,7 @@ export CAC_FAST_CUDA=${CAC_FAST_CUDA-1}
 # What cuBLAS needs to be deterministic, which the tests ask for.
 export CUBLAS_WORKSPACE_CONFIG=:4096:8
 
-wants() { [[ " ${PARTS:-test bench train} " == *" $1 "* ]]; }
+wants() { [[ " ${PARTS:-loss step train} " == *" $1 "* ]]; }
 
 # Built anew where a source is newer than what was built.
 built=$(compgen -G 'cac_fast/_C.*.so' | head -n 1)
@@ -34,15 +35,15 @@ name=$("$python" -c 'import torch; print("-".join(torch.cuda.get_device_name().l
 results="${RESULTS:-bench/results}/$name"
 mkdir -p "$(dirname "$results")"
 
-if wants test; then
-    # Without the project's pytest options, as pytest-timeout may not be there.
-    pytest=("$python" -m pytest -q --tb=short -o addopts=)
+# Without the project's pytest options, as pytest-timeout may not be there.
+pytest=("$python" -m pytest -q --tb=short -o addopts=)
+
+if wants loss; then
     # The CUDA back end by itself: a kernel that goes wrong takes all of its process along.
     timeout 80 "${pytest[@]}" -k cuda tests/test_gpu_loss.py |
-        tee "$results-tests.txt" || status=1
-    timeout 160 "${pytest[@]}" -k "(gpu or cuda) and not (gpu_loss and cuda)" \
-        tests/test_gpu_loss.py tests/test_ops.py tests/test_gpu.py tests/test_bench_train_step.py |
-        tee -a "$results-tests.txt" || status=1
+        tee "$results-tests-loss.txt" || status=1
+    timeout 120 "${pytest[@]}" -k "(gpu or cuda) and not (gpu_loss and cuda)" \
+        tests/test_gpu_loss.py tests/test_ops.py | tee -a "$results-tests-loss.txt" || status=1
     sanitizer=$(command -v compute-sanitizer /usr/local/cuda/bin/compute-sanitizer | head -n 1)
     for tool in memcheck racecheck; do
         [ -n "$sanitizer" ] && [ "$CAC_FAST_CUDA" != 0 ] || break
@@ -50,12 +51,14 @@ if wants test; then
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 "$sanitizer" --tool "$tool" \
             --kernel-name kns=dc_loss --report-api-errors no --error-exitcode 1 \
             "${pytest[@]}" -k "cuda and (divide_nothing or nothing_active)" tests/test_gpu_loss.py |
-            tee -a "$results-tests.txt" || status=1
+            tee -a "$results-tests-loss.txt" || status=1
     done
-fi
-if wants bench; then
     timeout 150 "$python" bench/dc_loss.py --minutes 2 --json "$results-dc_loss.json" --plot "$results-dc_loss.png" ||
         status=1
+fi
+if wants step; then
+    timeout 120 "${pytest[@]}" -k gpu tests/test_gpu.py tests/test_bench_train_step.py |
+        tee "$results-tests-step.txt" || status=1
     timeout 180 "$python" bench/train_step.py --baseline --sweep-negatives 500,25.6k,1M --minutes 1 \
         --json "$results-train_step.json" || status=1
     timeout 240 "$python" bench/loader.py --json "$results-loader.json" || status=1
