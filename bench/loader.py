@@ -150,7 +150,7 @@ def problem(data: SegmentationData, cache: Path, crop: int) -> str | None:
                     continue
                 mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
                 levels = (255 * (theirs * std + mean) - ours[name]).abs()
-                # Pillow rounds after each of its two passes, and its boxes are float32.
+                # Each library rounds after both of its passes, by weights of other precision.
                 if levels.max() > 2.01 or levels.mean() > 0.1:
                     return f"{kind}: {name} differs by {levels.max():.3g} levels of 255"
     return None

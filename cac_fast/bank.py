@@ -195,19 +195,16 @@ class FeatureBank:
         world = self._world_size()
         if world == 1:
             return lambda: (features, labels)
-        split = features.shape[1] * features.element_size()
-        packed = torch.cat(
-            (features.contiguous().view(torch.uint8), labels.unsqueeze(1).view(torch.uint8)), dim=1
-        )
+        # The labels first, and all rows of a multiple of their 8 bytes: so both can be viewed.
+        parts = labels.unsqueeze(1).view(torch.uint8), features.contiguous().view(torch.uint8)
+        end = 8 + parts[1].shape[1]
+        packed = torch.nn.functional.pad(torch.cat(parts, dim=1), (0, -end % 8))
         gathered = packed.new_empty(world * packed.shape[0], packed.shape[1])
         work = all_gather(gathered, packed, self.group, async_op=True)
 
         def arrived() -> tuple[Tensor, Tensor]:
             work.wait()
-            return (
-                gathered[:, :split].contiguous().view(features.dtype),
-                gathered[:, split:].contiguous().view(torch.int64).squeeze(1),
-            )
+            return gathered[:, 8:end].view(features.dtype), gathered[:, :8].view(torch.int64)[:, 0]
 
         return arrived
 

@@ -106,8 +106,8 @@ class DirectionalContrastiveLoss(nn.Module):
         directions are always active; squared l2 distance of each active pair instead of the
         contrast; all negatives but those of the anchor's own image location.
     max_negatives: the loss meets a random subset of the bank, of so many rows, drawn from `seed`
-        and the number of pushes: its time stays the same as ranks and steps are added. With N of M
-        rows drawn, the sum over the negatives in Eq. 5 is M/N times that over the drawn ones, an
+        and the number of pushes: its products stay as many as ranks and steps are added. With N of
+        M rows drawn, the sum over the negatives in Eq. 5 is M/N times that over the drawn ones, an
         unbiased estimate of it; the loss, as its logarithm, is on average a little below that of
         all negatives, by less the larger N. None: all.
     negatives_per_view: so many random locations of each view are negatives (all if there are

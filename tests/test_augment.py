@@ -159,7 +159,8 @@ def test_resizing_a_part_is_resizing_all_and_cutting(height, width, new_height, 
     for pixels in (image, np.asarray(image)):
         part = resize_part(pixels, size, box)
         assert part.dtype == torch.uint8
-        assert (part - cut).abs().max() <= 1
+        # Two roundings, of PyTorch's or of Pillow's weights, and half a level.
+        assert (part - cut).abs().max() <= 2
     # Nearest: the pixel under the center; the later one where that falls on their border.
     for axis, (first, last, old, new) in enumerate(
         ((top, bottom, height, new_height), (left, right, width, new_width))

@@ -39,7 +39,7 @@ from cac_fast.train.progress import show_progress
 from cac_fast.train.run_folder import RunFolder
 from cac_fast.train.samples import SampleSheet
 
-# What PyTorch calls DDP's copying of rank 0's buffers before every step: the older name last.
+# DDP's copying of rank 0's buffers before every step, as PyTorch calls it: the older name last.
 _SYNC_BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -216,7 +216,9 @@ class Trainer:
         self.method.set_unlabeled(used)
         self.model: nn.Module = self.method
         if self.world.size > 1:
-            # Statistics of batch norm are equal with SyncBN and each rank's own without.
+            # Statistics of batch norm are equal with SyncBN and each rank's own without. Newer DDP
+            # hands rank 0's to all at this point, whatever it is told.
+            self.world.broadcast_buffers(self.method)
             self.model = DistributedDataParallel(
                 self.method, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False}
             )

@@ -192,7 +192,7 @@ def train_line(
     pairs = [item["means"].get("pairs", 0.0) for item in readings]
     if "positive_cosine" in means:  # a mean over pairs, of which ranks have more or fewer
         cosines = [item["means"]["positive_cosine"] for item in readings]
-        means["positive_cosine"] = sum(map(mul, cosines, pairs)) / max(sum(pairs), 1)
+        means["positive_cosine"] = sum(map(mul, cosines, pairs)) / (sum(pairs) or 1)
     images = batch_size * (2 if "loss_dc" in means else 1)
     line: dict[str, float | None] = {
         "loss": means["loss"],

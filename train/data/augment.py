@@ -26,8 +26,10 @@ Pixels = Image.Image | np.ndarray
 PADDING_COLOR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
 SHIFTS_PER_PIXEL = 512
-"""A part is resized as if it began up to 1/512 of a source pixel earlier than it does: half a level
-of 255, where black meets white."""
+"""PyTorch resizes a part as if it began up to 1/512 of a source pixel beside where it does: at most
+half a level of 255, where black meets white."""
+WORTH = 2.5
+"""So many times the wanted places PyTorch may resize: as many times as it is faster than Pillow."""
 
 
 class LabeledTransform:
@@ -163,22 +165,47 @@ def resize_part(image: Pixels, size: tuple[int, int], box: tuple[int, int, int, 
     """The part `box` (top, left, bottom, right) of `image` resized to `size` (height, width).
 
     Returns uint8 (3, h, w). By PyTorch, whose resize with antialiasing takes a third of Pillow's
-    time for the same values. It cannot begin within a source pixel, as the box does: so it begins a
-    few rows and columns before the box, where nearly none of a pixel is cut. Of an array only what
-    counts is read. The operator is the one behind `interpolate(antialias=True)`, which would not
-    take both a size and a scale.
+    time for the same values, but cannot begin within a source pixel, as a box does: it begins at
+    rows and columns before the box that nearly begin a pixel. Where these are too far away Pillow
+    resizes, which takes fractions. Of an array only what counts is read.
     """
     sizes = zip(image_size(image), size, zip(box[:2], box[2:], strict=True), strict=True)
     y, x = (_source(old, new, first, last) for old, new, (first, last) in sizes)
-    if isinstance(image, np.ndarray):
-        pixels = image[y.low : y.high, x.low : x.high]
-    else:
-        pixels = image.crop((x.low, y.low, x.high, y.high))
-    planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).unsqueeze(0)
-    places = [y.places, x.places]
-    resized = torch.ops.aten._upsample_bilinear2d_aa(planes, places, False, y.scale, x.scale)
     height, width = box[2] - box[0], box[3] - box[1]
+    if y.places * x.places > WORTH * height * width:
+        return _resize_within(image, size, box)
+    planes = _pixels(image, y.low, x.low, y.high, x.high)
+    # Behind `interpolate(antialias=True)`, which does not take both a size and a scale.
+    resize = torch.ops.aten._upsample_bilinear2d_aa
+    resized = resize(planes.unsqueeze(0), [y.places, x.places], False, y.scale, x.scale)
     return resized[0, :, y.skip : y.skip + height, x.skip : x.skip + width]
+
+
+def _resize_within(image: Pixels, size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
+    """`resize_part` by Pillow, whose box may begin anywhere in a source pixel."""
+    bounds, source = [], []
+    for old, new, first, last in zip(image_size(image), size, box[:2], box[2:], strict=True):
+        ratio = old / new
+        begin, end = first * ratio, min(last * ratio, old)
+        reach = math.ceil(max(ratio, 1)) + 1  # of the bilinear filter, to either side
+        low, high = max(int(begin) - reach, 0), min(int(end) + 1 + reach, old)
+        bounds.append((low, high))
+        source.append((begin - low, end - low))
+    (top, bottom), (left, right) = bounds
+    (y0, y1), (x0, x1) = source
+    part = Image.fromarray(_pixels(image, top, left, bottom, right).permute(1, 2, 0).numpy())
+    new_size = box[3] - box[1], box[2] - box[0]
+    resized = part.resize(new_size, Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def _pixels(image: Pixels, top: int, left: int, bottom: int, right: int) -> Tensor:
+    """A copy of a part, uint8 (3, h, w)."""
+    if isinstance(image, np.ndarray):
+        part = image[top:bottom, left:right]
+    else:
+        part = image.crop((left, top, right, bottom))
+    return torch.from_numpy(np.array(part)).permute(2, 0, 1)
 
 
 def resize_labels(
@@ -213,9 +240,10 @@ def _source(old: int, new: int, first: int, last: int) -> _Source:
     # Where the pixels begin, but for the image's own edge, the filter lacks some.
     latest = max(first - math.ceil(reach / ratio), 0)
     starts = np.arange(latest, -1, -1)
-    lows, cut = np.divmod(starts * old, new)  # cut of a source pixel, in parts of 1 / new
+    lows = (2 * starts * old + new) // (2 * new)  # the border of a pixel next to where a start is
+    shift = np.abs(starts * old - lows * new)  # of a source pixel, in parts of 1 / new
     # To PyTorch as many places as pixels mean no resize at all: it must not come to that.
-    good = (SHIFTS_PER_PIXEL * cut <= new) & ((old - lows != new - starts) | (old == new))
+    good = (SHIFTS_PER_PIXEL * shift <= new) & ((old - lows != new - starts) | (old == new))
     chosen = np.argmax(good)  # 0, the last one, always is
     start, low = int(starts[chosen]), int(lows[chosen])
     high, places = min(math.ceil(last * ratio + reach) + 1, old), last - start

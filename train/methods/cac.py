@@ -115,7 +115,7 @@ class CAC(Supervised):
             sums, *views = zip(*self.sliced(self.joint_slice, *images, keep_last=True), strict=True)
         with phase("loss"):
             finish = self.contrast(*map(_join, views), unlabeled)
-        return self.normalized(list(sums), labeled["label"]), finish
+            return self.normalized(list(sums), labeled["label"]), finish
 
     def joint_slice(
         self, images: Tensor, labels: Tensor, images1: Tensor, images2: Tensor

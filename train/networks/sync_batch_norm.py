@@ -33,7 +33,8 @@ class SyncBatchNorm2d(_BatchNorm):
     """`nn.BatchNorm2d` over the batches (B, C, H, W) of all ranks, which have one shape.
 
     Args:
-        norm: gives its settings, parameters and buffers; affine, with running statistics.
+        norm: gives its settings, parameters and buffers; affine, with running statistics that move
+            by a momentum.
         group: the ranks; None for all.
     """
 
@@ -104,7 +105,7 @@ class _OnCpu:
     def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Mean and inverse of the rank's batch."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
         return mean, torch.rsqrt(variance + eps)
 
     @staticmethod
@@ -140,10 +141,11 @@ class _OnCpu:
         gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, *wanted: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sums (C,) of dy and of dy (x - mean), and the gradients of weight and bias."""
-        sum_dy = gradient.sum((0, 2, 3), dtype=mean.dtype)
-        products = gradient * (x - mean.view(1, -1, 1, 1))
-        sum_dy_xmu = products.sum((0, 2, 3))
-        return sum_dy, sum_dy_xmu, (sum_dy_xmu * inverse).to(weight.dtype), sum_dy.to(weight.dtype)
+        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, None, None, mean, inverse, True, 0.0, [False, True, True]
+        )
+        wide = of_weight.to(mean.dtype) / inverse
+        return of_bias.to(mean.dtype), wide, of_weight, of_bias
 
     @staticmethod
     def batch_norm_backward_elemt(
@@ -160,7 +162,7 @@ class _OnCpu:
         mean_dy, slope = sum_dy / counts.sum(), inverse**2 * sum_dy_xmu / counts.sum()
         scale = inverse * weight
         mean, mean_dy, slope, scale = (v.view(1, -1, 1, 1) for v in (mean, mean_dy, slope, scale))
-        return ((gradient - mean_dy - (x - mean) * slope) * scale).to(x.dtype)
+        return torch.addcmul(gradient - mean_dy, x - mean, slope, value=-1).mul_(scale).to(x.dtype)
 
 
 def _operators(x: Tensor) -> Any:
