@@ -99,7 +99,7 @@ def test_two_processes_compile(folder_data, tmp_path):
     options = "--iterations 3 --batch-size 4 --compile --no-sync-bn --backbone resnet18".split()
     finished = torchrun(folder_data, tmp_path / "run", *options, script=script)
     assert finished.returncode == 0, finished.stderr
-    assert "Warning" not in finished.stderr
+    assert "FutureWarning" not in finished.stderr  # of names that PyTorch gives up
     assert min(losses(read_metrics(tmp_path / "run" / "metrics.jsonl"), "pairs")[2:]) > 0
 
 
