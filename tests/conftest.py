@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny_scenes import write_scenes
 
 pytest_plugins = ["rows_contract"]
+
+# The same cases in every run, so that a failure is a change's doing;
+# `pytest --hypothesis-profile new` draws others. No deadline: runners are busy.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("new", deadline=None)
+settings.load_profile("same")
 
 # Sums over threads differ with their number: tests that compare bits need it fixed.
 torch.set_num_threads(1)

@@ -7,13 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from PIL import Image
-
-# No limit on one example's time: machines are slow at times.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
 
 SEEDS = st.integers(0, 2**32 - 1)
 CROPS = st.integers(1, 9).map(lambda cells: 8 * cells)

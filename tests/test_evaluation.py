@@ -89,7 +89,7 @@ def assert_same(result: dict, expected: dict) -> None:
     assert result["iou"] == expected["iou"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 6), st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=40))
 def test_confusion_matrix_counts_what_a_loop_counts(
     classes: int, pixels: list[tuple[int, int]]
