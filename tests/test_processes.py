@@ -96,7 +96,7 @@ def test_two_processes_compile(folder_data, tmp_path):
         "from cac_fast.train import main\n"
         "sys.exit(main.main())\n"
     )
-    options = "--iterations 3 --batch-size 4 --compile --no-sync-bn --backbone resnet18".split()
+    options = "--iterations 3 --batch-size 4 --compile --backbone resnet18".split()
     finished = torchrun(folder_data, tmp_path / "run", *options, script=script)
     assert finished.returncode == 0, finished.stderr
     assert "FutureWarning" not in finished.stderr  # of names that PyTorch gives up

@@ -15,6 +15,7 @@ from cac_fast.train.networks import synchronize_batch_norm
 from cac_fast.train.networks.recompute import recompute
 
 CHANNELS = 5
+KINDS = ["contiguous", "channels last", "compiled in one graph"]
 
 
 def network() -> nn.Module:
@@ -48,14 +49,18 @@ def as_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)  # a forked process must not use the threads of its parent
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
-    for memory in (torch.contiguous_format, torch.channels_last):
+    for kind in KINDS:
         model = network()
         synchronize_batch_norm(model, dist.new_group())
-        half = batch()[2 * rank :][:2].contiguous(memory_format=memory)
-        results = step(model, half)
+        half = batch()[2 * rank :][:2]
+        if kind == "channels last":
+            half = half.contiguous(memory_format=torch.channels_last)
+        whole = kind == "compiled in one graph"
+        call = torch.compile(model, fullgraph=True, backend="aot_eager") if whole else model
+        results = step(call, half)
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
-        found[str(memory)] = results[:2], results[2:], model.state_dict()
+        found[kind] = results[:2], results[2:], model.state_dict()
     model = network().float()
     synchronize_batch_norm(model, None)
     with torch.autocast("cpu", torch.bfloat16):
@@ -80,11 +85,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_two_halves_equal_the_whole(ranks: list[dict], memory: torch.memory_format) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_halves_equal_the_whole(ranks: list[dict], kind: str) -> None:
     model = network()
     y, x_gradient, *gradients = step(model, batch())
-    halves = [rank[str(memory)] for rank in ranks]
+    halves = [rank[kind] for rank in ranks]
     for whole, parts in ((y, [h[0][0] for h in halves]), (x_gradient, [h[0][1] for h in halves])):
         torch.testing.assert_close(torch.cat(parts), whole)
     for _, found, state in halves:

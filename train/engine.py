@@ -93,11 +93,6 @@ class Trainer:
                 "batch statistics need two images per process and slice: use a larger "
                 "--batch-size, a smaller --accumulate or --freeze-bn"
             )
-        if config.compile and self._syncs_bn() and not config.freeze_bn:
-            raise InputError(
-                "--compile cannot pass a batch norm over several processes: add --no-sync-bn "
-                "or --freeze-bn"
-            )
         _set_determinism(config, world)
         self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
