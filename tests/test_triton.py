@@ -24,18 +24,17 @@ def run(*command: str, interpret: bool) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    [["triton_interpreted.py"], ["test_engine.py", "-k", "golden_losses and triton"]],
+    ids=["kernels", "golden losses of the trainer"],
+)
+def test_under_the_interpreter(chosen: list[str]) -> None:
     """A process of its own, as Triton must be imported with the interpreter switched on."""
-    options = ("-q", "-p", "no:cacheprovider")
-    done = run("-m", "pytest", *options, "triton_interpreted.py", interpret=True)
+    options = "-q -p no:cacheprovider -p triton_interpreter".split()
+    done = run("-m", "pytest", *options, *chosen, interpret=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
-
-
-def test_trainer_has_its_golden_losses_under_the_interpreter() -> None:
-    chosen = ("test_engine.py", "-k", "golden_losses and triton")
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, interpret=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_package_imports_without_importing_triton() -> None:

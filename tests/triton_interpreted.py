@@ -1,22 +1,12 @@
-"""The Triton kernels on the CPU, under Triton's interpreter; test_triton.py runs this file.
-
-The interpreter must be asked for before Triton is first imported, and then holds for the process.
-"""
+"""The Triton kernels on the CPU, under Triton's interpreter; test_triton.py runs this file."""
 
 from __future__ import annotations
 
-import os
+from typing import ClassVar
 
-os.environ["TRITON_INTERPRET"] = "1"
-
-from typing import Any, ClassVar
-
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from rows_contract import Rows, RowsContract, compare, operands
-from triton.runtime import interpreter
 
 from cac_fast import kernels, ops, verify
 from cac_fast.kernels import configs
@@ -27,43 +17,8 @@ SMALL = configs.Config(tile=16, block=32, warps=4, stages=2, programs=1)
 
 @pytest.fixture(autouse=True)
 def setting(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles, and bfloat16 in the interpreter."""
+    """Small tiles."""
     monkeypatch.setattr(configs, "find", lambda *_: SMALL)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
-
-
-PLAIN_CAST = interpreter.InterpreterBuilder.cast_impl
-PLAIN_DOT = interpreter.InterpreterBuilder.create_dot
-PLAIN_PATCH = interpreter._patch_lang_tensor
-
-
-def cast(builder: Any, source: Any, to: Any) -> Any:
-    """Round to bfloat16 as a GPU does; the interpreter cuts off."""
-    if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-        return PLAIN_CAST(builder, source, to)
-    rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-    bits = rounded.view(torch.int16).numpy().view(np.uint16)
-    return interpreter.TensorHandle(bits.reshape(source.data.shape), tl.bfloat16)
-
-
-def dot(builder: Any, a: Any, b: Any, *more: Any) -> Any:
-    """Multiply bfloat16 numbers; the interpreter would multiply their bits as integers."""
-    return PLAIN_DOT(builder, widen(a), widen(b), *more)
-
-
-def widen(operand: Any) -> Any:
-    if operand.dtype.scalar != tl.bfloat16:
-        return operand
-    bits = operand.data.astype(np.uint32) << 16
-    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-
-def patch(tensor: Any, scope: Any) -> None:
-    """Bounds of loops as integers; Triton 3.6 asks NumPy for what NumPy 2.4 refuses."""
-    PLAIN_PATCH(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 @pytest.fixture
