@@ -11,11 +11,14 @@ each run, with the commits that each was trained with.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,9 @@ from cac_fast.train.log import read_metrics
 
 METHODS = ("supervised", "cac")
 COLORS = {"supervised": "tab:gray", "cac": "tab:blue"}
+
+
+_running: set[subprocess.Popen] = set()
 
 
 class RunError(Exception):
@@ -52,11 +58,31 @@ def run(command: list[str], threads: int, label: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # signals come from `stopping` alone, once
     ) as process:
+        _running.add(process)
         for line in process.stdout:
             print(f"{label} | {line}", end="", flush=True)
+    _running.discard(process)
     if process.returncode:
         raise RunError(f"{label} ended with code {process.returncode}: {line.strip()}")
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Pass Ctrl-C and SIGTERM on to the programs that run: trainings save where they are."""
+
+    def stop(number: int, _: Any) -> None:
+        for process in list(_running):
+            process.send_signal(number)
+        sys.exit(128 + number)
+
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def note_commit(folder: Path, commit: str, restart: bool) -> list[str]:
@@ -239,7 +265,7 @@ def compare(options: argparse.Namespace) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     found: dict[tuple[str, str, int], dict] = {}
     failures = []
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with stopping(), ThreadPoolExecutor(options.jobs) as pool:
         futures = {pool.submit(one_run, *job, options): job for job in jobs}
         try:
             for future in as_completed(futures):

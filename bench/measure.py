@@ -7,6 +7,7 @@ import importlib.util
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -99,13 +100,11 @@ def _proc_bytes(file: str, name: str) -> int:
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Device, CPU, versions and commit that a number was measured with."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    describe = "git", "describe", "--always", "--dirty"
+    commit = ""
+    if shutil.which("git"):
+        found = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip()
     cpu = _cpu_name()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,

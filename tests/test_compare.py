@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +204,34 @@ def test_runs_keep_the_commits_they_were_trained_with(
     trainer.options.rest = ["--restart"]
     compare.compare(trainer.options)
     assert trainer.commits() == [["third"]] * 4
+
+
+def test_a_stop_waits_until_the_trainings_have_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(number, _):\n"
+        "    time.sleep(0.3)\n"
+        "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
+        "    sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "pathlib.Path(sys.argv[1], 'begun').touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    with (
+        pytest.raises(SystemExit) as stopped,
+        compare.stopping(),
+        ThreadPoolExecutor() as pool,
+    ):
+        pool.submit(compare.run, ["train.py", str(tmp_path)], 1, "one")
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "saved").exists()
 
 
 def test_scored_splits_must_hold_images(trainer: Trainer, source: Path) -> None:

@@ -23,7 +23,8 @@ def train(data, output, device: str, *more: str) -> list[float]:
     """Ten steps on one device; the losses."""
     options = (
         "--backbone mobilenet_v2 --batch-size 4 --crop-size 32 --iterations 10 --warmup 2 "
-        "--workers 0 --log-every 1 --learning-rate 0.01 --threshold 0.3 --no-dropout --freeze-bn"
+        "--workers 0 --log-every 1 --learning-rate 0.01 --threshold 0.3 --no-dropout --freeze-bn "
+        "--eval-every 10 --save-every 100"
     ).split()
     arguments = ["--dataset", "folder", "--data-dir", str(data), "--output", str(output)]
     settings = config.parse([*arguments, *options, "--device", device, *more])

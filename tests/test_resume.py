@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,28 @@ def test_sigterm_saves_and_the_rest_is_the_same(folder_data, tmp_path, monkeypat
     assert_same_bits(
         weights(tmp_path / "stopped" / "last.pt"), weights(tmp_path / "whole" / "last.pt")
     )
+
+
+def test_sigterm_to_the_whole_group_saves(folder_data, tmp_path):
+    """As `timeout` and torchrun send it: to the processes of the loaders too."""
+    options = "--workers 1 --iterations 100000 --eval-every 100000".split()
+    script = str(ROOT / "train" / "main.py")
+    process = subprocess.Popen(
+        [sys.executable, script, *arguments(folder_data, tmp_path / "run", *options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not losses(read_metrics(tmp_path / "run" / "metrics.jsonl")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    stopped = int(re.search(r"stopped at iteration (\d+)", output)[1])
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == stopped
 
 
 def test_restart_and_other_settings(folder_data, tmp_path):

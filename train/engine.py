@@ -262,7 +262,8 @@ class Trainer:
         if due_save or stopping or iteration % config.log_every == 0:
             self._read_meters()  # before saving: what is not finite must not be kept
         due_save = due_save or self.stopped_by is not None
-        if due_save and not _is_finite(self.method):
+        # Asked of all: without --sync-bn each rank has running statistics of its own.
+        if due_save and not all(self.world.all_gather_objects(_is_finite(self.method))):
             self._stop_not_finite(iteration)
         if due_save:
             self._save()  # before the evaluation, which may fail

@@ -249,6 +249,15 @@ class _UnlabeledItems(Dataset):
         return np.full(size, IGNORE, np.uint8)
 
 
+def leave_signals_to_trainer(worker: int) -> None:
+    """Put a loader's process in a group of its own (its `worker_init_fn`).
+
+    `timeout`, torchrun and schedulers send SIGTERM to the trainer's whole group; without its
+    loaders it could not go on to the end of the step, where it saves.
+    """
+    os.setpgid(0, 0)
+
+
 def _collate(items: list[dict[str, Any] | _Failure]) -> dict[str, Any] | _Failure:
     for item in items:
         if isinstance(item, _Failure):
@@ -268,6 +277,7 @@ def _loader(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_trainer,
         # Its own generator: starting workers would else advance the global one, and a run that
         # was resumed would differ from one that was not.
         generator=torch.Generator(),
