@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole round on a machine with a GPU: its tests, the benches, a training of both methods.
 #
-#   [PARTS="loss step train"] bench/gpu.sh [DATA_FOLDER WEIGHTS [SECONDS]]
+#   [PARTS="loss step train"] bench/gpu.sh [DATA_FOLDER WEIGHTS [LIMIT]]
 #
 # Each of PARTS is a call of its own that ends within 9.5 minutes; by default all are done. `loss`,
 # within 8: tests and bench of the loss; `step`: tests of the trainer, benches of step and loader.
 # Every command has a limit. With DATA_FOLDER (read with --dataset folder) and WEIGHTS (mobilenet_v2's)
 # `train` makes a profile of the goal row's step fed from the cache, for its share of "data wait", and
-# trains; that stops after SECONDS (default 350) and goes on where it stopped when the script is run
+# trains; that stops after LIMIT seconds (default 350) and goes on where it stopped when the script is run
 # again. Results are written as they come, to RESULTS (default bench/results). One command that fails
 # does not keep the others from running, but makes the exit code 1.
 #
@@ -22,6 +22,7 @@ export CUBLAS_WORKSPACE_CONFIG=:4096:8
 
 wants() { [[ " ${PARTS:-loss step train} " == *" $1 "* ]]; }
 # By SECONDS, the shell's clock; what comes before the first part, the build, counts as its own.
+SECONDS=0
 began=0
 part_ends=200
 # within LIMIT COMMAND...: for so many seconds, or those that its part has left.

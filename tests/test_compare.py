@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -206,32 +206,45 @@ def test_runs_keep_the_commits_they_were_trained_with(
     assert trainer.commits() == [["third"]] * 4
 
 
-def test_a_stop_waits_until_the_trainings_have_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_waits_until_the_trainings_have_saved(tmp_path: Path) -> None:
+    """Sent to the whole group, as `timeout` does; it comes to a training once, and none follows."""
     (tmp_path / "train.py").write_text(
         "import pathlib, signal, sys, time\n"
-        "def stop(number, _):\n"
-        "    time.sleep(0.3)\n"
-        "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
-        "    sys.exit(128 + number)\n"
-        "signal.signal(signal.SIGTERM, stop)\n"
-        "pathlib.Path(sys.argv[1], 'begun').touch()\n"
-        "time.sleep(60)\n"
+        "name, signals = sys.argv[1], []\n"
+        "signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))\n"
+        "pathlib.Path(f'{name}-begun').touch()\n"
+        "while not signals:\n"
+        "    time.sleep(0.05)\n"
+        "time.sleep(0.5)\n"
+        "pathlib.Path(f'{name}-saved').write_text(str(len(signals)))\n"
+        "sys.exit(128 + signals[0])\n"
     )
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    with (
-        pytest.raises(SystemExit) as stopped,
-        compare.stopping(),
-        ThreadPoolExecutor() as pool,
-    ):
-        pool.submit(compare.run, ["train.py", str(tmp_path)], 1, "one")
-        while not (tmp_path / "begun").exists():
+    (tmp_path / "compare_two.py").write_text(
+        "import sys\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(compare.__file__).parent)!r})\n"
+        "import compare\n"
+        "compare.ROOT = Path.cwd()\n"
+        "with compare.programs.stopped_by_signals(), ThreadPoolExecutor(1) as pool:\n"
+        "    for name in ('first', 'second'):\n"
+        "        last = pool.submit(compare.run, ['train.py', name], 1, name)\n"
+        "    last.result()\n"
+    )
+    command = [sys.executable, "compare_two.py"]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "first-begun").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert (tmp_path / "saved").exists()
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "first-saved").read_text() == "1"
+    assert not (tmp_path / "second-begun").exists()
 
 
 def test_scored_splits_must_hold_images(trainer: Trainer, source: Path) -> None:

@@ -87,6 +87,29 @@ def test_two_processes_when_one_has_no_active_pixel(folder_data, tmp_path):
     assert losses(read_metrics(tmp_path / "run" / "metrics.jsonl"), "active")[-1] > 0
 
 
+def test_not_finite_on_one_of_two_processes(folder_data, tmp_path):
+    """Statistics that each has of its own: none of them saves, and one line says so."""
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import os, sys\n"
+        "from cac_fast.train import engine, main\n"
+        "step = engine.Trainer._train_step\n"
+        "def broken(self, *batch):\n"
+        "    step(self, *batch)\n"
+        "    if os.environ['RANK'] == '1' and self.iteration == 2:\n"
+        "        buffers = dict(self.method.named_buffers())\n"
+        "        next(b for n, b in buffers.items() if 'running_mean' in n).fill_(float('nan'))\n"
+        "engine.Trainer._train_step = broken\n"
+        "sys.exit(main.main())\n"
+    )
+    options = "--iterations 3 --batch-size 4 --no-sync-bn --save-every 2 --warmup 3".split()
+    finished = torchrun(folder_data, tmp_path / "run", *options, script=script)
+    assert finished.returncode != 0
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "not finite" in lines[0], finished.stderr
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
 def test_two_processes_compile(folder_data, tmp_path):
     """The graphs are those of --compile; their code is not made, which takes long."""
     script = tmp_path / "compiled.py"

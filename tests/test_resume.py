@@ -86,15 +86,31 @@ def test_sigterm_to_the_whole_group_saves(folder_data, tmp_path):
         text=True,
         start_new_session=True,
     )
+    metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not losses(read_metrics(tmp_path / "run" / "metrics.jsonl")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    try:
+        while not losses(read_metrics(metrics)) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 128 + signal.SIGTERM, output
     stopped = int(re.search(r"stopped at iteration (\d+)", output)[1])
     assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == stopped
+
+
+def test_a_second_signal_ends_the_run_at_once(folder_data, tmp_path):
+    trainer = engine.Trainer(config.parse(arguments(folder_data, tmp_path / "run")), CPU)
+    with trainer._stop_signals():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the first one's double
+        assert trainer.signal == signal.SIGINT
+        trainer.signaled -= 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_restart_and_other_settings(folder_data, tmp_path):

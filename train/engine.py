@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class Trainer:
         self.evaluated = 0  # iteration of the last evaluation
         self.best: dict[str, float] | None = None
         self.signal: int | None = None  # received by this rank
+        self.signaled = 0.0  # when, by time.monotonic()
         self.stopped_by: int | None = None  # agreed on by all ranks
         self.precision = _precision(config, world)
         self.autocast_dtype = AUTOCAST[self.precision]
@@ -357,8 +359,12 @@ class Trainer:
 
         def stop(number: int, _: Any) -> None:
             # Ranks must stop after the same step: under torchrun the meters carry the wish.
-            self.signal = number
-            signal.signal(number, former[number])  # a second one ends the run at once
+            if self.signal is None:
+                self.signal, self.signaled = number, time.monotonic()
+            # A second one ends the run at once; not the first one's double, sent to the group.
+            elif time.monotonic() - self.signaled > 1:
+                signal.signal(number, former[number])
+                signal.raise_signal(number)
 
         former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cac_fast.train.data.images import IGNORE, check_size, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
-from cac_fast.train.data.loaders import leave_signals_to_trainer
+from cac_fast.train.data.workers import leave_signals_to_trainer, start
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.inference import Predictor, out_of_memory
@@ -216,7 +216,7 @@ def _read_ahead(
         # Its own, or each evaluation would draw a seed for the workers from the global one.
         generator=torch.Generator(),
     )
-    for item in loader:
+    for item in start(loader):
         if isinstance(item, InputError):
             raise item
         yield item

@@ -23,6 +23,7 @@ from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform, im
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IGNORE, check_size
 from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.data.workers import leave_signals_to_trainer, start
 from cac_fast.train.errors import InputError
 from cac_fast.train.progress import warn
 
@@ -129,7 +130,7 @@ def batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
     warned: set[str] = set()
     # The loop holds the only reference to the loader's iterator: left to the garbage collector
     # instead, as with persistent workers, each worker would take 5 seconds to stop.
-    for batch in loader:
+    for batch in start(loader):
         if isinstance(batch, _Failure):
             raise InputError(batch.message)
         for message in batch.pop("skipped_files", ()):
@@ -247,15 +248,6 @@ class _UnlabeledItems(Dataset):
             except InputError:
                 pass
         return np.full(size, IGNORE, np.uint8)
-
-
-def leave_signals_to_trainer(worker: int) -> None:
-    """Put a loader's process in a group of its own (its `worker_init_fn`).
-
-    `timeout`, torchrun and schedulers send SIGTERM to the trainer's whole group; without its
-    loaders it could not go on to the end of the step, where it saves.
-    """
-    os.setpgid(0, 0)
 
 
 def _collate(items: list[dict[str, Any] | _Failure]) -> dict[str, Any] | _Failure:
