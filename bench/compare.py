@@ -101,7 +101,10 @@ class Programs:
             sys.exit(128 + number)
 
         numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-        former = {number: signal.signal(number, stop) for number in numbers}
+        former = {number: signal.getsignal(number) for number in numbers}
+        for number, handler in former.items():
+            if handler != signal.SIG_IGN:  # as `nohup` asks
+                signal.signal(number, stop)
         try:
             yield
         finally:
