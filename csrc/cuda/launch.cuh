@@ -1,14 +1,17 @@
-// From a Shape to launches of its kernels, for the .cu files.
+// From a Shape to launches of its kernels, for the .cu files. Include device.cuh first.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
 #include <map>
 #include <mutex>
 #include <stdexcept>
 
 #include "combine.cuh"
 #include "launch.h"
+#include "partial.cuh"
+#include "shapes.cuh"
 
 namespace cac_fast::cuda {
 
