@@ -10,6 +10,7 @@ are distributed changes the shares, never the launch.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,7 @@ _LARGEST_LOGIT = {torch.float32: 64.0, torch.bfloat16: 64.0, torch.float16: 10.5
 _HEADROOM = {torch.float32: 0, torch.bfloat16: 0, torch.float16: 15}
 
 
+@cache
 def numbers(dtype: torch.dtype, temperature: float) -> Numbers:
     """For features of unit norm, of one of the dtypes that the GPU back ends take."""
     scale = math.log2(math.e) / temperature
@@ -130,7 +132,7 @@ def key_dtype(
 
 
 def label_keys(labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers of `dtype` that order labels (N,): first those of at least 0, then all others as one.
+    """Integers of `dtype` that order labels (N,): those of at least 0, then all others as one.
 
     The largest integer of `dtype` is left for anchors that are not active. A label of at least 0
     that does not fit counts as one below 0.

@@ -11,7 +11,7 @@ from cac_fast.kernels.plan_kernels import label_keys, plan_and_copy
 
 _KEYS = 1024  # of one program
 _CHUNK = 128  # anchors that one program searches for, and tiles that are planned at a time
-_COPIED = 8192  # elements of one program
+_COPIED = 4096  # elements of one program
 
 
 def prepare(
