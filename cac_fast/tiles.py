@@ -115,6 +115,7 @@ def numbers(dtype: torch.dtype, temperature: float) -> Numbers:
     )
 
 
+@cache
 def key_dtype(
     anchor_labels: torch.dtype, negative_labels: torch.dtype, classes: int | None = None
 ) -> torch.dtype:
@@ -158,7 +159,7 @@ def order_by_label(
     keys = label_keys(anchor_labels, dtype).masked_fill(~active, largest)
     keys, anchors = keys.sort(stable=True)
     negative_keys, negatives = label_keys(negative_labels, dtype).sort(stable=True)
-    admissible = (negative_labels.long() >= 0).sum(dtype=torch.int32)
+    admissible = (negative_keys < largest - 1).sum(dtype=torch.int32)
     excluded_from, excluded_to = (
         torch.searchsorted(negative_keys, keys, right=right, out_int32=True).minimum(admissible)
         for right in (False, True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
-import triton
 from torch import Tensor
 
 from cac_fast import tiles
@@ -12,6 +14,43 @@ from cac_fast.kernels.plan_kernels import label_keys, plan_and_copy
 _KEYS = 1024  # of one program
 _CHUNK = 128  # anchors that one program searches for, and tiles that are planned at a time
 _COPIED = 4096  # elements of one program
+
+
+class _Layout(NamedTuple):
+    """What follows from shapes alone.
+
+    tiles: of anchors. anchors, negatives: rows of the copies. numbers: lengths of the parts of the
+    workspace. key_programs, programs: of the two launches.
+    """
+
+    tiles: int
+    anchors: int
+    negatives: int
+    numbers: tuple[int, ...]
+    key_programs: int
+    programs: int
+
+
+@lru_cache(maxsize=64)
+def _lay_out(count: int, others: int, sizes: tiles.Sizes, copy_anchors: bool) -> _Layout:
+    count_tiles = _cdiv(count, sizes.tile)
+    rows = _cdiv(others, sizes.block) * sizes.block
+    # Where a part does not begin at a multiple of 16 bytes, Triton compiles the kernels again: none
+    # depends on the number of anchors.
+    fixed = sizes.programs, sizes.programs, 2
+    numbers = (*fixed, -sum(fixed) % 4, 4 * count_tiles, count, -count % 4, count)
+    copied = _COPIED // sizes.padded
+    programs = 1 + _cdiv(count, _CHUNK) + _cdiv(rows, copied)
+    if copy_anchors:
+        programs += _cdiv(count_tiles * sizes.tile, copied)
+    return _Layout(
+        count_tiles,
+        count_tiles * sizes.tile,
+        rows,
+        numbers,
+        _cdiv(count + others, _KEYS),
+        programs,
+    )
 
 
 def prepare(
@@ -27,13 +66,12 @@ def prepare(
     """As `tiles.prepare`, to the last bit; on the current stream of the current device."""
     count, dim = anchors.shape
     others = len(negatives)
-    tile, block, programs, padded = sizes
-    count_tiles = triton.cdiv(count, tile)
+    layout = _lay_out(count, others, sizes, copy_anchors)
     key_dtype = tiles.key_dtype(anchor_labels.dtype, negative_labels.dtype, classes)
     bits = key_dtype.itemsize * 8
 
     keys = active.new_empty(count + others, dtype=key_dtype)
-    label_keys[(triton.cdiv(count + others, _KEYS),)](
+    label_keys[(layout.key_programs,)](
         anchor_labels,
         negative_labels,
         active,
@@ -50,24 +88,16 @@ def prepare(
     anchor_keys, anchor_order = anchor_keys.sort(stable=True)
     negative_keys, negative_order = negative_keys.sort(stable=True)
 
-    # Parts that begin at multiples of 16 bytes: where they begin elsewhere, Triton compiles again.
-    parts = []
-    for length in (4 * count_tiles, count, count, programs, programs):
-        parts += [length, -length % 4]
-    numbers = active.new_empty(sum(parts) + 2, dtype=torch.int32)
-    borders, _, excluded_from, _, excluded_to, _, first_tile, _, last_tile, _, counts = (
-        numbers.split((*parts, 2))
+    numbers = active.new_empty(sum(layout.numbers), dtype=torch.int32)
+    first_tile, last_tile, counts, _, borders, excluded_from, _, excluded_to = numbers.split(
+        layout.numbers
     )
-    ends = active.new_empty(count_tiles, dtype=torch.int64)
+    ends = active.new_empty(layout.tiles, dtype=torch.int64)
     share = active.new_empty((), dtype=torch.int64)
-    rows = triton.cdiv(others, block) * block
-    ordered_negatives = negatives.new_empty((rows, padded))
-    ordered_anchors = anchors.new_empty((count_tiles * tile, padded)) if copy_anchors else None
-    per_program = _COPIED // padded
-    copies = triton.cdiv(rows, per_program)
-    if copy_anchors:
-        copies += triton.cdiv(count_tiles * tile, per_program)
-    plan_and_copy[(1 + triton.cdiv(count, _CHUNK) + copies,)](
+    padded = sizes.padded
+    ordered_negatives = negatives.new_empty((layout.negatives, padded))
+    ordered_anchors = anchors.new_empty((layout.anchors, padded)) if copy_anchors else None
+    plan_and_copy[(layout.programs,)](
         anchor_keys,
         negative_keys,
         anchor_order,
@@ -83,18 +113,22 @@ def prepare(
         *negatives.stride(),
         count,
         others,
-        programs,
+        sizes.programs,
         D=dim,
         D_PAD=padded,
-        TILE=tile,
-        BLOCK=block,
+        TILE=sizes.tile,
+        BLOCK=sizes.block,
         BITS=bits,
         CHUNK=_CHUNK,
-        ROWS=per_program,
+        ROWS=_COPIED // padded,
         COPY_ANCHORS=copy_anchors,
     )
     order = tiles.LabelOrder(
         anchor_order, negative_order, excluded_from, excluded_to, *counts.unbind()
     )
-    plan = tiles.Plan(borders.view(count_tiles, 4), ends, share, first_tile, last_tile)
+    plan = tiles.Plan(borders.view(-1, 4), ends, share, first_tile, last_tile)
     return tiles.Prepared(order, plan, ordered_negatives, ordered_anchors)
+
+
+def _cdiv(number: int, divisor: int) -> int:
+    return -(-number // divisor)

@@ -185,19 +185,19 @@ def plan_and_copy(
     anchor excludes, the others copy features in order.
     """
     tiles = tl.cdiv(count, TILE)
-    excluded_from_ptr = numbers_ptr + 4 * tiles
+    last_tile_ptr = numbers_ptr + programs
+    counts_ptr = last_tile_ptr + programs
+    borders_ptr = numbers_ptr + tl.cdiv(2 * programs + 2, 4) * 4
+    excluded_from_ptr = borders_ptr + 4 * tiles
     excluded_to_ptr = excluded_from_ptr + tl.cdiv(count, 4) * 4
-    first_tile_ptr = excluded_to_ptr + tl.cdiv(count, 4) * 4
-    last_tile_ptr = first_tile_ptr + tl.cdiv(programs, 4) * 4
-    counts_ptr = last_tile_ptr + tl.cdiv(programs, 4) * 4
 
     program = tl.program_id(0)
     searches = tl.cdiv(count, CHUNK)
     copies = tl.cdiv(tl.cdiv(negatives, BLOCK) * BLOCK, ROWS)
     if program == 0:
         _plan(
-            anchor_keys_ptr, negative_keys_ptr, numbers_ptr, ends_ptr, share_ptr,
-            first_tile_ptr, last_tile_ptr, counts_ptr, count, negatives, programs,
+            anchor_keys_ptr, negative_keys_ptr, borders_ptr, ends_ptr, share_ptr,
+            numbers_ptr, last_tile_ptr, counts_ptr, count, negatives, programs,
             TILE, BLOCK, BITS, CHUNK,
         )  # fmt: skip
     elif program <= searches:
