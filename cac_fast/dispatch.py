@@ -12,7 +12,7 @@ from torch import Tensor
 from cac_fast import _extension, cuda, eager, kernels, reference
 
 Rows = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float],
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None],
     tuple[Tensor, Tensor],
 ]
 
