@@ -164,21 +164,27 @@ def test_empty_input_is_not_checked(table: Table) -> None:
     assert not choice._chosen
 
 
-def test_capture_of_a_graph(table: Table) -> None:
-    """The first candidate unchecked, or what was chosen before."""
+CAPTURING = [(torch.cuda, "is_initialized"), (torch.cuda, "is_current_stream_capturing")]
+COMPILING = [(torch.compiler, "is_compiling")]
 
-    def while_capturing() -> Tensor:
-        with pytest.MonkeyPatch.context() as capture:
-            capture.setattr(torch.cuda, "is_initialized", lambda: True)
-            capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            return loss()
+
+@pytest.mark.parametrize("states", [CAPTURING, COMPILING], ids=["capture", "compilation"])
+def test_first_candidate_unchecked_or_the_former_choice(
+    table: Table, states: list[tuple[Any, str]]
+) -> None:
+    def meanwhile() -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            for module, state in states:
+                patch.setattr(module, state, lambda: True)
+            given = operands(dtype=torch.float32)
+            return choice.choose_backend("auto", given["anchors"])(*given.values())[0]
 
     table.put("cpp", wrong_loss)
-    assert torch.equal(while_capturing(), expected() * 1.01)
+    assert torch.equal(meanwhile(), expected() * 1.01)
     assert table.calls["cpp"] == 1
     with pytest.warns(RuntimeWarning, match="falls back"):
         loss()
-    assert torch.equal(while_capturing(), expected())
+    assert torch.equal(meanwhile(), expected())
     assert table.calls["cpp"] == 2
 
 
