@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from cac_fast.proven import architecture
+
 ROOT = Path(__file__).resolve().parents[1]
 PROC = Path("/proc")
 
@@ -108,6 +110,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     cpu = _cpu_name()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        **({"architecture": architecture(device)} if device.type == "cuda" else {}),
         "cpu": cpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),

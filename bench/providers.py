@@ -13,7 +13,8 @@ import torch
 from cases import Case, Operands
 from torch import Tensor
 
-from cac_fast.dispatch import BACKENDS, choose_backend
+from cac_fast.choice import choose_backend
+from cac_fast.dispatch import BACKENDS
 
 # Tiles of the bare products, anchors x negatives; the fastest in the row at hand stands for them.
 PRODUCT_TILES = {

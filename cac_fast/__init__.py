@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from cac_fast._extension import build_info
 from cac_fast.bank import FeatureBank
+from cac_fast.choice import settle_backend, verify
 from cac_fast.dispatch import backends
 from cac_fast.loss import (
     DCLossOutput,
@@ -12,7 +13,7 @@ from cac_fast.loss import (
     directional_contrastive_loss,
 )
 from cac_fast.overlap import Overlap, overlap_from_crops
-from cac_fast.verification import Verification, VerificationError, verify
+from cac_fast.verification import Verification, VerificationError
 
 __version__ = "0.1.0"
 
@@ -28,5 +29,6 @@ __all__ = [
     "build_info",
     "directional_contrastive_loss",
     "overlap_from_crops",
+    "settle_backend",
     "verify",
 ]

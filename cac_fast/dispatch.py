@@ -1,11 +1,9 @@
-"""Which back ends of the operator there are, and which one serves given tensors."""
+"""Which back ends of the operator there are."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 from torch import Tensor
 
@@ -30,7 +28,8 @@ class Backend:
     """One implementation of the operator.
 
     rows: the function; see `cac_fast.ops` for what it may rely on. missing: why it cannot be used
-    on this machine, or None. refuses: why it cannot work on anchors like these, or None.
+    on this machine, or None. refuses: why it cannot work on anchors like these, or None; their
+    device, dtype and D alone decide.
     """
 
     rows: Rows
@@ -38,6 +37,7 @@ class Backend:
     refuses: Callable[[Tensor], str | None] = _anything
 
 
+# A name with a colon is a path for one architecture of the back end before the colon.
 BACKENDS = {
     "reference": Backend(reference.dc_loss_rows),
     "eager": Backend(eager.dc_loss_rows),
@@ -45,9 +45,6 @@ BACKENDS = {
     "triton": Backend(kernels.dc_loss_rows, kernels.why_not, kernels.refuses),
     "cuda": Backend(cuda.dc_loss_rows, cuda.why_not, cuda.refuses),
 }
-
-# The fastest first.
-_PREFERRED = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}
 
 
 def backends() -> dict[str, str | None]:
@@ -63,30 +60,3 @@ def check_backend(name: str) -> None:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, not {name!r}")
     if missing := BACKENDS[name].missing():
         raise ValueError(f"backend {name!r} cannot be used: {missing}")
-
-
-@cache
-def _say_what_is_missing(name: str, missing: str) -> None:
-    """Cached, so said once a process."""
-    warnings.warn(
-        f"cac_fast does without its back end {name!r}: {missing}", RuntimeWarning, stacklevel=2
-    )
-
-
-def choose_backend(name: str, anchors: Tensor) -> Rows:
-    """The function behind a name; for "auto" the fastest one that can work on such anchors.
-
-    Raises ValueError for an unknown name, and for a back end that cannot be used here or on these.
-    """
-    if name == "auto":
-        for candidate in _PREFERRED.get(anchors.device.type, ("eager",)):
-            backend = BACKENDS[candidate]
-            if missing := backend.missing():
-                _say_what_is_missing(candidate, missing)
-            elif not backend.refuses(anchors):
-                return backend.rows
-    check_backend(name)
-    backend = BACKENDS[name]
-    if refusal := backend.refuses(anchors):
-        raise ValueError(f"backend {name!r} cannot be used: {refusal}")
-    return backend.rows

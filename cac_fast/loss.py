@@ -118,7 +118,8 @@ class DirectionalContrastiveLoss(nn.Module):
         all negatives, by less the larger N. None: all.
     negatives_per_view: so many random locations of each view are negatives (all if there are
         fewer); None: all.
-    backend: "auto" or a name from `cac_fast.backends()`.
+    backend: "auto" or a name from `cac_fast.backends()`. What "auto" takes may differ between
+        ranks, by rounding alone; after `cac_fast.settle_backend` on all of them it does not.
 
     Raises ValueError for bad choices.
     """

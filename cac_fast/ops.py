@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cac_fast.checks import check_classes, check_constant, check_operands
-from cac_fast.dispatch import choose_backend
+from cac_fast.choice import choose_backend
 
 _NAME = "cac_fast::dc_loss_rows"
 
@@ -75,7 +75,7 @@ def _operator(
     features = (anchors, positives, negatives)
     check_operands(*features, anchor_labels, negative_labels, active, temperature)
     check_classes(classes)
-    rows = choose_backend(backend, anchors)
+    rows = choose_backend(backend, anchors, temperature)
     if anchors.numel() == 0 or negatives.numel() == 0:
         return _empty_result(anchors, torch.zeros)
     return rows(

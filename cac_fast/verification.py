@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cac_fast import reference
-from cac_fast.checks import check_operands
-from cac_fast.dispatch import BACKENDS, choose_backend
+from cac_fast.dispatch import BACKENDS
 
-# Enough anchors that every program of a large GPU meets several blocks, and few enough negatives
-# that one block of them counts.
-_ANCHORS = {"cpu": 600, "cuda": 20_000}
-_NEGATIVES, _CLASSES = 2900, 21
+# Anchors and negatives. Enough anchors that every program of a large GPU meets several blocks, and
+# few enough negatives that one block of them counts.
+THOROUGH = {"cpu": (600, 2900), "cuda": (20_000, 2900)}
+# For the first use of a loss, which should hardly be noticed.
+QUICK = {"cpu": (200, 700), "cuda": (4000, 2900)}
+_CLASSES = 21
 # Anchors at a time that the dense reference computes.
-_SLICE = 2000
+_SLICE = 500
 
 
 class VerificationError(RuntimeError):
@@ -26,7 +27,7 @@ class VerificationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found: the largest errors of any row, relative to the norm of what is right.
+    """What was found: the largest errors of any row, relative to the norm of what is right.
 
     backend: its name. loss_error, gradient_error: how far it is off float64. plain_loss_error,
     plain_gradient_error: how far plain PyTorch is, dense and in the same dtype.
@@ -40,36 +41,25 @@ class Verification:
 
 
 @torch.no_grad()
-def verify(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
-    dim: int = 128,
-    temperature: float = 0.1,
-) -> Verification:
-    """Compare a back end with the reference in float64, on random features on ``device``.
+def compare(name: str, given: tuple[Tensor, ...], temperature: float) -> Verification:
+    """Compare a back end with the reference in float64 on the arguments that `make_case` gives.
 
-    dtype: of the features. dim: D. temperature: tau. It takes a moment, and compiles what has to be
-    compiled. Random states are left alone.
-
-    Raises ValueError for bad choices, as the loss does, and VerificationError, which names the back
-    end, where it fails or is further off in any row than rounding explains.
+    Raises VerificationError, which names the back end, where it fails or is further off in any row
+    than rounding explains, and where the comparison itself fails.
     """
-    device = torch.device(device)
-    given = _case(device, dtype, dim)
-    check_operands(*given, temperature)
-    rows = choose_backend(backend, given[0])
-    name = next(name for name, known in BACKENDS.items() if known.rows is rows)
+    device, dtype = given[0].device, given[0].dtype
     with torch.autocast(device.type, enabled=False):
-        wide = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in given)
-        truth = _dense(wide, temperature)
-        plain = _errors(_dense(given, temperature), truth)
+        verb = "cannot be compared with float64"
         try:
-            mine = _errors(rows(*given, temperature), truth)
+            wide = (tensor.double() if tensor.is_floating_point() else tensor for tensor in given)
+            truth = _dense(tuple(wide), temperature)
+            plain = _errors(_dense(given, temperature), truth)
+            verb = "fails"
+            mine = _errors(BACKENDS[name].rows(*given, temperature), truth)
         except Exception as error:  # a compiler or a driver may throw anything
             first = f"{error}".strip().partition("\n")[0]
             raise VerificationError(
-                f"back end {name!r} fails on {device} ({type(error).__name__}: {first})"
+                f"back end {name!r} {verb} on {device} ({type(error).__name__}: {first})"
             ) from error
     # Products of 16-bit features are exact, so that the loss is as good as in float32, and the
     # gradient is rounded at the end (where 16-bit units multiply also the weights before); in plain
@@ -89,24 +79,30 @@ def verify(
     return Verification(name, *mine, *plain)
 
 
-def _case(device: torch.device, dtype: torch.dtype, dim: int) -> tuple[Tensor, ...]:
-    """Arguments of a back end but the temperature: clustered classes, one in half of all places."""
+def make_case(
+    sizes: dict[str, tuple[int, int]], device: torch.device, dtype: torch.dtype, dim: int
+) -> tuple[Tensor, ...]:
+    """Arguments of a back end but the temperature: clustered classes, one in half of all places.
+
+    sizes: `THOROUGH` or `QUICK`. Random states are left alone.
+    """
     if dim < 1:
         raise ValueError(f"dim must be at least 1, not {dim}")
-    generator = torch.Generator().manual_seed(0)
-    centers = torch.randn(_CLASSES, dim, generator=generator)
-    count = _ANCHORS.get(device.type, _ANCHORS["cpu"])
+    anchor_count, negative_count = sizes.get(device.type, sizes["cpu"])
+    # The device is named, as the caller's default may be another.
+    own = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
+    centers = torch.randn(_CLASSES, dim, **own)
 
     def drawn(count: int) -> tuple[Tensor, Tensor]:
-        labels = torch.randint(-_CLASSES, _CLASSES, (count,), generator=generator).clamp_min(0)
-        features = centers[labels] + torch.randn(count, dim, generator=generator)
+        labels = torch.randint(-_CLASSES, _CLASSES, (count,), **own).clamp_min(0)
+        features = centers[labels] + torch.randn(count, dim, **own)
         return F.normalize(features, dim=1).to(dtype), labels
 
-    anchors, anchor_labels = drawn(count)
-    positives, _ = drawn(count)
-    negatives, negative_labels = drawn(_NEGATIVES)
+    anchors, anchor_labels = drawn(anchor_count)
+    positives, _ = drawn(anchor_count)
+    negatives, negative_labels = drawn(negative_count)
     negative_labels[::7] = -1
-    active = torch.rand(count, generator=generator) < 0.5
+    active = torch.rand(anchor_count, **own) < 0.5
     given = (anchors, positives, negatives, anchor_labels, negative_labels, active)
     return tuple(tensor.to(device) for tensor in given)
 

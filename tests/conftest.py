@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from tiny_scenes import write_scenes
 
-pytest_plugins = ["rows_contract"]
+pytest_plugins = ["rows_contract", "stand_ins"]
 
 # The same cases in every run, so that a failure is a change's doing;
 # `pytest --hypothesis-profile new` draws others. No deadline: runners are busy.

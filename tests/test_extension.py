@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cac_fast import _extension, dispatch, ops
+from cac_fast import _extension, choice, dispatch, ops
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,6 +73,7 @@ except ValueError as error:
 def test_auto_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = dispatch.Backend(_extension.dc_loss_rows, lambda: "taken away by a test")
     monkeypatch.setitem(dispatch.BACKENDS, "cpp", missing)
+    monkeypatch.setattr(choice, "_chosen", {})
     features = torch.nn.functional.normalize(torch.randn(5, 4), dim=1)
     labels = torch.arange(5)
     arguments = (features, features, features, labels, labels, labels >= 0, 0.1)
@@ -92,11 +93,11 @@ def test_auto_takes_it_on_the_cpu() -> None:
         pytest.skip(_extension.why_not())
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         anchors = torch.empty(0, 4, dtype=dtype)
-        assert dispatch.choose_backend("auto", anchors) is _extension.dc_loss_rows
+        assert choice.choose_backend("auto", anchors) is _extension.dc_loss_rows
     with pytest.raises(ValueError, match="backend 'cpp' cannot be used: it works on the CPU"):
-        dispatch.choose_backend("cpp", torch.empty(0, 4, device="meta"))
+        choice.choose_backend("cpp", torch.empty(0, 4, device="meta"))
     with pytest.raises(ValueError, match=r"'cpp' cannot be used: it works on torch.float64"):
-        dispatch.choose_backend("cpp", torch.empty(0, 4, dtype=torch.float8_e5m2))
+        choice.choose_backend("cpp", torch.empty(0, 4, dtype=torch.float8_e5m2))
 
 
 def test_failed_build_leaves_the_rest_and_the_reason(tmp_path: Path) -> None:

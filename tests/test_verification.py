@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import cac_fast.verification
+import cac_fast.reference
 from cac_fast import VerificationError, _extension, backends, tiles, verify
 from cac_fast.dispatch import BACKENDS
+from cac_fast.verification import QUICK, THOROUGH, make_case
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -83,15 +85,27 @@ def test_one_block_that_is_not_met(
         verify(dtype=dtype, backend="eager")
 
 
-def test_gpus_meet_several_blocks_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cac_fast.verification._ANCHORS, "cpu", 20_000)
-    assert cac_fast.verification._ANCHORS["cuda"] == 20_000
-    *_, labels, negative_labels, active = cac_fast.verification._case(
-        torch.device("cpu"), torch.float32, 1
+@pytest.mark.parametrize(("sizes", "programs", "blocks"), [(THOROUGH, 3 * 132, 5), (QUICK, 132, 3)])
+def test_gpus_meet_several_blocks_a_program(
+    sizes: dict[str, tuple[int, int]], programs: int, blocks: int
+) -> None:
+    on_gpu = {"cpu": sizes["cuda"]}
+    *_, labels, negative_labels, active = make_case(
+        on_gpu, torch.device("cpu"), torch.float32, dim=1
     )
-    plan = tiles.plan(tiles.order_by_label(labels, negative_labels, active), 128, 64, 3 * 132)
-    assert plan.share >= 5
-    assert (plan.last_tile > plan.first_tile).sum() > 20
+    plan = tiles.plan(tiles.order_by_label(labels, negative_labels, active), 128, 64, programs)
+    assert plan.share >= blocks
+    assert (plan.last_tile > plan.first_tile).sum() > 10
+
+
+def test_comparison_that_fails_does_not_blame_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(cac_fast.reference, "dc_loss_rows", full)
+    message = "'eager' cannot be compared with float64 on cpu (MemoryError: no room)"
+    with pytest.raises(VerificationError, match=re.escape(message)):
+        verify(backend="eager")
 
 
 def test_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

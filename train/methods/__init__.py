@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cac_fast import VerificationError, verify
+from cac_fast import Verification, VerificationError, settle_backend, verify
 from cac_fast.train.config import Config
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
@@ -28,18 +28,28 @@ def build_method(
     try:
         method = CAC(network, world, config, bank_dtype)
         if config.contrastive:
-            method.report = _verified(config, world, bank_dtype, method.bank.dim)
+            found = _verified(config, world, bank_dtype, method.bank.dim)
+            method.dc_loss.backend = found.backend
+            method.report = (
+                f"loss by back end {found.backend}: gradient {found.gradient_error:.0e} off "
+                f"float64, that of plain PyTorch {found.plain_gradient_error:.0e}"
+            )
     except ValueError as error:
         raise InputError(f"--dc-backend {config.dc_backend}: {error}; use auto") from error
     return method
 
 
-def _verified(config: Config, world: World, dtype: torch.dtype, dim: int) -> str:
+def _verified(config: Config, world: World, dtype: torch.dtype, dim: int) -> Verification:
     """Compare the loss with float64 on every rank's device, now and not at the first step with it.
 
-    Returns a line for the log. Raises ValueError for a back end that is not there, and InputError
-    on all ranks where one of them finds it wrong.
+    Returns what was found of the back end that all ranks are to use. Raises ValueError for one that
+    is not there, and InputError on all ranks where one of them finds it wrong.
     """
+    if config.dc_backend == "auto":
+        try:
+            return settle_backend(world.device, dtype, dim, config.temperature)
+        except VerificationError as error:
+            raise InputError(f"the loss: {error}; use --device cpu") from error
     found, wrong = None, None
     try:
         found = verify(world.device, dtype, config.dc_backend, dim, config.temperature)
@@ -49,7 +59,4 @@ def _verified(config: Config, world: World, dtype: torch.dtype, dim: int) -> str
         if line is not None:
             remedy = "--device cpu" if "'eager'" in line else "--dc-backend eager"
             raise InputError(f"the loss by {line}; use {remedy}")
-    return (
-        f"loss by back end {found.backend}: gradient {found.gradient_error:.0e} off float64, that "
-        f"of plain PyTorch {found.plain_gradient_error:.0e}"
-    )
+    return found

@@ -1,0 +1,205 @@
+"""Which back end serves given tensors: the one that is named, or what "auto" takes for them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from threading import Lock
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from cac_fast import dispatch
+from cac_fast.checks import check_operands
+from cac_fast.proven import proven_paths
+from cac_fast.verification import (
+    QUICK,
+    THOROUGH,
+    Verification,
+    VerificationError,
+    compare,
+    make_case,
+)
+
+# What "auto" takes, by device, dtype and D.
+_chosen: dict[tuple[torch.device, torch.dtype, int], str] = {}
+_lock = Lock()
+
+
+def choose_backend(name: str, anchors: Tensor, temperature: float = 0.1) -> dispatch.Rows:
+    """The function behind a name; for "auto" that of the fastest back end that is right here.
+
+    The first use of "auto" on a device, a dtype and a D compares a small case with float64, at this
+    temperature: see `settle_backend` for what it may take, and for how all ranks take the same.
+    CAC_FAST_CHECK=0 in the environment leaves the comparison out. It is also left out while a CUDA
+    graph is captured and in tracing, where an earlier choice holds, or else the first candidate.
+
+    Raises ValueError for an unknown name and for a back end that cannot be used here or on these,
+    and VerificationError where all that "auto" may take fail or are wrong.
+    """
+    return dispatch.BACKENDS[_choose(name, anchors, temperature)].rows
+
+
+def verify(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    dim: int = 128,
+    temperature: float = 0.1,
+) -> Verification:
+    """Compare a back end with the reference in float64, on random features on ``device``.
+
+    dtype: of the features. dim: D. temperature: tau. It takes a moment, and compiles what has to be
+    compiled. Random states are left alone.
+
+    Raises ValueError for bad choices, as the loss does, and VerificationError, which names the back
+    end, where it fails or is further off in any row than rounding explains.
+    """
+    given = make_case(THOROUGH, torch.device(device), dtype, dim)
+    check_operands(*given, temperature)
+    return compare(_choose(backend, given[0], temperature), given, temperature)
+
+
+def settle_backend(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    dim: int = 128,
+    temperature: float = 0.1,
+    group: dist.ProcessGroup | None = None,
+) -> Verification:
+    """Settle what "auto" means for such features, from now on and for all ranks; return the proof.
+
+    On a GPU "auto" may take the paths proven on its architecture (`cac_fast.proven`), then Triton,
+    then plain PyTorch, and on a CPU C++, then plain PyTorch: the first that agrees with float64 on
+    every rank, by the comparison that `verify` makes. A warning names those that do not.
+
+    All ranks of `group` (None: all there are) call this together, each with its own device. Without
+    it each rank chooses for itself at its first loss, where nothing is exchanged.
+
+    Raises ValueError for bad choices, as the loss does, and VerificationError, on all ranks, where
+    there is no such back end.
+    """
+    given = make_case(THOROUGH, torch.device(device), dtype, dim)
+    check_operands(*given, temperature)
+    everyones = _all_gather(_candidates(given[0]), group)
+    wrong = []
+    for name in everyones[0]:
+        if not all(name in candidates for candidates in everyones):
+            continue
+        found = error = None
+        try:
+            found = compare(name, given, temperature)
+        except VerificationError as problem:
+            error = str(problem)
+        errors = [text for text in _all_gather(error, group) if text is not None]
+        if not errors:
+            _chosen[_key(given[0])] = name
+            if wrong and (len(everyones) == 1 or dist.get_rank(group) == 0):
+                _warn(name, wrong)
+            return found
+        wrong.append(errors[0])
+    raise VerificationError(f"no back end is right: {'; '.join(wrong)}")
+
+
+def _choose(name: str, anchors: Tensor, temperature: float) -> str:
+    """The name, checked; for "auto" what it takes."""
+    if name == "auto":
+        return _chosen.get(_key(anchors)) or _first_choice(anchors, temperature)
+    dispatch.check_backend(name)
+    if refusal := dispatch.BACKENDS[name].refuses(anchors):
+        raise ValueError(f"backend {name!r} cannot be used: {refusal}")
+    return name
+
+
+def _key(anchors: Tensor) -> tuple[torch.device, torch.dtype, int]:
+    return anchors.device, anchors.dtype, anchors.shape[1]
+
+
+def _first_choice(anchors: Tensor, temperature: float) -> str:
+    """Find and remember what "auto" takes for such anchors, or what it takes this time."""
+    candidates = _candidates(anchors)
+    if _must_not_check(anchors):
+        return candidates[0]
+    wrong: list[str] = []
+    with _lock:
+        if (name := _chosen.get(_key(anchors))) is not None:
+            return name  # another thread's
+        name = _first_right(candidates, anchors, temperature, wrong)
+        _chosen[_key(anchors)] = name
+    if wrong:
+        _warn(name, wrong)
+    return name
+
+
+def _first_right(
+    candidates: list[str], anchors: Tensor, temperature: float, wrong: list[str]
+) -> str:
+    """The first candidate that agrees with float64; why not the others goes into `wrong`."""
+    if os.environ.get("CAC_FAST_CHECK") == "0" or anchors.device.type not in QUICK:
+        return candidates[0]
+    # Of few channels, and at temperatures far off, 16 bits leave too little of some gradients for a
+    # comparison. What is compiled here serves these too.
+    dim, temperature = max(anchors.shape[1], 16), min(max(temperature, 0.01), 10)
+    given = make_case(QUICK, anchors.device, anchors.dtype, dim)
+    for name in candidates:
+        try:
+            return compare(name, given, temperature).backend
+        except VerificationError as error:
+            wrong.append(str(error))
+    raise VerificationError(
+        f"no back end is right: {'; '.join(wrong)}; name one, or set CAC_FAST_CHECK=0"
+    )
+
+
+def _must_not_check(anchors: Tensor) -> bool:
+    return (
+        anchors.numel() == 0
+        or torch.compiler.is_compiling()
+        or isinstance(anchors, FakeTensor)
+        # A driver that is not there could not be asked.
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _candidates(anchors: Tensor) -> list[str]:
+    """What "auto" may take for such anchors, the best first. Says once what is missing."""
+    names = ["cpp", "eager"] if anchors.device.type == "cpu" else ["eager"]
+    if anchors.device.type == "cuda":
+        names = list(dict.fromkeys([*proven_paths(anchors.device), "triton", "eager"]))
+    found = []
+    for name in names:
+        backend = dispatch.BACKENDS[name]
+        if missing := backend.missing():
+            _say_what_is_missing(name, missing)
+        elif not backend.refuses(anchors):
+            found.append(name)
+    return found
+
+
+@cache
+def _say_what_is_missing(name: str, missing: str) -> None:
+    """Cached, so said once a process."""
+    warnings.warn(
+        f"cac_fast does without its back end {name!r}: {missing}", RuntimeWarning, stacklevel=2
+    )
+
+
+def _warn(name: str, wrong: list[str]) -> None:
+    warnings.warn(
+        f"cac_fast falls back on its back end {name!r}: {'; '.join(wrong)}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _all_gather(item: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's item, in rank order; this process's alone without torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [item]
+    items: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group=group)
+    return items

@@ -1,0 +1,68 @@
+"""Back ends that stand in for those of "auto": right, wrong, failing, slow, and counted."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from cac_fast import choice, eager
+from cac_fast.dispatch import BACKENDS, Backend
+
+
+def failing(*given: Any) -> tuple[Tensor, Tensor]:
+    raise MemoryError("out of shared memory\nrequired: 300 kB")
+
+
+def wrong_loss(*given: Any) -> tuple[Tensor, Tensor]:
+    loss, gradient = eager.dc_loss_rows(*given)
+    return loss * 1.01, gradient
+
+
+def wrong_gradient(*given: Any) -> tuple[Tensor, Tensor]:
+    loss, gradient = eager.dc_loss_rows(*given)
+    return loss, gradient * 1.01
+
+
+def slow(*given: Any) -> tuple[Tensor, Tensor]:
+    time.sleep(0.1)
+    return eager.dc_loss_rows(*given)
+
+
+class Table:
+    """Stands in for back ends, and counts what is asked of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        self.calls: Counter[str] = Counter()
+        self.given: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(choice, "_chosen", {})
+        monkeypatch.delenv("CAC_FAST_CHECK", raising=False)
+
+    def put(self, name: str, rows: Any = eager.dc_loss_rows) -> None:
+        def counted(*given: Any) -> tuple[Tensor, Tensor]:
+            self.calls[name] += 1
+            self.given.append(given)
+            return rows(*given)
+
+        def asked(*_: Any) -> None:
+            self.calls["questions"] += 1
+
+        self.monkeypatch.setitem(BACKENDS, name, Backend(counted, asked, asked))
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Table:
+    """Right ones in the places of what "auto" takes on a CPU; nothing is chosen yet."""
+    table = Table(monkeypatch)
+    table.put("cpp")
+    table.put("eager")
+    return table
+
+
+def silently() -> warnings.catch_warnings:
+    return warnings.catch_warnings(action="error")
