@@ -471,24 +471,23 @@ def stand_ins(more: dict[str, ModuleType]) -> Iterator[None]:
                 sys.modules[name] = module
 
 
-def execute(file: str, more: dict[str, ModuleType], changes: dict[str, str]) -> ModuleType:
-    """The module of a file below kernels/, with its text changed, on stand-ins for Gluon."""
+def execute(file: str, more: dict[str, ModuleType], old: str = "", new: str = "") -> ModuleType:
+    """The module of a file below kernels/, with `old` in its text replaced, on the stand-ins."""
     path = KERNELS / file
     text = path.read_text()
-    for old, new in changes.items():
-        assert old in text, f"{path} has no {old!r}"
-        text = text.replace(old, new)
+    assert old in text, f"{path} has no {old!r}"
     module = ModuleType(f"emulated_{path.stem}")
     with stand_ins(more):
-        exec(compile(text, path, "exec"), module.__dict__)
+        exec(compile(text.replace(old, new) if old else text, path, "exec"), module.__dict__)
     return module
 
 
-def kernels(**changes: str) -> ModuleType:
-    return execute("dc_loss_gluon_kernels.py", {}, changes)
+def kernels(old: str = "", new: str = "") -> ModuleType:
+    """kernels/dc_loss_gluon_kernels.py, with `old` replaced by `new`."""
+    return execute("dc_loss_gluon_kernels.py", {}, old, new)
 
 
-def launcher(changes: dict[str, str] | None = None) -> ModuleType:
-    """kernels/dc_loss_gluon.py, launching the kernel with its text changed."""
-    changed = execute("dc_loss_gluon_kernels.py", {}, changes or {})
-    return execute("dc_loss_gluon.py", {"cac_fast.kernels.dc_loss_gluon_kernels": changed}, {})
+def launcher(old: str = "", new: str = "") -> ModuleType:
+    """kernels/dc_loss_gluon.py, which launches these kernels."""
+    kernel = {"cac_fast.kernels.dc_loss_gluon_kernels": kernels(old, new)}
+    return execute("dc_loss_gluon.py", kernel)

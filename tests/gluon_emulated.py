@@ -1,4 +1,4 @@
-"""The Gluon kernel on the CPU, as tests/emulated_gluon.py emulates it; test_gluon.py runs this file.
+"""The Gluon kernel on the CPU, emulated by emulated_gluon.py; test_gluon.py runs this file.
 
 The kernel that combines its sums runs under Triton's interpreter.
 """
@@ -6,7 +6,7 @@ The kernel that combines its sums runs under Triton's interpreter.
 from __future__ import annotations
 
 from itertools import permutations
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import emulated_gluon
 import pytest
@@ -14,6 +14,7 @@ import torch
 from emulated_gluon import Deadlock, Misuse, Schedule
 from rows_contract import HalfRowsContract, Rows, compare, operands
 
+from cac_fast import tiles
 from cac_fast.kernels import configs
 
 # Small tiles, so that a few hundred rows make many of them.
@@ -67,6 +68,25 @@ def test_any_number_of_programs(rows: Rows, programs: int, monkeypatch: pytest.M
         compare(rows, operands("voc", torch.float16, 90, 200, 16), temperature)
 
 
+def test_tiles_of_a_program_without_a_share_mean_nothing(
+    rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tiles.plan
+
+    def plan(*given: Any) -> tiles.Plan:
+        made = found(*given)
+        idle = torch.arange(len(made.last_tile)) * made.share >= made.ends[-1]
+        assert idle.any()
+        return made._replace(
+            first_tile=made.first_tile.masked_fill(idle, 0),
+            last_tile=made.last_tile.masked_fill(idle, 2**30),
+        )
+
+    monkeypatch.setattr(tiles, "plan", plan)
+    monkeypatch.setattr(configs, "describe", lambda _: configs.Gpu("sm_90", 64))
+    compare(rows, operands("voc", torch.bfloat16, 90, 200, 16), 0.1)
+
+
 @pytest.mark.parametrize("programs", [1, 2])
 def test_tiles_that_meet_nothing(
     rows: Rows, programs: int, monkeypatch: pytest.MonkeyPatch
@@ -117,48 +137,44 @@ EMPTIED = "mbarrier.wait(emptied.index(stage), ((count // STAGES) & 1) ^ 1)"
 MY_TURN = "mbarrier.wait(my_turn, (count & 1) ^ (1 - HALF))"
 LAST = "sums = warpgroup_mma_wait(0, deps=[sums_later])"
 RELEASE = "mbarrier.arrive(emptied.index(held))"
+INIT_EMPTIED = "init(emptied.index(stage), count=2"
+TO_ANCHORS = "anchors_there.store(b_anchors)"
+LAST_INIT = "mbarrier.init(turn1, count=1)"
 FAULTS = {
-    "a wrong parity of what is filled": {FILLED: FILLED.replace("& 1)", "& 1 ^ 1)")},
-    "no wait for what is filled": {FILLED: "pass"},
-    "no wait for what is emptied": {EMPTIED: "pass"},
-    "a wrong parity of what is emptied": {EMPTIED: EMPTIED.replace(" ^ 1)", ")")},
-    "too few bytes": {"BLOCK * D_PAD * 2": "BLOCK * D_PAD"},
-    "too many bytes": {"BLOCK * D_PAD * 2": "BLOCK * D_PAD * 4"},
-    "no wait for the first product": {"warpgroup_mma_wait(1, ": "warpgroup_mma_wait(2, "},
-    "no wait for the second product": {LAST: LAST.replace("(0", "(1")},
-    "a release before the wait": {f"{LAST}\n        {RELEASE}": f"{RELEASE}\n        {LAST}"},
-    "no release": {RELEASE: "pass"},
-    "the buffer of the wrong block": {"negatives_there.index(held)": "negatives_there.index(stage)"},
-    "one arrival too few": {"init(emptied.index(stage), count=2": "init(emptied.index(stage), count=1"},
-    "a turn that is never passed": {"mbarrier.arrive(other_turn)": "pass"},
-    "the first turn is nobody's": {MY_TURN: MY_TURN.replace("(1 - HALF)", "0")},
-    "no fence behind the copy of the anchors": {
-        "anchors_there.store(b_anchors)\n            fence_async_shared()": (
-            "anchors_there.store(b_anchors)"
-        )
-    },
-    "no fence behind the init of barriers": {
-        "mbarrier.init(turn1, count=1)\n    fence_async_shared()": "mbarrier.init(turn1, count=1)"
-    },
-    "a mask too few": {"ROWS, BLOCK, True, OFFSET": "ROWS, BLOCK, False, OFFSET"},
-    "a mask too few at the first block": {"BLOCK, True, OFFSET, HEADROOM": "BLOCK, False, OFFSET, HEADROOM"},
-    "sums that do not shrink": {"sums *= gl": "_ = sums * gl"},
-    "totals that do not shrink": {"total *= gl": "_ = total * gl"},
-    "steps of a program without a share": {"gl.where(has_share, last_tile - first_tile + 1, 0)": "last_tile - first_tile + 1"},
-}  # fmt: skip
+    "a wrong parity of what is filled": (FILLED, FILLED.replace("& 1)", "& 1 ^ 1)")),
+    "no wait for what is filled": (FILLED, "pass"),
+    "no wait for what is emptied": (EMPTIED, "pass"),
+    "a wrong parity of what is emptied": (EMPTIED, EMPTIED.replace(" ^ 1)", ")")),
+    "too few bytes": ("BLOCK * D_PAD * 2", "BLOCK * D_PAD"),
+    "too many bytes": ("BLOCK * D_PAD * 2", "BLOCK * D_PAD * 4"),
+    "no wait for the first product": ("warpgroup_mma_wait(1, ", "warpgroup_mma_wait(2, "),
+    "no wait for the second product": (LAST, LAST.replace("(0", "(1")),
+    "a release before the wait": (f"{LAST}\n        {RELEASE}", f"{RELEASE}\n        {LAST}"),
+    "no release": (RELEASE, "pass"),
+    "the buffer of another block": ("there.index(held)", "there.index(stage)"),
+    "an arrival too few": (INIT_EMPTIED, INIT_EMPTIED.replace("2", "1")),
+    "a turn that is never passed": ("mbarrier.arrive(other_turn)", "pass"),
+    "the first turn is nobody's": (MY_TURN, MY_TURN.replace("(1 - HALF)", "0")),
+    "no fence after the anchors": (f"{TO_ANCHORS}\n            fence_async_shared()", TO_ANCHORS),
+    "no fence after the init": (f"{LAST_INIT}\n    fence_async_shared()", LAST_INIT),
+    "a mask too few": ("ROWS, BLOCK, True, OFFSET", "ROWS, BLOCK, False, OFFSET"),
+    "no mask at the first block": ("  BLOCK, True, OFFSET", "  BLOCK, False, OFFSET"),
+    "sums that do not shrink": ("sums *= gl", "_ = sums * gl"),
+    "totals that do not shrink": ("total *= gl", "_ = total * gl"),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_notices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the kernel with a fault some schedule gives a wrong result, or none, not a hanging test."""
-    monkeypatch.setattr(configs, "describe", lambda _: configs.Gpu("sm_90", 7))
-    wrong = emulated_gluon.launcher(FAULTS[fault]).dc_loss_rows
+    """Some schedule of the faulty kernel gives a wrong result or an error, and never hangs."""
+    monkeypatch.setattr(configs, "describe", lambda _: configs.Gpu("sm_90", 2))
+    wrong = emulated_gluon.launcher(*FAULTS[fault]).dc_loss_rows
 
     def run() -> None:
         for chosen in SCHEDULES:
             schedule(chosen, monkeypatch)
-            for a in (90, 10):
-                compare(wrong, operands("few", torch.float16, a, 150, 16), 0.01)
+            for m in (150, 10):
+                compare(wrong, operands("few", torch.float16, 90, m, 16), 0.01)
 
     with pytest.raises((Deadlock, Misuse, AssertionError, IndexError)):
         run()
