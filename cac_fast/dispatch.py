@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -44,6 +44,10 @@ BACKENDS = {
     "cpp": Backend(_extension.dc_loss_rows, _extension.why_not, _extension.refuses),
     "triton": Backend(kernels.dc_loss_rows, kernels.why_not, kernels.refuses),
     "cuda": Backend(cuda.dc_loss_rows, cuda.why_not, cuda.refuses),
+    # The same back end by its kernels for sm_90a.
+    "cuda:sm_90a": Backend(
+        *(partial(f, sm_90a=True) for f in (cuda.dc_loss_rows, cuda.why_not, cuda.refuses))
+    ),
 }
 
 # The fastest first.
