@@ -62,8 +62,12 @@ class Gpu {
  public:
   std::mt19937 random{0};
   size_t shared_bytes = 0;
-  // What happens by itself, at any time: copies that arrive.
-  std::vector<std::function<void()>> events;
+  // What happens by itself: copies that arrive, at any time.
+  void later(std::function<void()> event) {
+    events_.push_back({random() % 2 == 0, std::move(event)});
+  }
+  bool has_events() const { return !events_.empty(); }
+  void drop_events() { events_.clear(); }
 
   // Runs `body` as every thread of one program.
   void run_program(unsigned count, const std::function<void()>& body) {
@@ -86,10 +90,7 @@ class Gpu {
         if (!thread.waits_for || thread.seen != *thread.waits_for) ready.push_back(i);
       }
       if (left == 0) return;
-      if (!events.empty() && (ready.empty() || random() % 8 == 0)) {
-        happen();
-        continue;
-      }
+      if ((ready.empty() || random() % 8 == 0) && happen(ready.empty())) continue;
       require(!ready.empty(), "threads wait for others that never come");
       // One warp goes ahead as far as it can, so that warps are as far apart as barriers allow.
       const auto is_ahead = [&](unsigned i) { return i / kWarp == ahead; };
@@ -170,13 +171,25 @@ class Gpu {
     wait_for_change(barrier.generation);
   }
 
-  void happen() {
-    std::swap(events[random() % events.size()], events.back());
-    const auto event = std::move(events.back());
-    events.pop_back();
+  // One event, if there is one; a late one only where nothing else can be done.
+  bool happen(bool nothing_else) {
+    std::shuffle(events_.begin(), events_.end(), random);
+    const auto soon = [](const Event& event) { return !event.late; };
+    auto found = std::find_if(events_.begin(), events_.end(), soon);
+    if (found == events_.end() && nothing_else) found = events_.begin();
+    if (found == events_.end()) return false;
+    const auto event = std::move(found->happens);
+    events_.erase(found);
     event();
+    return true;
   }
 
+  struct Event {
+    bool late;
+    std::function<void()> happens;
+  };
+
+  std::vector<Event> events_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   Barrier all_;

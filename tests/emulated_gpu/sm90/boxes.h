@@ -40,7 +40,7 @@ class Copies {
     }
     under_way_.push_back({to, to + bytes});
     std::memset(memory + to - kSharedStart, 0xFF, bytes);
-    gpu.events.push_back([=, this, boxes = boxes] {
+    gpu.later([=, this, boxes = boxes] {
       for (uint32_t y = 0; y < boxes.box_rows; ++y) {
         for (uint32_t x = 0; x < boxes.box_channels; ++x) {
           const uint64_t column = channel + x, line = row + static_cast<uint64_t>(y);

@@ -34,7 +34,7 @@ struct Sm90 {
   void require_finished() const {
     numbered.require_unused();
     for (const Warpgroup& warpgroup : warpgroups) warpgroup.require_done();
-    require(gpu.events.empty(), "copies that nobody waits for");
+    require(!gpu.has_events(), "copies that nobody waits for");
     require(
         std::accumulate(registers.begin(), registers.end(), 0) <= 64 * 1024,
         "more registers than there are");
@@ -114,7 +114,7 @@ void multiply_add(float (&d)[n][4], const uint32_t (&a)[4], uint64_t b) {
 template <class Body>
 void run_program(unsigned threads, const Body& body) {
   std::memset(shared_memory, 0xFF, sizeof shared_memory);
-  emulated::gpu.events.clear();
+  emulated::gpu.drop_events();
   emulated::sm90 = std::make_unique<emulated::Sm90>();
   emulated::sm90->registers.assign(threads, 168);
   emulated::gpu.run_program(threads, body);
