@@ -37,7 +37,7 @@ FLAGS = ["-O3", "-g0", "-fopenmp"] if sys.platform == "linux" else ["-O3", "-g0"
 STANDARD = "-std=c++20"
 
 # Code for A100 and H100 (8.0 runs on all of 8.x too), and PTX for what comes after.
-CUDA_ARCHS = "8.0;9.0+PTX"
+CUDA_ARCHS = "8.0+PTX;9.0a"
 CUDA_MODULE = "cac_fast._C_cuda"
 
 
@@ -115,12 +115,24 @@ else:
 
 def archs(asked: str) -> str:
     """Of a TORCH_CUDA_ARCH_LIST what the kernels can be built for: images of PyTorch set lists that
-    go back further."""
-    names = asked.replace(";", " ").split()
+    go back further.
+
+    9.0 becomes 9.0a, which runs on the same GPUs and has the instructions that the kernels for
+    sm_90a need; but its PTX runs on no later GPU, so that 9.0+PTX becomes 9.0a and 8.0+PTX.
+    """
+    names = asked.replace(";", " ").replace("Hopper", "9.0+PTX").split()
     old = [name for name in names if re.match(r"[1-7]\.", name)]
     if old:
         print(f"cac_fast: its CUDA kernels need sm_80, so not built for {', '.join(old)}")
-    return ";".join(name for name in names if name not in old) or CUDA_ARCHS
+    kept = []
+    for name in names:
+        if re.fullmatch(r"9\.0a?(\+PTX)?", name):
+            kept += ["8.0+PTX", "9.0a"] if name == "9.0+PTX" else ["9.0a"]
+        elif name not in old:
+            kept.append(name)
+    if "8.0+PTX" in kept:
+        kept = [name for name in kept if name != "8.0"]
+    return ";".join(dict.fromkeys(kept)) or CUDA_ARCHS
 
 
 def why_no_cuda() -> str | None:
@@ -258,7 +270,7 @@ def describe_extensions() -> list[Extension]:
     }
     gpu = describe(
         CUDA_MODULE,
-        list_sources("cuda/*.cpp", "cuda/*.cu"),
+        list_sources("cuda/*.cpp", "cuda/**/*.cu"),
         extra_compile_args={
             "cxx": [
                 STANDARD,
@@ -268,7 +280,7 @@ def describe_extensions() -> list[Extension]:
             ],
             "nvcc": [STANDARD, "-O3"],
         },
-        depends=list_sources("cuda/*.h", "cuda/*.cuh"),
+        depends=list_sources("cuda/**/*.h", "cuda/**/*.cuh"),
         optional=True,
     )
     # The toolkit's pip packages have no file of that name to link to; PyTorch brings the library.

@@ -11,31 +11,40 @@ from torch import Tensor
 from cac_fast import _extension, kernels, tiles
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SM_90A_DTYPES = _DTYPES[1:]
 # What there are kernels for; other numbers of channels are padded to the next.
 _PADDED = (64, 128, 256)
 
 
-def why_not() -> str | None:
-    """Why this back end cannot be used here, or None if it can."""
+def why_not(sm_90a: bool = False) -> str | None:
+    """Why this back end cannot be used here, or None if it can; its path for sm_90a, if asked."""
     if reason := _extension.why_not("_C_cuda"):
         return reason
     if not torch.cuda.is_available():
         return "needs a CUDA device"
-    gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    gpus = list(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+    if sm_90a:
+        if (9, 0) not in gpus:
+            return "needs a GPU of compute capability 9.0"
+        if not _has_sm_90a():
+            return "is built without code for sm_90a: install again with TORCH_CUDA_ARCH_LIST=9.0"
     if all(gpu < (8, 0) for gpu in gpus):
         return "needs a GPU of compute capability 8.0 or newer"
     return None
 
 
-def refuses(anchors: Tensor) -> str | None:
-    """Why these anchors (A, D) cannot be worked on, or None."""
+def refuses(anchors: Tensor, sm_90a: bool = False) -> str | None:
+    """Why these anchors (A, D) cannot be worked on, or None; on the path for sm_90a, if asked."""
+    dtypes = _SM_90A_DTYPES if sm_90a else _DTYPES
     if anchors.device.type != "cuda":
         return f"it works on a CUDA device, not on {anchors.device}"
-    if anchors.dtype not in _DTYPES:
-        return f"it works on {', '.join(map(str, _DTYPES))}, not on {anchors.dtype}"
+    if anchors.dtype not in dtypes:
+        return f"it works on {', '.join(map(str, dtypes))}, not on {anchors.dtype}"
     if anchors.shape[1] > _PADDED[-1]:
         return f"it takes features of up to {_PADDED[-1]} channels, not {anchors.shape[1]}"
     capability = torch.cuda.get_device_capability(anchors.device)
+    if sm_90a and capability != (9, 0):
+        return "it needs a GPU of compute capability 9.0, not " + ".".join(map(str, capability))
     archs = _extension.cuda_archs()
     if not runs_on(capability, archs):
         gpu = ".".join(map(str, capability))
@@ -65,6 +74,10 @@ def runs_on(capability: tuple[int, int], archs: tuple[str, ...]) -> bool:
     return False
 
 
+def _has_sm_90a() -> bool:
+    return any(arch.startswith("9.0a") for arch in _extension.cuda_archs())
+
+
 def dc_loss_rows(
     anchors: Tensor,
     positives: Tensor,
@@ -74,12 +87,14 @@ def dc_loss_rows(
     active: Tensor,
     temperature: float,
     classes: int | None = None,
+    sm_90a: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Loss (A,) and its gradient by the anchors (A, D), Eq. 5, on the current stream.
 
     Arguments as `cac_fast.ops` hands them to a back end, if `refuses` has nothing against them.
     The loss is float32, the gradient has the anchors' dtype. float32 products are made in full
     unless `torch.backends.cuda.matmul` allows TF32. The same bits on every run on one device.
+    sm_90a: whether the kernels for sm_90a do it, which take bfloat16 and float16.
     """
     count, dim = anchors.shape
     if count == 0 or len(negatives) == 0:
@@ -87,7 +102,7 @@ def dc_loss_rows(
     operators = _operators()
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     padded = next(size for size in _PADDED if size >= dim)
-    tile, block, programs = operators.dc_loss_sizes_cuda(anchors, padded, tf32)
+    tile, block, programs = operators.dc_loss_sizes_cuda(anchors, padded, tf32, sm_90a)
     with torch.cuda.device_of(anchors):
         order, plan, ordered_negatives, ordered_anchors = kernels.preparation(anchors.device)(
             anchors,
@@ -111,6 +126,7 @@ def dc_loss_rows(
         *plan,
         *tiles.numbers(anchors.dtype, temperature),
         tf32,
+        sm_90a,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -46,6 +47,10 @@ BACKENDS = {
     "triton": Backend(kernels.dc_loss_rows, kernels.why_not, kernels.refuses),
     "triton:gluon": Backend(gluon.dc_loss_rows, gluon.why_not, gluon.refuses),
     "cuda": Backend(cuda.dc_loss_rows, cuda.why_not, cuda.refuses),
+    # The same back end by its kernels for sm_90a.
+    "cuda:sm_90a": Backend(
+        *(partial(f, sm_90a=True) for f in (cuda.dc_loss_rows, cuda.why_not, cuda.refuses))
+    ),
 }
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -45,7 +46,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> None:
     ]
 
     def compile(source: Path) -> Path:
-        compiled = folder / (source.stem + ".o")
+        compiled = folder / f"{source.parent.name}_{source.stem}.o"
         done = subprocess.run(
             [COMPILER, *flags, "-c", source, "-o", compiled], capture_output=True, text=True
         )
@@ -54,6 +55,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> None:
 
     sources = [
         ROOT / "tests" / "emulated_gpu" / "kernels.cpp",
+        ROOT / "tests" / "emulated_gpu" / "sm90" / "kernels.cpp",
         ROOT / "csrc" / "cuda" / "operator.cpp",
     ]
     with ThreadPoolExecutor() as pool:
@@ -83,6 +85,17 @@ class TestEmulated(RowsContract):
     temperature_size = (60, 150, 48)
 
 
+SM_90A = partial(cuda.dc_loss_rows, sm_90a=True)
+
+
+class TestEmulatedSm90(TestEmulated):
+    dtypes: ClassVar = [torch.bfloat16, torch.float16]
+
+    @pytest.fixture
+    def rows(self) -> Rows:
+        return SM_90A
+
+
 @pytest.mark.parametrize("dim", [17, 100, 128, 200, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_number_of_channels(rows: Rows, dtype: torch.dtype, dim: int) -> None:
@@ -95,12 +108,24 @@ def test_a_high_temperature(rows: Rows, dtype: torch.dtype) -> None:
     compare(rows, operands("few", dtype, 60, 150, 48), 10.0)
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", TestEmulatedSm90.dtypes)
+def test_channels_of_sm_90a(dtype: torch.dtype, dim: int) -> None:
+    for temperature in (0.1, 0.01):
+        compare(SM_90A, operands("voc", dtype, 200, 1300, dim), temperature)
+
+
+both = pytest.mark.parametrize("rows", [cuda.dc_loss_rows, SM_90A], ids=["sm_80", "sm_90a"])
+
+
+@both
 @pytest.mark.parametrize(("a", "m"), [(1, 1), (1, 300), (129, 64), (300, 1), (128, 128)])
 def test_sizes_that_divide_nothing(rows: Rows, a: int, m: int) -> None:
     *features, y, z, _ = operands("few", torch.bfloat16, a, m, 64)
     compare(rows, (*features, y, z.fill_(2), torch.ones(a, dtype=torch.bool)), 0.1)
 
 
+@both
 @pytest.mark.parametrize("programs", [1, 2, 7, 40])
 def test_any_number_of_programs(rows: Rows, programs: int) -> None:
     torch.ops.cac_fast_emulated.set(programs, 0)
@@ -108,6 +133,7 @@ def test_any_number_of_programs(rows: Rows, programs: int) -> None:
         compare(rows, operands("voc", torch.bfloat16, 700, 500, 64), temperature)
 
 
+@both
 def test_a_tile_between_others_that_meets_nothing(rows: Rows) -> None:
     *features, _, z, active = operands("voc", torch.bfloat16, 384, 192, 64)
     torch.ops.cac_fast_emulated.set(1, 0)
@@ -115,8 +141,16 @@ def test_a_tile_between_others_that_meets_nothing(rows: Rows) -> None:
     compare(rows, (*features, labels, torch.ones_like(z), torch.ones_like(active)), 0.1)
 
 
+def test_same_bits_in_any_order_on_sm_90a() -> None:
+    check_same_bits(SM_90A, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_in_any_order_of_threads_and_copies(rows: Rows, dtype: torch.dtype) -> None:
+    check_same_bits(rows, dtype)
+
+
+def check_same_bits(rows: Rows, dtype: torch.dtype) -> None:
     given = operands("few", dtype, 300, 700, 64)
     for temperature in (0.1, 0.005):
         found = []

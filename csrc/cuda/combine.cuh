@@ -2,8 +2,11 @@
 // warp an anchor. Include device.cuh first.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+
 #include "launch.h"
-#include "partial.cuh"
+#include "rows.cuh"
 
 namespace cac_fast::cuda {
 

@@ -19,46 +19,51 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-template <class Shape, bool kOffset>
-void allow_shared_memory() {
-  check(cudaFuncSetAttribute(
-      dc_loss_partial<Shape, kOffset>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-      Shape::kSharedBytes));
-}
-
 // Found out and set once for each device, as CUDA takes longer to answer than to launch a kernel.
-template <class Shape>
-Sizes find_sizes() {
+// `plain`, `with_offset`: the two kernels of a Shape.
+template <class Shape, class Kernel>
+Sizes find_sizes(Kernel* plain, Kernel* with_offset) {
   static std::mutex mutex;
   static std::map<int, Sizes> known;
   int device = 0;
   check(cudaGetDevice(&device));
   const std::lock_guard lock(mutex);
   if (const auto found = known.find(device); found != known.end()) return found->second;
-  allow_shared_memory<Shape, false>();
-  allow_shared_memory<Shape, true>();
+  for (Kernel* const kernel : {plain, with_offset}) {
+    check(cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes));
+  }
   int resident = 0, multiprocessors = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &resident, dc_loss_partial<Shape, false>, Shape::kThreads, Shape::kSharedBytes));
+      &resident, plain, Shape::kThreads, Shape::kSharedBytes));
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   const Sizes sizes{
-      Shape::kTile, Shape::Unit::kBlock, static_cast<int64_t>(resident) * multiprocessors};
+      Shape::kTile, Shape::kBlock, static_cast<int64_t>(resident) * multiprocessors};
   known.emplace(device, sizes);
   return sizes;
 }
 
+template <class Shape>
+Sizes find_sizes() {
+  return find_sizes<Shape>(dc_loss_partial<Shape, false>, dc_loss_partial<Shape, true>);
+}
+
+template <class Shape, bool kOffset>
+void launch_combine(const Operands& given) {
+  const auto groups = static_cast<unsigned>((given.count + kCombinedRows - 1) / kCombinedRows);
+  dc_loss_combine<typename Shape::Element, Shape::kDim, Shape::kTile, kOffset>
+      <<<groups, kCombinedRows * kWarp, 0, static_cast<cudaStream_t>(current_stream())>>>(given);
+  check(cudaGetLastError());
+}
+
 template <class Shape, bool kOffset>
 void launch_kernels(const Operands& given, int64_t programs) {
-  using Unit = typename Shape::Unit;
-  const auto stream = static_cast<cudaStream_t>(current_stream());
   find_sizes<Shape>();  // allows the shared memory, where nobody has asked for the sizes yet
   dc_loss_partial<Shape, kOffset>
-      <<<static_cast<unsigned>(programs), Shape::kThreads, Shape::kSharedBytes, stream>>>(given);
+      <<<static_cast<unsigned>(programs), Shape::kThreads, Shape::kSharedBytes,
+         static_cast<cudaStream_t>(current_stream())>>>(given);
   check(cudaGetLastError());
-  const auto groups = static_cast<unsigned>((given.count + kCombinedRows - 1) / kCombinedRows);
-  dc_loss_combine<typename Unit::Element, Unit::kDim, Shape::kTile, kOffset>
-      <<<groups, kCombinedRows * kWarp, 0, stream>>>(given);
-  check(cudaGetLastError());
+  launch_combine<Shape, kOffset>(given);
 }
 
 template <template <int> class ShapeOf>

@@ -33,7 +33,8 @@ struct Operands {
 
   int64_t count;  // A
   int64_t tiles;
-  int64_t dim;                // D
+  int64_t blocks;
+  int64_t dim;  // D
   float scale;  // this and what follows: see Numbers in cac_fast/tiles.py
   float lowest;
   float headroom;
@@ -57,5 +58,7 @@ struct Kernels {
 void* current_stream();
 
 extern const Kernels kBFloat16Kernels, kHalfKernels, kTf32Kernels, kFloat32Kernels;
+// For sm_90a alone.
+extern const Kernels kBFloat16Sm90Kernels, kHalfSm90Kernels;
 
 }  // namespace cac_fast::cuda

@@ -20,7 +20,13 @@ namespace {
 
 using at::Tensor;
 
-const Kernels& find_kernels(at::ScalarType dtype, bool tf32) {
+const Kernels& find_kernels(at::ScalarType dtype, bool tf32, bool sm_90a) {
+  if (sm_90a) {
+    TORCH_CHECK_VALUE(
+        dtype == at::kBFloat16 || dtype == at::kHalf,
+        "cuda:sm_90a takes bfloat16 or float16 anchors");
+    return dtype == at::kHalf ? kHalfSm90Kernels : kBFloat16Sm90Kernels;
+  }
   switch (dtype) {
     case at::kBFloat16: return kBFloat16Kernels;
     case at::kHalf: return kHalfKernels;
@@ -29,9 +35,10 @@ const Kernels& find_kernels(at::ScalarType dtype, bool tf32) {
   }
 }
 
-std::tuple<int64_t, int64_t, int64_t> sizes(const Tensor& anchors, int64_t padded, bool tf32) {
+std::tuple<int64_t, int64_t, int64_t> sizes(
+    const Tensor& anchors, int64_t padded, bool tf32, bool sm_90a) {
   const c10::DeviceGuard guard(anchors.device());
-  const Sizes sizes = find_kernels(anchors.scalar_type(), tf32).sizes(padded);
+  const Sizes sizes = find_kernels(anchors.scalar_type(), tf32, sm_90a).sizes(padded);
   return {sizes.tile, sizes.block, sizes.programs};
 }
 
@@ -71,12 +78,12 @@ std::tuple<Tensor, Tensor> dc_loss_rows(
     const Tensor& excluded_from, const Tensor& excluded_to, const Tensor& active,
     const Tensor& admissible, const Tensor& borders, const Tensor& ends, const Tensor& share,
     const Tensor& first_tile, const Tensor& last_tile, double scale, double inverse_temperature,
-    bool offset_needed, double lowest, int64_t headroom, bool tf32) {
+    bool offset_needed, double lowest, int64_t headroom, bool tf32, bool sm_90a) {
   check_features(anchors, anchors, "anchors");
   check_features(positives, anchors, "positives");
   check_features(negatives, anchors, "negatives");
   const c10::DeviceGuard guard(anchors.device());
-  const Kernels& kernels = find_kernels(anchors.scalar_type(), tf32);
+  const Kernels& kernels = find_kernels(anchors.scalar_type(), tf32, sm_90a);
   const int64_t count = positives.size(0), padded = anchors.size(1);
   const int64_t tiles = ends.numel(), programs = first_tile.numel();
   const Sizes sizes = kernels.sizes(padded);
@@ -118,6 +125,7 @@ std::tuple<Tensor, Tensor> dc_loss_rows(
   given.gradient = gradient.mutable_data_ptr();
   given.count = count;
   given.tiles = tiles;
+  given.blocks = negatives.size(0) / sizes.block;
   given.dim = positives.size(1);
   given.scale = static_cast<float>(scale);
   given.lowest = static_cast<float>(lowest);
@@ -130,13 +138,14 @@ std::tuple<Tensor, Tensor> dc_loss_rows(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(CAC_FAST_LIBRARY, library) {
-  library.def("dc_loss_sizes_cuda(Tensor anchors, int padded, bool tf32) -> (int, int, int)");
+  library.def(
+      "dc_loss_sizes_cuda(Tensor anchors, int padded, bool tf32, bool sm_90a) -> (int, int, int)");
   library.def(
       "dc_loss_rows_cuda(Tensor anchors, Tensor positives, Tensor negatives, Tensor order, "
       "Tensor excluded_from, Tensor excluded_to, Tensor active, Tensor admissible, Tensor borders, "
       "Tensor ends, Tensor share, Tensor first_tile, Tensor last_tile, float scale, "
-      "float inverse_temperature, bool offset_needed, float lowest, int headroom, bool tf32) "
-      "-> (Tensor, Tensor)");
+      "float inverse_temperature, bool offset_needed, float lowest, int headroom, bool tf32, "
+      "bool sm_90a) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(CAC_FAST_LIBRARY, CAC_FAST_DEVICE, library) {

@@ -19,17 +19,20 @@
 //     sums   += weights . negatives    second product; the same negatives, read transposed
 #pragma once
 
+#include <cstdint>
+
 #include "launch.h"
 #include "layout.h"
+#include "rows.cuh"
 
 namespace cac_fast::cuda {
-
-constexpr int kWarp = 32;
 
 // A kernel's sizes: products of a warp, how many warps, buffers, and programs a multiprocessor.
 template <class Unit_, int kWarps_, int kStages_, int kResident_>
 struct Shape {
   using Unit = Unit_;
+  using Element = typename Unit::Element;
+  static constexpr int kDim = Unit::kDim, kBlock = Unit::kBlock;
   static constexpr int kWarps = kWarps_, kStages = kStages_, kResident = kResident_;
   static constexpr int kThreads = kWarp * kWarps;
   static constexpr int kTile = 16 * Unit::kRows * kWarps;
@@ -66,17 +69,12 @@ class Partial {
   // Sums over the blocks of this program's share that a tile meets, into the slot of this piece.
   template <bool kOffset>
   __device__ __forceinline__ void add_tile(int tile) {
-    const int64_t share = *given_.share;
-    const int64_t tile_start = tile > 0 ? given_.ends[tile - 1] : 0;
-    const int64_t tile_met = given_.ends[tile] - tile_start;
-    const int64_t start = blockIdx.x * share - tile_start, stop = start + share;
-    const int begin = static_cast<int>(start > 0 ? start : 0);
-    const int end = static_cast<int>(stop < tile_met ? stop : tile_met);
+    const auto [begin, end] = find_places(given_, tile);
     // A tile between others that meets nothing: its anchors would still be on their way, waited
     // for by nobody, when the next ones are sent to the same place.
     if (begin >= end) return;
 
-    const Walk walk = find_walk(tile);
+    const Walk walk = find_walk<kBlock>(given_, tile);
     // Others may still be reading the last tile's anchors and blocks.
     __syncthreads();
     copy_rows<Shape::kTile>(
@@ -103,18 +101,12 @@ class Partial {
       const char* negatives = blocks_ + buffer * (kBlock * kPitch);
       float logits[kRows][kBlock / 8][4];
       Unit::multiply(logits, anchors_ + first_row_ * kPitch, negatives, lane_);
-      if (place >= walk.unmasked()) mask(logits, tile, walk.block(place) * kBlock);
+      if (place >= walk.unmasked()) mask_rows(logits, tile, walk.block(place) * kBlock);
       weigh<kOffset>(logits, sums, total, offset);
       Unit::accumulate(sums, logits, negatives, lane_);
       buffer = buffer + 1 == kStages ? 0 : buffer + 1;
     }
     store<kOffset>(tile, sums, total, offset);
-  }
-
-  __device__ __forceinline__ Walk find_walk(int tile) const {
-    const int32_t* borders = given_.borders + 4 * static_cast<int64_t>(tile);
-    const int high = borders[3], whole = *given_.admissible / kBlock;
-    return {borders[0], borders[1], borders[2], high, high > whole ? high : whole};
   }
 
   // The block at a place, if the tile's list goes so far; one group of copies in any case.
@@ -149,27 +141,12 @@ class Partial {
     }
   }
 
-  // -inf for negatives that an anchor excludes and for those behind the admissible ones.
-  __device__ __forceinline__ void mask(
+  __device__ __forceinline__ void mask_rows(
       float (&logits)[kRows][kBlock / 8][4], int tile, int first_column) const {
-    const int active = *given_.active, admissible = *given_.admissible;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t anchor = static_cast<int64_t>(tile) * Shape::kTile + row(r, h);
-        const int from = anchor < active ? given_.excluded_from[anchor] : 0;
-        const int to = anchor < active ? given_.excluded_to[anchor] : 0;
-#pragma unroll
-        for (int n = 0; n < kBlock / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int column = first_column + 8 * n + 2 * (lane_ & 3) + e;
-            const bool admitted = (column < from || column >= to) && column < admissible;
-            if (!admitted) logits[r][n][2 * h + e] = -INFINITY;
-          }
-        }
-      }
+      const int64_t place = static_cast<int64_t>(tile) * Shape::kTile + row(r, 0);
+      mask<kBlock>(logits[r], given_, place, first_column, lane_ & 3);
     }
   }
 
@@ -178,41 +155,18 @@ class Partial {
   __device__ __forceinline__ void weigh(
       float (&logits)[kRows][kBlock / 8][4], float (&sums)[kRows][Unit::kDim / 8][4],
       float (&total)[kRows][2], float (&offset)[kRows][2]) const {
-    const float scale = given_.scale;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kOffset) {
         float shrink[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float largest = -INFINITY;
-#pragma unroll
-          for (int n = 0; n < kBlock / 8; ++n) {
-            largest = fmaxf(largest, fmaxf(logits[r][n][2 * h], logits[r][n][2 * h + 1]));
-          }
-          // All four lanes of an anchor keep the same offset.
-          largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 1));
-          largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 2));
-          const float raised = fmaxf(offset[r][h], largest * scale - given_.headroom);
-          shrink[h] = exp2_fast(offset[r][h] - raised);
-          offset[r][h] = raised;
-          total[r][h] *= shrink[h];
-        }
+        raise_offset<kBlock>(logits[r], given_, total[r], offset[r], shrink);
 #pragma unroll
         for (int i = 0; i < Unit::kDim / 8; ++i) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) sums[r][i][j] *= shrink[Unit::half(i, j)];
         }
       }
-#pragma unroll
-      for (int n = 0; n < kBlock / 8; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float& weight = logits[r][n][j];
-          weight = exp2_fast(kOffset ? fmaf(weight, scale, -offset[r][j >> 1]) : weight * scale);
-          total[r][j >> 1] += weight;
-        }
-      }
+      take_weights<kOffset, kBlock>(logits[r], given_.scale, offset[r], total[r]);
     }
   }
 
@@ -223,16 +177,7 @@ class Partial {
     const int64_t slot = (static_cast<int64_t>(blockIdx.x) + tile) * Shape::kTile;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float sum = total[r][h];
-        sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
-        sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
-        if ((lane_ & 3) == 0) {
-          given_.total[slot + row(r, h)] = sum;
-          if (kOffset) given_.offset[slot + row(r, h)] = offset[r][h];
-        }
-      }
+      store_totals<kOffset>(given_, slot + row(r, 0), total[r], offset[r], lane_ & 3);
 #pragma unroll
       for (int i = 0; i < Unit::kDim / 8; ++i) {
 #pragma unroll

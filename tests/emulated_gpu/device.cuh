@@ -1,29 +1,22 @@
-// A GPU on the CPU, for the kernels of csrc/cuda: stands in for their device.cuh.
+// Stands in for csrc/cuda/device.cuh: the kernels on the emulated GPU of gpu.h.
 //
-// The threads of a program are fibers on one core, run in random order between the points where
-// they must wait for each other, one warp far ahead of the others. What the instructions of the matrix unit do is written down here
-// a second time, from the layouts in the PTX ISA. Emulated as unkindly as the ISA allows: copies to
-// shared memory arrive at once or as late as possible, at random, and until then there is NaN.
-// Broken rules throw std::runtime_error: lanes that do not meet, addresses outside shared memory
-// or not aligned, matrix rows that share a bank, operands that are not rounded to TF32.
+// What the instructions of the matrix unit do is written down here a second time, from the layouts
+// in the PTX ISA. Emulated as unkindly as the ISA allows: copies to shared memory arrive at once or
+// as late as possible, at random, and until then there is NaN. Broken rules throw
+// std::runtime_error: lanes that do not meet, addresses outside shared memory or not aligned, matrix
+// rows that share a bank, operands that are not rounded to TF32.
 #pragma once
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#include <ucontext.h>
 
-#include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <exception>
-#include <functional>
-#include <memory>
-#include <random>
-#include <stdexcept>
-#include <string>
-#include <vector>
+
+#include "gpu.h"
 
 #define __device__
 #define __global__
@@ -33,180 +26,13 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-struct Index {
-  unsigned x;
+struct float2 {
+  float x, y;
 };
-inline Index threadIdx, blockIdx;
 
 struct float4 {
   float x, y, z, w;
 };
-
-namespace emulated {
-
-inline void require(bool condition, const char* rule) {
-  if (!condition) throw std::runtime_error(std::string("emulated GPU: ") + rule);
-}
-
-constexpr unsigned kWarp = 32;
-constexpr size_t kStack = 1 << 18;
-
-// What lanes of a warp hand to each other at one meeting.
-struct Meeting {
-  std::array<std::array<uint64_t, 12>, kWarp> given;
-  std::array<const char*, kWarp> what;
-};
-
-struct Barrier {
-  unsigned arrived = 0, generation = 0;
-};
-
-struct Copy {
-  char* to;
-  std::array<char, 16> bytes;
-};
-
-struct Thread {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  Barrier* waits_for;
-  unsigned generation;
-  unsigned meetings;
-  std::vector<std::vector<Copy>> groups;  // of copies on their way, the last one still open
-  bool done;
-};
-
-class Gpu {
- public:
-  std::mt19937 random{0};
-  size_t shared_bytes = 0;
-
-  // Runs `body` as every thread of one program.
-  void run_program(unsigned count, const std::function<void()>& body) {
-    body_ = &body;
-    error_ = nullptr;
-    if (threads_.size() < count) threads_.resize(count);
-    count_ = count;
-    warps_.assign((count + kWarp - 1) / kWarp, {});
-    all_ = {};
-    for (unsigned i = 0; i < count; ++i) start(i);
-    std::vector<unsigned> ready;
-    unsigned ahead = 0;
-    while (true) {
-      ready.clear();
-      unsigned left = 0;
-      for (unsigned i = 0; i < count; ++i) {
-        Thread& thread = threads_[i];
-        if (thread.done) continue;
-        ++left;
-        if (!thread.waits_for || thread.generation != thread.waits_for->generation) {
-          ready.push_back(i);
-        }
-      }
-      if (left == 0) return;
-      require(!ready.empty(), "threads wait for others that never come");
-      // One warp goes ahead as far as it can, so that warps are as far apart as barriers allow.
-      const auto is_ahead = [&](unsigned i) { return i / kWarp == ahead; };
-      if (random() % 64 == 0 || std::none_of(ready.begin(), ready.end(), is_ahead)) {
-        ahead = ready[random() % ready.size()] / kWarp;
-      }
-      ready.erase(std::stable_partition(ready.begin(), ready.end(), is_ahead), ready.end());
-      std::shuffle(ready.begin(), ready.end(), random);
-      for (const unsigned i : ready) {
-        current_ = i;
-        threadIdx.x = i;
-        swapcontext(&scheduler_, &threads_[i].context);
-        if (error_) std::rethrow_exception(error_);
-      }
-    }
-  }
-
-  Thread& thread() { return threads_[current_]; }
-  unsigned lane() const { return current_ % kWarp; }
-
-  void wait_for_all() { wait(all_, count_); }
-
-  // Hands `given` to the other lanes and returns what all have given. Two of these are in use in
-  // turn: nobody can be two meetings ahead.
-  const Meeting& meet(const char* what, const std::array<uint64_t, 12>& given) {
-    Warp& warp = warps_[current_ / kWarp];
-    Meeting& meeting = warp.meetings[thread().meetings++ % 2];
-    meeting.given[lane()] = given;
-    meeting.what[lane()] = what;
-    wait(warp.barrier, kWarp);
-    for (const char* other : meeting.what) require(other == what, "lanes meet for other things");
-    return meeting;
-  }
-
- private:
-  struct Warp {
-    Barrier barrier;
-    std::array<Meeting, 2> meetings;
-  };
-
-  void start(unsigned i) {
-    Thread& thread = threads_[i];
-    if (!thread.stack) thread.stack = std::make_unique<char[]>(kStack);
-    thread.waits_for = nullptr;
-    thread.meetings = 0;
-    thread.groups.assign(1, {});
-    thread.done = false;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStack;
-    thread.context.uc_link = &scheduler_;
-    makecontext(&thread.context, reinterpret_cast<void (*)()>(&Gpu::enter), 0);
-  }
-
-  static void enter();
-
-  void wait(Barrier& barrier, unsigned count) {
-    Thread& mine = thread();
-    if (++barrier.arrived == count) {
-      barrier.arrived = 0;
-      ++barrier.generation;
-      return;
-    }
-    mine.waits_for = &barrier;
-    mine.generation = barrier.generation;
-    swapcontext(&mine.context, &scheduler_);
-    mine.waits_for = nullptr;
-  }
-
-  std::vector<Thread> threads_;
-  std::vector<Warp> warps_;
-  Barrier all_;
-  ucontext_t scheduler_;
-  unsigned count_ = 0, current_ = 0;
-  const std::function<void()>* body_ = nullptr;
-  std::exception_ptr error_;
-};
-
-inline Gpu gpu;
-
-inline void Gpu::enter() {
-  try {
-    (*gpu.body_)();
-  } catch (...) {
-    gpu.error_ = std::current_exception();
-  }
-  gpu.thread().done = true;
-}
-
-inline uint64_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-inline float float_of(uint64_t bits) {
-  const auto low = static_cast<uint32_t>(bits);
-  float x;
-  std::memcpy(&x, &low, sizeof x);
-  return x;
-}
-
-}  // namespace emulated
 
 inline void __syncthreads() { emulated::gpu.wait_for_all(); }
 
