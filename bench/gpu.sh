@@ -203,8 +203,12 @@ tests() {
 
 loss() {
     local name dtype other chosen tested=("${usable[@]}")
+    # A path may be for 16 bits alone, which is no failure.
     local check='import sys, torch, cac_fast
-print(cac_fast.verify("cuda", getattr(torch, sys.argv[2]), sys.argv[1]))'
+try:
+    print(cac_fast.verify("cuda", getattr(torch, sys.argv[2]), sys.argv[1]))
+except ValueError as refusal:
+    print("skipped:", refusal)'
     for name in "${usable[@]}"; do
         for dtype in bfloat16 float16 float32; do
             start "verify $name $dtype" 60 "$python" -c "$check" "$name" "$dtype"

@@ -238,12 +238,16 @@ def test_backends_that_can_be_used_take_part(monkeypatch: pytest.MonkeyPatch) ->
         "float32 only": replace(
             other, refuses=lambda anchors: None if anchors.dtype == torch.float32 else "dtype"
         ),
+        "16 bits only": replace(
+            other, refuses=lambda anchors: None if anchors.dtype.itemsize == 2 else "dtype"
+        ),
     }
     monkeypatch.setattr(providers, "BACKENDS", table)
     monkeypatch.setattr(dispatch, "BACKENDS", table)
     items = providers.find_providers(CPU)
     names = [item.name for item in items]
-    assert names == ["products", "eager", "float32 only", "dense", "compiled", "chunked"]
+    kinds = ["float32 only", "16 bits only"]
+    assert names == ["products", "eager", *kinds, "dense", "compiled", "chunked"]
     runner = bench([items[2]])
     rate = {(name, "float16"): 0.0 for name in names}
     runner.rates, runner.bytes = dict(rate), dict(rate)
