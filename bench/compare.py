@@ -161,6 +161,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     os.replace(draft, path)
 
 
+def run_folder(method: str, share: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where a run is kept."""
+    return options.runs / f"{method}-{share.replace('/', '_')}-seed{seed}"
+
+
 def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> dict:
     """Train one method once; its last and best state on val and, if asked for, test.
 
@@ -168,7 +173,7 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
         RunError: training or evaluation failed, or left no validation result.
         InputError: as `note_commit`.
     """
-    folder = options.runs / f"{method}-{share.replace('/', '_')}-seed{seed}"
+    folder = run_folder(method, share, seed, options)
     label = f"{method} {share} seed {seed}"
     data = options.data
     commits = note_commit(folder, options.commit, "--restart" in options.rest)
@@ -202,6 +207,23 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
             scores[f"test_{state}"] = json.loads(file.read_text())["miou"]
     names = {"method": method, "share": share, "seed": seed, "commits": commits}
     return {**names, "scores": scores, "curve": curve}
+
+
+def unfinished_run(method: str, share: str, seed: int, options: argparse.Namespace) -> dict | None:
+    """How far a run has come that has no result yet; None where its folder says nothing."""
+    folder = run_folder(method, share, seed, options)
+    lines = read_metrics(folder / "metrics.jsonl")
+    if not lines:
+        return None
+    commits = folder / "compare.json"
+    return {
+        "method": method,
+        "share": share,
+        "seed": seed,
+        "commits": json.loads(commits.read_text())["commits"] if commits.is_file() else ["unknown"],
+        "iteration": lines[-1]["iteration"],
+        "curve": [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"],
+    }
 
 
 def table(results: list[dict]) -> str:
@@ -284,7 +306,8 @@ def plot(results: list[dict], path: Path) -> None:
 def compare(options: argparse.Namespace) -> int:
     """Run every method, share and seed; write JSON, table and plot below ``options.results``.
 
-    JSON and table are written after each run, the plot at the end. 1 if a run failed, else 0.
+    JSON and table are written after each run, the plot at the end. The JSON says how far the others
+    have come, also when a signal stops them. 1 if a run failed, else 0.
 
     Raises:
         InputError: the data cannot be opened, or a split that is scored has no image.
@@ -311,6 +334,15 @@ def compare(options: argparse.Namespace) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     found: dict[tuple[str, str, int], dict] = {}
     failures = []
+
+    def write() -> list[dict]:
+        results = [found[job] for job in jobs if job in found]
+        others = [unfinished_run(*job, options) for job in jobs if job not in found]
+        record["runs"], record["unfinished"] = results, [run for run in others if run]
+        if results or record["unfinished"]:
+            write_json(Path(f"{target}.json"), record)
+        return results
+
     with programs.stopped_by_signals(), ThreadPoolExecutor(options.jobs) as pool:
         try:
             futures = {pool.submit(one_run, *job, options): job for job in jobs}
@@ -320,12 +352,16 @@ def compare(options: argparse.Namespace) -> int:
                 except (RunError, InputError) as error:
                     failures.append(str(error))
                     continue
-                results = [found[job] for job in jobs if job in found]
-                write_json(Path(f"{target}.json"), {**record, "runs": results})
-                Path(f"{target}.md").write_text(table(results) + "\n")
+                Path(f"{target}.md").write_text(table(write()) + "\n")
         finally:
             # After an interrupt no further run starts.
             pool.shutdown(wait=False, cancel_futures=True)
+            # Before those that run have saved, as who stops them may not wait so long.
+            write()
+            with contextlib.suppress(OSError):
+                for run in record["unfinished"]:
+                    name = f"{run['method']} {run['share']} seed {run['seed']}"
+                    print(f"unfinished: {name} at iteration {run['iteration']}", flush=True)
     if found:
         results = [found[job] for job in jobs if job in found]
         plot(results, Path(f"{target}.png"))

@@ -1,100 +1,311 @@
 #!/usr/bin/env bash
-# The whole round on a machine with a GPU: its tests, the benches, a training of both methods.
+# A round on a machine with a GPU: three calls, each of which ends within its seconds.
 #
-#   [PARTS="loss step train"] bench/gpu.sh [DATA_FOLDER WEIGHTS [LIMIT]]
+#   PARTS=loss  bench/gpu.sh                      420: builds; checks, times, tunes, tests the loss
+#   PARTS=bench bench/gpu.sh                      550: loss and step against their baselines
+#   PARTS=train bench/gpu.sh DATA_FOLDER WEIGHTS  590: supervised and CAC on a folder data set
 #
-# Each of PARTS is a call of its own that ends within 9.5 minutes; by default all are done. `loss`,
-# within 8: tests and bench of the loss; `step`: tests of the trainer, benches of step and loader.
-# Every command has a limit. With DATA_FOLDER (read with --dataset folder) and WEIGHTS (mobilenet_v2's)
-# `train` makes a profile of the goal row's step fed from the cache, for its share of "data wait", and
-# trains; that stops after LIMIT seconds (default 350) and goes on where it stopped when the script is run
-# again. Results are written as they come, to RESULTS (default bench/results). One command that fails
-# does not keep the others from running, but makes the exit code 1.
+# Without PARTS all are done, `train` only with its arguments (WEIGHTS are mobilenet_v2's). Results
+# are written as they come, to RESULTS (default bench/results): RESULTS/DEVICE-PART.txt has all that
+# was said. Whatever fails, the rest runs; what failed is listed at the end, and makes the exit code 1.
+# A back end that fails its check in bfloat16 (part `loss`) is left out of the benches, those of later
+# calls too. What is compiled is compiled again where its sources, Python or PyTorch have changed.
+# DRY_RUN=1 shows the commands and their limits; it needs no GPU.
 #
-# The CUDA back end must be built, or the round ends at once; CAC_FAST_CUDA=0 does without it.
+# CAC_FAST_CUDA=0 does without the CUDA back end; TORCH_CUDA_ARCH_LIST is by default this GPU's.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-status=0
-export CAC_FAST_CUDA=${CAC_FAST_CUDA-1}
+dry=${DRY_RUN:-}
+read -ra parts <<<"${PARTS:-loss bench${2:+ train}}"
+data=${1:-} weights=${2:-}
+declare -A seconds=([loss]=420 [bench]=550 [train]=590)
+for part in "${parts[@]}"; do
+    [ -n "${seconds[$part]:-}" ] || { echo "error: PARTS has $part: use loss, bench, train" >&2; exit 2; }
+    [ "$part" != train ] || [ -n "$weights" ] ||
+        { echo "error: the part train needs DATA_FOLDER and WEIGHTS" >&2; exit 2; }
+done
+export PYTHONUNBUFFERED=1
 # What cuBLAS needs to be deterministic, which the tests ask for.
 export CUBLAS_WORKSPACE_CONFIG=:4096:8
 
-wants() { [[ " ${PARTS:-loss step train} " == *" $1 "* ]]; }
-# By SECONDS, the shell's clock; what comes before the first part, the build, counts as its own.
 SECONDS=0
-began=0
-part_ends=200
-# within LIMIT COMMAND...: for so many seconds, or those that its part has left.
-within() {
-    local left=$((part_ends - SECONDS))
-    timeout $(($1 < left ? $1 : (left > 1 ? left : 1))) "${@:2}"
+planned=0 # in a dry run the clock
+ends=${seconds[${parts[0]}]}
+grace=5 # between SIGTERM and SIGKILL
+log=/dev/null
+failed=()
+
+now() { [ -n "$dry" ] && echo "$planned" || echo "$SECONDS"; }
+say() { echo "$*" | tee -a "$log"; }
+# note NAME CODE: of a command that failed.
+note() {
+    case $2 in
+        124 | 137) failed+=("$1: over its time") ;;
+        125) failed+=("$1: no time was left") ;;
+        *) failed+=("$1: exit code $2") ;;
+    esac
 }
 
-# Built anew where a source is newer than what was built.
-built=$(compgen -G 'cac_fast/_C.*.so' | head -n 1)
-if [ -z "$built" ] || [ -n "$(find setup.py csrc -newer "$built" -print -quit)" ] ||
-    ! "$python" -c 'import cac_fast.train' 2>/dev/null; then
-    within 200 "$python" -m pip install -q --no-deps --no-build-isolation -e . || exit 1
-fi
-if [ "$CAC_FAST_CUDA" != 0 ]; then
-    "$python" -c 'import cac_fast, sys; sys.exit(cac_fast.backends()["cuda"])' || exit 1
-fi
-name=$("$python" -c 'import torch; print("-".join(torch.cuda.get_device_name().lower().split()))') || exit 1
-results="${RESULTS:-bench/results}/$name"
-mkdir -p "$(dirname "$results")"
+# Of so many seconds those that the part has left; the last ten are for a command that must be killed.
+allowed() {
+    local left=$((ends - $(now) - 10))
+    echo $(($1 < left ? $1 : left))
+}
 
-# Without the project's pytest options, as pytest-timeout may not be there.
-pytest=("$python" -m pytest -q --tb=short -o addopts=)
-# Side by side where that can be: most of their time is the host's, compiling.
-parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(--numprocesses 6 --dist worksteal)
+# execute NAME SECONDS COMMAND...: its output, behind its name, to the terminal and to the log.
+beside=''
+execute() {
+    local name=$1 asked=$2 limit limit_of='' shown
+    limit=$(allowed "$2")
+    shift 2
+    ((limit >= 5)) || return 125
+    shown=${*//$'\n'/ }
+    ((limit == asked)) || limit_of=" of $asked"
+    say "== $name$beside, at most $limit$limit_of s: ${shown:0:800}"
+    [ -z "$dry" ] || return 0
+    timeout -k "$grace" "$limit" "$@" 2>&1 | sed -u "s/^/$name | /" | tee -a "$log"
+    return "${PIPESTATUS[0]}"
+}
 
-if wants loss; then
-    part_ends=$((began + 470))
-    # The CUDA back end by itself: a kernel that goes wrong takes all of its process along.
-    within 80 "${pytest[@]}" -k cuda tests/test_gpu_loss.py |
-        tee "$results-tests-loss.txt" || status=1
-    within 150 "${pytest[@]}" "${parallel[@]}" -k "(gpu or cuda) and not (gpu_loss and cuda)" \
-        tests/test_gpu_loss.py tests/test_ops.py | tee -a "$results-tests-loss.txt" || status=1
-    within 150 "$python" bench/dc_loss.py --minutes 2 --json "$results-dc_loss.json" --plot "$results-dc_loss.png" ||
-        status=1
-    sanitizer=$(command -v compute-sanitizer /usr/local/cuda/bin/compute-sanitizer | head -n 1)
-    for tool in memcheck racecheck; do
-        [ -n "$sanitizer" ] && [ "$CAC_FAST_CUDA" != 0 ] || break
-        # Each tensor in an allocation of its own, so that what lies beyond its end is nobody's.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 90 "$sanitizer" --tool "$tool" \
-            --kernel-name kns=dc_loss --report-api-errors no --error-exitcode 1 \
-            "${pytest[@]}" -k "cuda and (divide_nothing or nothing_active)" tests/test_gpu_loss.py |
-            tee -a "$results-tests-loss.txt" || status=1
+# run, as execute; a failure is noted.
+run() {
+    local limit
+    limit=$(allowed "$2")
+    execute "$@" || note "$1" $?
+    planned=$((planned + limit))
+}
+
+# start, as run, beside all that is started until `join`; `lost` then names those that failed.
+pids=() names=() widest=0
+start() {
+    local limit
+    limit=$(allowed "$2")
+    widest=$((limit > widest ? limit : widest))
+    names+=("$1")
+    beside=', beside others' execute "$@" &
+    pids+=($!)
+    [ -z "$dry" ] || wait "$!"
+}
+join() {
+    local each code
+    lost=()
+    for each in "${!pids[@]}"; do
+        wait "${pids[each]}"
+        code=$?
+        ((code == 0)) || { note "${names[each]}" "$code"; lost+=("${names[each]}"); }
     done
-    began=$SECONDS
-fi
-if wants step; then
-    part_ends=$((began + 570))
-    within 200 "${pytest[@]}" "${parallel[@]}" -k gpu tests/test_gpu.py tests/test_bench_train_step.py |
-        tee "$results-tests-step.txt" || status=1
-    within 240 "$python" bench/train_step.py --baseline --sweep-negatives 500,25.6k,1M --minutes 1 \
-        --json "$results-train_step.json" || status=1
-    within 240 "$python" bench/loader.py --json "$results-loader.json" || status=1
-    began=$SECONDS
-fi
-if wants train && [ $# -ge 2 ]; then
-    part_ends=$((began + 570))
-    # Without the backbone's weights, which do not change its speed. More steps than batches that the
-    # loaders' processes have ready when it begins: those would hide a loader that is too slow.
-    within 180 "$python" train/main.py --dataset folder --data-dir "$1" --labeled-share 1/8 \
-        --network deeplabv3plus --backbone resnet50 --batch-size 8 --crop-size 720 --workers 6 \
-        --cache "runs/$name-cache" --output "runs/$name-profile" --restart --iterations 60 \
-        --warmup 0 --eval-every 1000 --profile 40 | tee "$results-profile.txt" || status=1
-    within "${3:-350}" "$python" bench/compare.py --name "$name-camvid" --dataset folder \
-        --data-dir "$1" --shares 1/16,1/8 --seeds 0,1,2 --test --jobs 4 --threads 4 -- \
-        --network deeplabv3plus --backbone mobilenet_v2 --weights "$2" --cache "runs/$name-cache" \
-        --iterations 10000 --batch-size 8 --crop-size 320 --learning-rate 0.005 --workers 3
-    case $? in
-        0) ;;
-        124) echo "training not finished in time: run this again to go on" ;;
-        *) status=1 ;;
-    esac
-fi
-exit $status
+    planned=$((planned + widest))
+    pids=() names=() widest=0
+}
+
+# What there is: GPU, versions, the back ends for GPUs and why one cannot be used.
+question='
+import importlib.util, platform, torch
+if torch.cuda.is_available():
+    print("device", "-".join(torch.cuda.get_device_name().lower().split()))
+    print("arch", "%d.%d" % torch.cuda.get_device_capability())
+print("versions", platform.python_version(), torch.__version__)
+print("xdist", importlib.util.find_spec("xdist") is not None)
+import cac_fast, cac_fast.train
+for name, reason in cac_fast.backends().items():
+    if name not in ("reference", "eager", "cpp"):
+        print("backend", name, " ".join((reason or "").split()))
+print("installed", True)
+'
+ask() {
+    local answer key value rest
+    # Twice what is planned, as a first import may be slow; what comes last in the part pays for it.
+    answer=$(timeout -k "$grace" "$(allowed 40)" "$python" -c "$question" 2>&1)
+    device='' arch='' versions='' xdist='' installed='' gpu=() reasons=()
+    while read -r key value rest; do
+        case $key in
+            device | arch | xdist | installed) printf -v "$key" %s "$value" ;;
+            versions) versions="$value $rest" ;;
+            backend) gpu+=("$value") reasons+=("$rest") ;;
+        esac
+    done <<<"$answer"
+    planned=$((planned + 20))
+    [ -z "$dry" ] || device=${device:-gpu} arch=${arch:-9.0}
+    [ -n "$device" ] || { echo "error: no GPU is seen: ${answer##*$'\n'}" >&2; exit 1; }
+}
+
+# The sum of what is compiled, for what, with what: each call may come with new file times.
+mark=build/gpu.txt
+checksum() {
+    {
+        echo "$versions ${CAC_FAST_CUDA-} $TORCH_CUDA_ARCH_LIST"
+        find setup.py csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+    } | sha256sum
+}
+
+# Compile what is not; without the CUDA back end where that fails, which the mark keeps in mind.
+build() {
+    local sum install each problem='' code=0
+    sum=$(checksum)
+    install=("$python" -m pip install -q --no-deps --no-build-isolation -e .)
+    # A dry run shows it where the plan has it; the later calls find it done.
+    if [ -n "$dry" ] && [ "${parts[0]}" != loss ]; then
+        :
+    elif [ -n "$dry" ] || [ -z "$installed" ] || [ "$(head -n 1 "$mark" 2>/dev/null)" != "$sum" ]; then
+        [ -n "$dry" ] || rm -f "$mark"
+        execute build 110 "${install[@]}" || code=$?
+        planned=$((planned + 110))
+        if ((code)); then
+            problem="build: $( ((code == 124 || code == 137)) && echo "over its time" || echo "exit code $code")"
+            say "$problem; once more without CUDA"
+            CAC_FAST_CUDA=0 run "build without CUDA" 40 "${install[@]}"
+        fi
+        [ -n "$dry" ] || { mkdir -p build && printf '%s\n' "$sum" ${problem:+"$problem"} >"$mark"; }
+        ask
+    fi
+    [ ! -f "$mark" ] || [ -n "$dry" ] || problem=$(tail -n +2 "$mark")
+    [ -z "$problem" ] || failed+=("$problem")
+    [ -n "$installed" ] || failed+=("install: cac_fast cannot be imported")
+    usable=()
+    for each in "${!gpu[@]}"; do
+        if [ -z "${reasons[each]}" ] || [ -n "$dry" ]; then
+            usable+=("${gpu[each]}")
+        else
+            say "without the back end ${gpu[each]}: ${reasons[each]}"
+            [[ ${gpu[each]} == cuda* && ${CAC_FAST_CUDA-} == 0 ]] ||
+                failed+=("back end ${gpu[each]}: ${reasons[each]:0:300}")
+        fi
+    done
+}
+
+# Leave out what failed its check in bfloat16, in this call or an earlier one.
+refused=build/gpu-refused.txt
+leave_out_refused() {
+    local each kept=()
+    [ -f "$refused" ] && [ -z "$dry" ] || return 0
+    for each in "${usable[@]}"; do
+        if grep -qxF "$each" "$refused"; then
+            failed+=("back end $each: left out of the benches, as it failed its check")
+        else
+            kept+=("$each")
+        fi
+    done
+    usable=("${kept[@]}")
+}
+
+# joined WORDS...: with commas.
+joined() { local IFS=,; echo "$*"; }
+first() { compgen -G "$1" || { shift; (($#)) && first "$@"; }; }
+tool() { { command -v "$1"; first "/usr/local/cuda/bin/$1" "/opt/nvidia/*/*/$1"; } | head -n 1; }
+
+# tests NAME SECONDS ARGUMENTS...: beside others; without the project's pytest options, which not
+# every machine knows; side by side where that can be, as most of their time is the host's.
+tests() {
+    start "$1" "$2" "$python" -m pytest -q --tb=short -o addopts= -p no:cacheprovider \
+        "${parallel[@]}" "${@:3}"
+}
+
+loss() {
+    local name dtype other chosen tested=("${usable[@]}")
+    # A path may be for 16 bits alone, which is no failure.
+    local check='import sys, torch, cac_fast
+try:
+    print(cac_fast.verify("cuda", getattr(torch, sys.argv[2]), sys.argv[1]))
+except ValueError as refusal:
+    print("skipped:", refusal)'
+    for name in "${usable[@]}"; do
+        for dtype in bfloat16 float16 float32; do
+            start "verify $name $dtype" 60 "$python" -c "$check" "$name" "$dtype"
+        done
+    done
+    join
+    if [ -z "$dry" ]; then
+        mkdir -p build
+        printf '%s\n' "${lost[@]}" | sed -n 's/^verify \(.*\) bfloat16$/\1/p' >"$refused"
+    fi
+    leave_out_refused
+    run "loss, fast ones" 65 "$python" bench/dc_loss.py --minutes 0.9 \
+        --providers "$(joined "${usable[@]}" eager)" --json "$results-dc_loss-fast.json"
+    run tiles 45 "$python" bench/tiles.py --json "$results-tiles.json"
+    local once='import sys
+sys.path.insert(0, "bench")
+import cases, torch
+from cac_fast.dispatch import choose_backend
+given = cases.make_operands(cases.standard_cases("cuda")[0], torch.device("cuda"))
+for name in sys.argv[1:]:
+    choose_backend(name, given.anchors)(*given)
+torch.cuda.synchronize()'
+    ncu=$(tool ncu)
+    if [ -n "$ncu$dry" ] && ((${#usable[@]})); then
+        run ncu 25 "${ncu:-ncu}" --clock-control none --set full -k regex:dc_loss_partial \
+            -c "${#usable[@]}" --log-file "$results-ncu.txt" "$python" -c "$once" "${usable[@]}"
+    fi
+    # Each back end by itself: a kernel that goes wrong takes all of its process along.
+    for name in "${tested[@]}"; do
+        chosen=$name
+        for other in "${tested[@]}"; do
+            [[ $other != "$name"* || $other == "$name" ]] || chosen+=" and not $other"
+        done
+        tests "tests $name" 150 -k "$chosen" tests/test_gpu_loss.py
+    done
+    tests "tests of the operator" 150 -k gpu tests/test_ops.py
+    join
+}
+
+bench() {
+    leave_out_refused
+    run "loss, all" 245 "$python" bench/dc_loss.py --minutes 3.8 \
+        --providers "$(joined "${usable[@]}" eager reference dense compiled chunked flex)" \
+        --json "$results-dc_loss.json" --plot "$results-dc_loss.png"
+    run step 215 "$python" bench/train_step.py --baseline --sweep-negatives 500,25.6k,1M \
+        --minutes 1.5 --json "$results-train_step.json"
+    sanitizer=$(tool compute-sanitizer)
+    if [[ -n $sanitizer$dry && " ${usable[*]} " == *" cuda"* ]]; then
+        # Each tensor in an allocation of its own, so that what lies beyond its end is nobody's.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 run memcheck 60 "${sanitizer:-compute-sanitizer}" \
+            --tool memcheck --kernel-name kns=dc_loss --report-api-errors no --error-exitcode 1 \
+            "$python" -m pytest -q --tb=short -o addopts= -p no:cacheprovider \
+            -k "cuda and (divide_nothing or nothing_active)" tests/test_gpu_loss.py
+    fi
+}
+
+train() {
+    local set options
+    set=$(basename "$data")
+    options=(--dataset folder --data-dir "$data")
+    # Trainings save when they are stopped: the same call goes on with them.
+    grace=15 run training 400 "$python" bench/compare.py --name "$device-$set" "${options[@]}" \
+        --results "$folder" --shares 1/8 --seeds 0,1,2 --test --jobs 6 --threads 2 -- \
+        --network deeplabv3plus --backbone mobilenet_v2 --weights "$weights" \
+        --cache "runs/$device-cache" --iterations 2000 --batch-size 8 --crop-size 320 \
+        --learning-rate 0.005 --workers 1 --eval-every 500
+    # The goal row's step, fed from the cache, for its share of "data wait". Small images are drawn
+    # large, or their crops would be padding; random weights are as fast as others; there are more
+    # steps than batches that the loaders have ready when it begins.
+    run profile 80 "$python" train/main.py "${options[@]}" --labeled-share 1/8 \
+        --network deeplabv3plus --backbone resnet50 --batch-size 8 --crop-size 720 \
+        --base-size 2048 --workers 6 --cache "runs/$device-cache" \
+        --output "runs/$device-profile" --restart --iterations 60 --warmup 0 --eval-every 1000 \
+        --profile 40
+    tests "tests of the trainer" 150 -k gpu tests/test_gpu.py tests/test_bench_train_step.py
+    join
+}
+
+ask
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST-$arch}
+folder=${RESULTS:-bench/results}
+results=$folder/$device
+parallel=()
+[ "$xdist" != True ] || parallel=(--numprocesses 4 --dist worksteal)
+[ -n "$dry" ] || mkdir -p "$folder"
+for each in "${!parts[@]}"; do
+    part=${parts[each]}
+    ((each == 0)) || ends=$(($(now) + seconds[$part]))
+    if [ -z "$dry" ]; then
+        log=$results-$part.txt
+        echo "$device, $versions, TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST" >"$log"
+    fi
+    say "# $part, ${seconds[$part]} s"
+    ((each > 0)) || build
+    "$part"
+done
+say "# done after $(now) s"
+((${#failed[@]})) || exit 0
+for each in "${failed[@]}"; do say "failed: $each"; done
+exit 1

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -171,7 +172,8 @@ def take_turns(contenders: list[Contender], on_device: Stream, minutes: float) -
             if contender.way == "cached":
                 batch = {name: value for name, value in batch.items() if torch.is_tensor(value)}
                 processor = time.process_time()
-                took = measure.seconds(lambda batch=batch: on_device.to_device(batch), target)
+                call = partial(on_device.to_device, batch)
+                _, took = measure.host_and_wall(call, target)
                 processor = time.process_time() - processor
                 device[contender.kind].append((took / BATCH, processor / BATCH))
         parts = [f"{c.kind[0]} {c.way} {1e3 * c.times[-1][0]:.0f}" for c in contenders]

@@ -13,9 +13,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,19 +27,85 @@ ROOT = Path(__file__).resolve().parents[1]
 PROC = Path("/proc")
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Time of one call; on CUDA until its last kernel is done, with what the host needs before."""
+# Seconds that a device waits at most while the host queues a call's kernels.
+LONGEST_LEAD = 0.1
+
+
+class Times(NamedTuple):
+    """Seconds of one call; on a CPU all three are the same.
+
+    device: from the start of its first kernel to the end of its last, queued ahead, so that none
+    waits for the host. host: until the call returns. wall: from the call to the result, on a device
+    that was idle.
+    """
+
+    device: float
+    host: float
+    wall: float
+
+
+def times(call: Callable[[], Any], device: torch.device) -> Times:
+    """Of one call, on CUDA of two: the host's time alone, then the device's."""
+    host, wall = host_and_wall(call, device)
+    if device.type != "cuda":
+        return Times(wall, wall, wall)
+    return Times(device_seconds(call, device, host), host, wall)
+
+
+def host_and_wall(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds until a call returns and until its result is there, on a device that was idle."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    call()
+    returned = time.perf_counter()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return returned - begin, time.perf_counter() - begin
+
+
+def device_seconds(call: Callable[[], Any], device: torch.device, host: float = 0.0) -> float:
+    """Seconds of one call on the device, which has nothing of the call's in its L2 cache before.
+
+    host: seconds that the host needs for it. A CUDA device waits longer than that before it begins,
+    so that it finds all kernels queued. A call that waits for the device keeps its gaps.
+    """
     if device.type != "cuda":
         begin = time.perf_counter()
         call()
         return time.perf_counter() - begin
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    lead = min(1.5 * host + 2e-4, LONGEST_LEAD)
+    cycles = round(lead * _cycles_per_second(device))
     torch.cuda.synchronize(device)
+    _cache_filler(device).zero_()
+    torch.cuda._sleep(cycles)
     begin.record()
     call()
     end.record()
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end) / 1e3
+
+
+@cache
+def _cycles_per_second(device: torch.device) -> float:
+    """Of the counter that `torch.cuda._sleep` waits by."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cycles = 10_000_000
+    torch.cuda._sleep(cycles)  # loads its kernel
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize(device)
+    return cycles / (begin.elapsed_time(end) / 1e3)
+
+
+@cache
+def _cache_filler(device: torch.device) -> torch.Tensor:
+    """Twice the L2 cache."""
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def percentiles(times: Sequence[float] | np.ndarray) -> dict[str, float]:

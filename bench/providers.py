@@ -72,14 +72,21 @@ def backend_provider(name: str, device: torch.device) -> Provider:
     return Provider(name, prepare, None if name == "reference" else 0, refuses=refuses)
 
 
+def works_on(name: str, device: torch.device) -> bool:
+    """Whether a back end takes features of some dtype on a device."""
+    dtypes = torch.float32, torch.bfloat16
+    some = [torch.empty(0, Case.channels, dtype=dtype, device=device) for dtype in dtypes]
+    return any(BACKENDS[name].refuses(anchors) is None for anchors in some)
+
+
 def find_providers(device: torch.device) -> list[Provider]:
-    """The bare products, all back ends that can be used on the device, then the baselines."""
+    """The bare products, all back ends that can be used on the device, then the baselines; what is
+    to be fast comes first."""
     providers = [Provider("products", fastest_products, slack=None)]
-    anchors = torch.empty(0, 1, device=device)
     providers += [
         backend_provider(name, device)
-        for name, backend in BACKENDS.items()
-        if backend.missing() is None and backend.refuses(anchors) is None
+        for name in sorted(BACKENDS, key=lambda name: name == "reference")
+        if BACKENDS[name].missing() is None and works_on(name, device)
     ]
     providers += [
         provider("dense", baselines.dense, None, BASELINE_SLACK),
@@ -123,4 +130,4 @@ def fastest_products(operands: Operands) -> Products:
         return candidates[0]
     for products in candidates:
         products()
-    return min(candidates, key=lambda products: measure.seconds(products, device))
+    return min(candidates, key=lambda products: measure.times(products, device).device)

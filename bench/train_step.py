@@ -47,10 +47,11 @@ GOALS = {
     "cuda": {"backbone": "resnet50", "crop_size": 720, "negatives": 129_600},
 }
 LEGEND = """
-median, p20, p80: milliseconds a step; cpu: of all threads of the process, steadier than the clock's
-where others use the machine; img/s: labeled and unlabeled images; then the medians of the parts;
-MB: peak memory in 10^6 bytes: weights, gradients, momentum, bank, what the step adds; syncs: how
-often a step makes the host wait for a GPU."""
+median, p20, p80: milliseconds a step, on a GPU without the host's; cpu: of all threads of the
+process, steadier than the clock's where others use the machine; img/s: labeled and unlabeled
+images; then the medians of the parts; MB: peak memory in 10^6 bytes: weights, gradients, momentum,
+bank, what the step adds; syncs: how often a step makes the host wait for a GPU; host: milliseconds
+until the call of a step returns there."""
 
 
 def take_turns(
@@ -79,12 +80,12 @@ def take_turns(
 def table(rows: list[dict[str, Any]]) -> str:
     """All rows as Markdown."""
     parts = dict.fromkeys(name for row in rows for name in row["parts_ms"])
-    head = ["", "M", "n", "median", "p20", "p80", "cpu", "img/s", *parts, "MB", "syncs"]
+    head = ["", "M", "n", "median", "p20", "p80", "cpu", "img/s", *parts, "MB", "syncs", "host"]
     lines = [head]
     for row in rows:
         numbers = [row[name] for name in TIMES]
         numbers += [row["parts_ms"].get(name) for name in parts]
-        numbers += [row["peak_mb"], row["host_syncs"]]
+        numbers += [row["peak_mb"], row["host_syncs"], row["host_ms"]]
         first = [row["provider"], f"{row['negatives']:,}", str(row["runs"])]
         lines.append([*first, *map(three_digits, numbers)])
     return report.aligned(lines)

@@ -42,6 +42,7 @@ class Contender:
     times: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
     cpu_times: list[float] = field(default_factory=list)
+    host: float | None = None
     peak: int | None = None
     active: int | None = None
     syncs: int | None = None
@@ -68,7 +69,8 @@ class Contender:
         self.case, self.call, self.held = self.make(self.case)
 
     def warm_up(self) -> None:
-        """Run a few times; take the peak memory of the last and, on CUDA, count what waits."""
+        """Run a few times; take the peak memory of the last. On CUDA count what waits, and time the
+        host."""
         for _ in range(WARM_UPS):
             losses, extra = measure.peak_extra_bytes(self.call, self.case.device)
         if "active" in losses:
@@ -77,12 +79,14 @@ class Contender:
             self.peak = extra + sum(tensor.nbytes for tensor in self.held())
         if self.case.device.type == "cuda":
             self.syncs = measure.host_syncs(self.call)
+            self.host, _ = measure.host_and_wall(self.call, self.case.device)
 
     def run(self) -> None:
         """Run once and keep its times."""
         begin = time.process_time()
         with clocked(self.case.device) as clock:
-            self.times.append(measure.seconds(self.call, self.case.device))
+            took = measure.device_seconds(self.call, self.case.device, self.host or 0.0)
+        self.times.append(took)
         self.cpu_times.append(time.process_time() - begin)
         self.parts.append(clock.totals())
 
@@ -98,6 +102,7 @@ class Contender:
             **self._time_columns(),
             "peak_mb": None if self.peak is None else self.peak / 1e6,
             "host_syncs": self.syncs,
+            "host_ms": None if self.host is None else 1e3 * self.host,
         }
 
     def _time_columns(self) -> dict[str, Any]:

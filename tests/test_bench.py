@@ -238,12 +238,16 @@ def test_backends_that_can_be_used_take_part(monkeypatch: pytest.MonkeyPatch) ->
         "float32 only": replace(
             other, refuses=lambda anchors: None if anchors.dtype == torch.float32 else "dtype"
         ),
+        "16 bits only": replace(
+            other, refuses=lambda anchors: None if anchors.dtype.itemsize == 2 else "dtype"
+        ),
     }
     monkeypatch.setattr(providers, "BACKENDS", table)
     monkeypatch.setattr(dispatch, "BACKENDS", table)
     items = providers.find_providers(CPU)
     names = [item.name for item in items]
-    assert names == ["products", "eager", "float32 only", "dense", "compiled", "chunked"]
+    kinds = ["float32 only", "16 bits only"]
+    assert names == ["products", "eager", *kinds, "dense", "compiled", "chunked"]
     runner = bench([items[2]])
     rate = {(name, "float16"): 0.0 for name in names}
     runner.rates, runner.bytes = dict(rate), dict(rate)
@@ -318,8 +322,10 @@ def test_slow_ones_run_less_often() -> None:
 def test_standard_rows() -> None:
     for device, main in (("cpu", "float32"), ("cuda", "bfloat16")):
         rows = cases.standard_cases(device)
-        assert (rows[0].name, rows[0].anchors, rows[0].negatives) == ("goal", 8192, 65536)
-        assert rows[0].dtype == main
+        if device == "cuda":
+            first = cases.Case("dense labels", 16384, 131072, "disjoint", "bfloat16", share=1.0)
+            assert rows.pop(0) == first
+        assert rows[0] == cases.Case("goal", 8192, 65536, "voc", main)
         goal = [row for row in rows if (row.anchors, row.negatives) == (8192, 65536)]
         assert {row.labels for row in goal} == {"uniform", "voc", "cityscapes"}
         assert {row.dtype for row in goal} == {"float32", "bfloat16"}
@@ -331,13 +337,17 @@ def test_standard_rows() -> None:
         assert sum(shares) == pytest.approx(1, abs=1e-6)
 
 
+def alike(seconds: float) -> measure.Times:
+    return measure.Times(seconds, seconds, seconds)
+
+
 def test_table_fits_a_terminal() -> None:
     names = ["products", "reference", "dense", "compiled", "chunked", "flex", "eager"]
     case = report.describe(replace(SMALL, anchors=16200)) | {"admitted": 10**9}
     rows = [
         case
         | {"provider": name, "status": "ok", "peak_extra_mb": 12345.0}
-        | report.time_columns([1.234 * number, 12.34], case)
+        | report.time_columns([alike(1.234 * number), alike(12.34)], case)
         for number, name in enumerate(names, start=1)
     ]
     report.add_ratios(rows)
@@ -353,14 +363,14 @@ def test_headline_compares_across_dtypes() -> None:
         case = report.describe(replace(SMALL, name="goal", dtype=dtype)) | {"admitted": 10**9}
         for name, factor in (("products", 0.5), ("eager", 1.0), ("cpp", 0.8), ("dense", 10.0)):
             memory = {"status": "ok", "peak_extra_mb": 3.0, "provider": name}
-            rows.append(case | memory | report.time_columns([factor * took], case))
+            rows.append(case | memory | report.time_columns([alike(factor * took)], case))
         report.add_ratios(rows[-4:])
     rows.append(rows[0] | {"case": "Table 4", "provider": "cpp"})
     assert report.headlines(rows)[1::2] == [
-        "- goal, A 90, M 400, voc, float32: cpp 240 ms, 0.267 TFLOP/s, 3.00 MB, 1.60 /bare, "
-        "12.5x vs dense, 1.25x vs eager",
-        "- goal, A 90, M 400, voc, bfloat16: cpp 80.0 ms, 0.800 TFLOP/s, 3.00 MB, 1.60 /bare, "
-        "12.5x vs dense, 1.25x vs eager, 3.75x vs eager in float32",
+        "- goal, A 90, M 400, voc, float32: cpp 240 ms, 3.2e-06 effective TFLOP/s, 3.00 MB, "
+        "1.60 /bare, 12.5x vs dense, 1.25x vs eager",
+        "- goal, A 90, M 400, voc, bfloat16: cpp 80.0 ms, 9.6e-06 effective TFLOP/s, 3.00 MB, "
+        "1.60 /bare, 12.5x vs dense, 1.25x vs eager, 3.75x vs eager in float32",
     ]
 
 
@@ -402,7 +412,9 @@ def test_command_from_end_to_end(tmp_path: Path) -> None:
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         rate = row["admitted"] * 4 * 128 / (row["median_ms"] / 1e3) / 1e12
         assert row["tflops"] == pytest.approx(rate)
-        assert row["dense_tflops"] == pytest.approx(rate * 96 * row["negatives"] / row["admitted"])
+        assert row["host_ms"] == row["wall_ms"] == row["median_ms"]
+        pairs = row["active"] * row["negatives"]
+        assert row["effective_tflops"] == pytest.approx(rate * pairs / row["admitted"])
         same = [row["negatives"], row["labels"]]
         eager = next(
             other["median_ms"]

@@ -206,6 +206,51 @@ def test_runs_keep_the_commits_they_were_trained_with(
     assert trainer.commits() == [["third"]] * 4
 
 
+def test_unfinished_runs_are_written_too(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A signal comes in the third run; the fourth does not begin."""
+    plain = trainer.run
+
+    def run(command: list[str], threads: int, label: str) -> None:
+        if len(trainer.trained) < 2:
+            return plain(command, threads, label)
+        trainer.trained.append(label)
+        if len(trainer.trained) == 4:
+            raise compare.RunError("not begun")
+        while len(trainer.record()["runs"]) < 2:
+            time.sleep(0.01)
+        folder = Path(command[command.index("--output") + 1])
+        lines = [
+            {"kind": "val", "iteration": 2, "miou": 0.2},
+            {"kind": "train", "iteration": 3, "loss": 1.0},
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise compare.RunError(f"{label} ended with code 143")
+
+    monkeypatch.setattr(compare, "run", run)
+    with pytest.raises(SystemExit) as stop:
+        compare.compare(trainer.options)
+    assert stop.value.code == 128 + signal.SIGTERM
+    record = trainer.record()
+    assert [(run["method"], run["seed"]) for run in record["runs"]] == [
+        ("supervised", 0),
+        ("cac", 0),
+    ]
+    assert record["unfinished"] == [
+        {
+            "method": "supervised",
+            "share": "1/2",
+            "seed": 1,
+            "commits": ["first"],
+            "iteration": 3,
+            "curve": [[2, 0.2]],
+        }
+    ]
+    assert "unfinished: supervised 1/2 seed 1 at iteration 3" in capsys.readouterr().out
+
+
 def test_a_stop_waits_until_the_trainings_have_saved(tmp_path: Path) -> None:
     """Sent to the whole group, as `timeout` does; it comes to a training once, and none follows."""
     (tmp_path / "train.py").write_text(
