@@ -147,8 +147,9 @@ def summarize(results: list[dict], data: str, scored_on: str) -> list[dict[str, 
             means = {
                 arm: {run["seed"]: 100 * _mean(run["iou"][column], known) for run in runs}
                 for arm, runs in arms.items()
+                if known
             }
-            row["known"] = {"classes": known} | (differences(means) if known else {})
+            row["known"] = {"classes": known} | differences(means)
         rows.append(row)
     return rows
 

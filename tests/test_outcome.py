@@ -80,6 +80,8 @@ def test_classes_that_supervised_does_not_know_are_left_out() -> None:
     known = row(supervised, cac)["known"]
     assert known["classes"] == [0, 1]
     assert known["gain"] == pytest.approx(100 * ((1.11 - 0.72) / 2 + (0.6 - 0.5) / 2) / 2)
+    lost = runs("supervised", 2, iou=((0.02, 0.05, None, 0.1),))
+    assert row(lost, cac)["known"]["classes"] == []
     assert "known" not in row(runs("supervised", 25), runs("cac", 50))  # an older record
 
 
