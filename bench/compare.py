@@ -3,132 +3,62 @@
     python bench/compare.py --name camvid --dataset folder --data-dir DIR --shares 1/16 -- \\
         --backbone mobilenet_v2 --weights FILE --iterations 1500
 
-What follows ``--`` goes to ``train/main.py`` as it is. A run that is already finished is not
-repeated, and one that was interrupted goes on where it stopped. The results are written anew after
-each run, with the commits that each was trained with.
+What follows ``--`` goes to ``train/main.py`` as it is. ``--arms`` adds to the two what a gain has
+to be seen against: ``supervised_all``, supervised with the masks of all the images (the headroom),
+and ``control``, CAC with ``--dc-weight 0`` (batch statistics of the unlabeled crops alone).
+
+The hours are planned first, from ten steps of each kind. A run that is already finished is not
+repeated, and one that was interrupted goes on where it stopped. The record is written anew after
+each run, with the commits that each was trained with; a later call adds its seeds and arms to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
-import signal
-import statistics
-import subprocess
+import shlex
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from measure import ROOT, can_plot, command_line, facts
+from measure import ROOT, command_line, facts
+from outcome import plot, report, summarize
+from running import RunError, programs, run
 from shrink import shrunken
 
-from cac_fast.train import checkpoint
+from cac_fast.train import checkpoint, config
 from cac_fast.train.data.layouts import open_data
+from cac_fast.train.data.splits import named
 from cac_fast.train.distributed import run_command
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
 
 METHODS = ("supervised", "cac")
-COLORS = {"supervised": "tab:gray", "cac": "tab:blue"}
 
 
-class RunError(Exception):
-    """A command of a run failed; what it said last is in the message."""
+class Arm(NamedTuple):
+    """What a run does: a method, with the masks of all images or those of the list, and options."""
+
+    method: str
+    all_masks: bool = False
+    more: tuple[str, ...] = ()
 
 
-class Programs:
-    """The programs that run, and the signal that stops them.
+# Cheap ones first: where all masks gain nothing, the others need not run.
+ARMS = {
+    "supervised": Arm("supervised"),
+    "supervised_all": Arm("supervised", all_masks=True),
+    "control": Arm("cac", more=("--dc-weight", "0")),
+    "cac": Arm("cac"),
+}
 
-    They have sessions of their own, so that a signal comes to them from here alone, and once:
-    trainings save at the first one and end at once at a second.
-    """
-
-    def __init__(self) -> None:
-        # A signal's handler may interrupt the thread that holds it.
-        self._lock = threading.RLock()
-        self._running: set[subprocess.Popen] = set()
-        self._stopped: float | None = None
-
-    @contextlib.contextmanager
-    def start(self, command: list[str], threads: int) -> Iterator[subprocess.Popen]:
-        """One that says its lines to ``stdout``, until it ends.
-
-        Raises:
-            RunError: no more programs are to start.
-        """
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        with self._lock:
-            if self._stopped is not None:
-                raise RunError("not begun")
-            process = subprocess.Popen(
-                [sys.executable, str(ROOT / command[0]), *command[1:]],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            self._running.add(process)
-        try:
-            with process:
-                yield process
-        finally:
-            with self._lock:
-                self._running.discard(process)
-
-    @contextlib.contextmanager
-    def stopped_by_signals(self) -> Iterator[None]:
-        """Pass Ctrl-C, SIGTERM and the terminal's end on to what runs; start nothing more."""
-
-        def stop(number: int, _: Any) -> None:
-            now = time.monotonic()
-            if self._stopped is not None and now - self._stopped < 1:
-                return  # the same one, sent to the process and to its group
-            self._stopped = now
-            with self._lock:
-                for process in self._running:
-                    # Trainings save at these two.
-                    process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
-            with contextlib.suppress(OSError):
-                os.write(2, b"stopping: waiting until what runs has saved\n")
-            sys.exit(128 + number)
-
-        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-        former = {number: signal.getsignal(number) for number in numbers}
-        for number, handler in former.items():
-            if handler != signal.SIG_IGN:  # as `nohup` asks
-                signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            self._stopped = None
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-
-programs = Programs()
-
-
-def run(command: list[str], threads: int, label: str) -> None:
-    """Run one program of the project to its end; pass its lines on, each behind ``label``.
-
-    Raises:
-        RunError: it ended with another code than 0.
-    """
-    line = ""
-    with programs.start(command, threads) as process:
-        for line in process.stdout:
-            with contextlib.suppress(OSError):  # the terminal may be gone, and the run must save
-                print(f"{label} | {line}", end="", flush=True)
-    if process.returncode:
-        raise RunError(f"{label} ended with code {process.returncode}: {line.strip()}")
+Job = tuple[str, str, int]
+"""Arm, share and seed."""
 
 
 def note_commit(folder: Path, commit: str, restart: bool) -> list[str]:
@@ -161,35 +91,83 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     os.replace(draft, path)
 
 
-def run_folder(method: str, share: str, seed: int, options: argparse.Namespace) -> Path:
-    """Where a run is kept."""
-    return options.runs / f"{method}-{share.replace('/', '_')}-seed{seed}"
+def scored_parts(options: argparse.Namespace) -> dict[str, list[str]]:
+    """What is scored of test, by name, and the options of ``train/evaluate.py`` for it."""
+    parts: dict[str, list[str]] = {"test": []} if options.test else {}
+    return parts | {path.stem: ["--names", str(path)] for path in options.names}
 
 
-def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> dict:
-    """Train one method once; its last and best state on val and, if asked for, test.
+def run_folder(job: Job, options: argparse.Namespace) -> Path:
+    """Where a run lies."""
+    arm, share, seed = job
+    return options.runs / f"{arm}-{share.replace('/', '_')}-seed{seed}"
+
+
+def list_folder(pattern: str, seed: int) -> Path:
+    """The folder of labeled.txt and unlabeled.txt: for ``{list}`` the seed modulo their number.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    number = 0
+    if "{list}" in pattern:
+        while Path(pattern.replace("{list}", str(number))).is_dir():
+            number += 1
+    folder = Path(pattern.replace("{list}", str(seed % max(1, number))))
+    for name in ("labeled.txt", "unlabeled.txt"):
+        if not (folder / name).is_file():
+            raise InputError(f"--lists {pattern}: {folder / name} does not exist: correct it")
+    return folder
+
+
+def data_arguments(job: Job, options: argparse.Namespace) -> list[str]:
+    """The options of ``train/main.py`` that say which masks a run may see.
+
+    Raises:
+        InputError: as `list_folder`.
+    """
+    arm, share, seed = job
+    all_masks = ARMS[arm].all_masks
+    if options.lists is not None:
+        folder = list_folder(options.lists, seed)
+        if not all_masks:
+            names = ("labeled", "unlabeled")
+            return [word for name in names for word in (f"--{name}", str(folder / f"{name}.txt"))]
+        both = run_folder(job, options) / "labeled.txt"
+        texts = [(folder / name).read_text() for name in ("labeled.txt", "unlabeled.txt")]
+        both.parent.mkdir(parents=True, exist_ok=True)
+        both.write_text("\n".join(text.rstrip("\n") for text in texts) + "\n")
+        return ["--labeled", str(both)]
+    if all_masks:
+        return ["--labeled-share", "full"]
+    return [] if share == "lists" else ["--labeled-share", share, "--data-list", str(seed)]
+
+
+def one_run(job: Job, options: argparse.Namespace) -> dict:
+    """Train one arm once; its last and best state on val and what is asked for of test.
 
     Raises:
         RunError: training or evaluation failed, or left no validation result.
-        InputError: as `note_commit`.
+        InputError: as `note_commit` and `list_folder`.
     """
-    folder = run_folder(method, share, seed, options)
-    label = f"{method} {share} seed {seed}"
+    arm, share, seed = job
+    folder = run_folder(job, options)
+    label = f"{arm} {share} seed {seed}"
     data = options.data
     commits = note_commit(folder, options.commit, "--restart" in options.rest)
-    lists = [] if share == "lists" else ["--labeled-share", share, "--data-list", str(seed)]
     run(
         [
             "train/main.py",
             "--method",
-            method,
-            *lists,
+            ARMS[arm].method,
+            *data_arguments(job, options),
             "--seed",
             str(seed),
             "--output",
             str(folder),
             *data,
             *options.rest,
+            *ARMS[arm].more,
         ],
         options.threads,
         label,
@@ -199,25 +177,28 @@ def one_run(method: str, share: str, seed: int, options: argparse.Namespace) -> 
     if not curve:
         raise RunError(f"{label} left no validation result in {folder / 'metrics.jsonl'}")
     scores = {"val_last": curve[-1][1], "val_best": max(miou for _, miou in curve)}
-    if options.test:
+    iou = {}
+    for name, more in scored_parts(options).items():
         for state in ("last", "best"):
-            file = folder / f"{state}-test.json"
-            where = ["--checkpoint", str(folder / f"{state}.pt"), "--split", "test"]
+            file = folder / f"{state}-{name}.json"
+            where = ["--checkpoint", str(folder / f"{state}.pt"), "--split", "test", *more]
             run(["train/evaluate.py", *where, *data, "--json", str(file)], options.threads, label)
-            scores[f"test_{state}"] = json.loads(file.read_text())["miou"]
-    names = {"method": method, "share": share, "seed": seed, "commits": commits}
-    return {**names, "scores": scores, "curve": curve}
+            result = json.loads(file.read_text())
+            scores[f"{name}_{state}"], iou[f"{name}_{state}"] = result["miou"], result["iou"]
+    names = {"method": arm, "share": share, "seed": seed, "commits": commits}
+    return {**names, "scores": scores, "iou": iou, "curve": curve}
 
 
-def unfinished_run(method: str, share: str, seed: int, options: argparse.Namespace) -> dict | None:
+def unfinished_run(job: Job, options: argparse.Namespace) -> dict | None:
     """How far a run has come that has no result yet; None where its folder says nothing."""
-    folder = run_folder(method, share, seed, options)
+    arm, share, seed = job
+    folder = run_folder(job, options)
     lines = read_metrics(folder / "metrics.jsonl")
     if not lines:
         return None
     commits = folder / "compare.json"
     return {
-        "method": method,
+        "method": arm,
         "share": share,
         "seed": seed,
         "commits": json.loads(commits.read_text())["commits"] if commits.is_file() else ["unknown"],
@@ -226,146 +207,172 @@ def unfinished_run(method: str, share: str, seed: int, options: argparse.Namespa
     }
 
 
-def table(results: list[dict]) -> str:
-    """Mean and spread over the seeds in points of mIoU, and CAC's gain, as Markdown.
+def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:
+    """Hours of a run of each arm, without evaluations, from ten steps of each kind.
 
-    The gain is left out as long as the methods have not run with the same seeds.
+    Raises:
+        RunError: the steps could not be made.
+        InputError: a setting cannot be used.
     """
-    columns = list(results[0]["scores"])
-    rows = ["| share | method | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
-    for share in dict.fromkeys(result["share"] for result in results):
-        means: dict[str, list[float]] = {}
-        seeds = []
-        for method in METHODS:
-            chosen = [
-                item for item in results if item["share"] == share and item["method"] == method
-            ]
-            if not chosen:
-                continue
-            seeds.append({item["seed"] for item in chosen})
-            cells = []
-            means[method] = []
-            for column in columns:
-                values = [100 * item["scores"][column] for item in chosen]
-                means[method].append(statistics.mean(values))
-                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                cells.append(f"{means[method][-1]:.1f}{spread}")
-            rows.append(f"| {share} | {method} | " + " | ".join(cells) + " |")
-        if len(seeds) == len(METHODS) and seeds[0] == seeds[1]:
-            gains = [
-                f"{b - a:+.1f}" for a, b in zip(means["supervised"], means["cac"], strict=True)
-            ]
-            rows.append(f"| {share} | gain | " + " | ".join(gains) + " |")
-    return "\n".join(rows)
+    hours = {}
+    # The dearest first: its measurement knows the steps of the others.
+    arms = sorted({arm for arm, _, _ in jobs}, key=lambda arm: ARMS[arm].method)
+    seconds: dict[str, float] = {}
+    for arm in arms:
+        job = next(job for job in jobs if job[0] == arm)
+        words = ["--method", ARMS[arm].method, *data_arguments(job, options), *options.data]
+        words += options.rest
+        if not seconds:
+            file = options.runs / "step_time.json"
+            options.runs.mkdir(parents=True, exist_ok=True)
+            run(["bench/step_time.py", str(file), *words], options.threads, "ten steps")
+            seconds = json.loads(file.read_text())
+        settings = config.parse(words)
+        alone = settings.iterations if settings.method == "supervised" else settings.num_warmup
+        both = max(0, settings.iterations - alone) * (seconds["both"] or 0)
+        hours[arm] = (min(alone, settings.iterations) * seconds["labeled"] + both) / 3600
+    return hours
 
 
-def plot(results: list[dict], path: Path) -> None:
-    """Validation mIoU against the iteration: a thin line a run, a thick one for the mean."""
-    if not can_plot():
-        return
-    import matplotlib
+def is_finished(job: Job, options: argparse.Namespace) -> bool:
+    """Whether a run's training is over."""
+    last = run_folder(job, options) / "last.pt"
+    if "--restart" in options.rest or not last.is_file():
+        return False
+    state = checkpoint.read(last)
+    return state["iteration"] == state["config"]["iterations"]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    shares = list(dict.fromkeys(result["share"] for result in results))
-    figure, axes = pyplot.subplots(
-        1, len(shares), figsize=(6 * len(shares), 4), squeeze=False, layout="constrained"
-    )
-    for axis, share in zip(axes[0], shares, strict=True):
-        for method in METHODS:
-            curves = [
-                item["curve"]
-                for item in results
-                if item["share"] == share and item["method"] == method
-            ]
-            if not curves:
-                continue
-            for curve in curves:
-                axis.plot(*zip(*curve, strict=True), color=COLORS[method], alpha=0.3, linewidth=1)
-            iterations = [point[0] for point in curves[0]]
-            mean = [
-                statistics.mean(curve[index][1] for curve in curves)
-                for index in range(len(iterations))
-            ]
-            axis.plot(
-                iterations, mean, color=COLORS[method], label=f"{method} (mean of {len(curves)})"
-            )
-        axis.set(
-            title="labeled by list" if share == "lists" else f"{share} labeled",
-            xlabel="iteration",
-            ylabel="val mIoU",
+def plan(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:
+    """Say how many hours the runs that are not finished will take; those of each arm's runs."""
+    left = [job for job in jobs if not is_finished(job, options)]
+    if not left:
+        return {}
+    hours = planned_hours(left, options)
+    total = sum(hours[arm] for arm, _, _ in left) / options.jobs
+    parts = [
+        f"{arm} {sum(job[0] == arm for job in left)} x {hours[arm]:.2f}"
+        for arm in ARMS
+        if arm in hours
+    ]
+    print(f"planned: {total:.1f} hours without evaluations ({', '.join(parts)})", flush=True)
+    return hours
+
+
+def former_record(target: Path, options: argparse.Namespace) -> tuple[list[str], dict[Job, dict]]:
+    """Commands and runs of the record that this call adds to.
+
+    Raises:
+        InputError: they were trained with other settings.
+    """
+    path = Path(f"{target}.json")
+    if not path.is_file():
+        return [], {}
+    record = json.loads(path.read_text())
+    commands = record["command"].split(" ; ")
+    words = shlex.split(commands[-1])
+    former = words[words.index("--") + 1 :] if "--" in words else []
+    data = ["--dataset", options.dataset, "--data-dir", "."]
+    here, there = (config.parse([*data, *rest]) for rest in (options.rest, former))
+    if different := config.differences(here, dataclasses.asdict(there)):
+        raise InputError(
+            f"the record {path} is of runs with other settings ({'; '.join(different)}): "
+            "give another --name"
         )
-        axis.grid(alpha=0.3)
-        axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    return commands, {(run["method"], run["share"], run["seed"]): run for run in record["runs"]}
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Run every method, share and seed; write JSON, table and plot below ``options.results``.
+    """Run every arm, share and seed; write JSON, table and plot below ``options.results``.
 
     JSON and table are written after each run, the plot at the end. The JSON says how far the others
     have come, also when a signal stops them. 1 if a run failed, else 0.
 
     Raises:
-        InputError: the data cannot be opened, or a split that is scored has no image.
+        InputError: the data cannot be opened, a split that is scored has no image, a list is not
+            there, or the record is of other settings.
     """
     data = open_data(options.dataset, options.folder)  # toycity: written once, not by all runs
-    for split in ("val", "test") if options.test else ("val",):
+    for split in ("val", "test") if scored_parts(options) else ("val",):
         if not data.splits[split]:
             raise InputError(
                 f"the {split} split of {data.root} holds no image, but runs are compared on it: "
                 "add images and masks" + (" or leave out --test" if split == "test" else "")
             )
+    for path in options.names:
+        named(data.splits["test"], path)
+    if options.lists is not None:
+        for seed in options.seeds:
+            list_folder(options.lists, seed)
     jobs = [
-        (method, share, seed)
+        (arm, share, seed)
         for seed in options.seeds
         for share in options.shares.split(",")
-        for method in METHODS
+        for arm in ARMS
+        if arm in options.arms
     ]
     # Taken now: results that are written below a commit's files make the tree differ from it.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = facts(device)
     options.commit = machine["commit"] or "unknown"
-    record = {"command": command_line("bench/compare.py", options.command), **machine}
     target = options.results / options.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, str, int], dict] = {}
-    failures = []
+    commands, found = former_record(target, options)
+    commands.append(command_line("bench/compare.py", options.command))
+    record = {"command": " ; ".join(dict.fromkeys(commands)), **machine}
+    failures, hours = [], {}
+    scored_on = options.names[0].stem if options.names else "test" if options.test else "val"
+
+    def ordered() -> list[dict]:
+        shares = list(dict.fromkeys([*options.shares.split(","), *(job[1] for job in found)]))
+        order = sorted(
+            found, key=lambda job: (job[2], shares.index(job[1]), list(ARMS).index(job[0]))
+        )
+        return [found[job] for job in order]
 
     def write() -> list[dict]:
-        results = [found[job] for job in jobs if job in found]
-        others = [unfinished_run(*job, options) for job in jobs if job not in found]
-        record["runs"], record["unfinished"] = results, [run for run in others if run]
-        if results or record["unfinished"]:
-            write_json(Path(f"{target}.json"), record)
-        return results
+        """The record and, with results, its table; the runs that have none yet."""
+        results = ordered()
+        others = [unfinished_run(job, options) for job in jobs if job not in found]
+        unfinished = [run for run in others if run]
+        if results or unfinished:
+            summary = summarize(results, options.title, scored_on) if results else []
+            content = {**record, "planned_hours_a_run": hours, "summary": summary}
+            write_json(
+                Path(f"{target}.json"), content | {"runs": results, "unfinished": unfinished}
+            )
+        if results:
+            Path(f"{target}.md").write_text(report(results, summary) + "\n")
+        return unfinished
 
     with programs.stopped_by_signals(), ThreadPoolExecutor(options.jobs) as pool:
         try:
-            futures = {pool.submit(one_run, *job, options): job for job in jobs}
+            try:
+                hours = plan(jobs, options)
+            except RunError as error:  # of settings that no run could use
+                jobs = []
+                failures.append(str(error))
+            futures = {pool.submit(one_run, job, options): job for job in jobs}
             for future in as_completed(futures):
                 try:
                     found[futures[future]] = future.result()
                 except (RunError, InputError) as error:
                     failures.append(str(error))
                     continue
-                Path(f"{target}.md").write_text(table(write()) + "\n")
+                write()
         finally:
             # After an interrupt no further run starts.
             pool.shutdown(wait=False, cancel_futures=True)
             # Before those that run have saved, as who stops them may not wait so long.
-            write()
+            unfinished = write()
             with contextlib.suppress(OSError):
-                for run in record["unfinished"]:
+                for run in unfinished:
                     name = f"{run['method']} {run['share']} seed {run['seed']}"
                     print(f"unfinished: {name} at iteration {run['iteration']}", flush=True)
     if found:
-        results = [found[job] for job in jobs if job in found]
+        results = ordered()
         plot(results, Path(f"{target}.png"))
-        print(table(results))
+        print(report(results, summarize(results, options.title, scored_on)))
         print(f"written: {target}.json, .md, .png")
         commits = {commit for result in results for commit in result["commits"]}
         if len(commits) > 1:
@@ -378,6 +385,19 @@ def compare(options: argparse.Namespace) -> int:
 def numbers(text: str) -> list[int]:
     """Integers between commas."""
     return [int(word) for word in text.split(",")]
+
+
+def arms(text: str) -> list[str]:
+    """Names of ARMS between commas.
+
+    Raises:
+        InputError: one is not there.
+    """
+    names = text.split(",")
+    for name in names:
+        if name not in ARMS:
+            raise InputError(f"--arms {text}: there is no {name!r}, choose of {', '.join(ARMS)}")
+    return names
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -393,11 +413,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", default="compare", help="name of the result files")
     parser.add_argument("--dataset", required=True, help="as train/main.py's")
     parser.add_argument("--data-dir", help="as train/main.py's")
+    parser.add_argument(
+        "--arms", type=arms, default=",".join(METHODS), help=f"of {', '.join(ARMS)} (%(default)s)"
+    )
     parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument(
         "--shares", default="1/8", help="labeled shares, or 'lists' for the data set's own lists"
     )
+    parser.add_argument(
+        "--lists",
+        metavar="DIR",
+        help="in place of shares: the folder of labeled.txt and unlabeled.txt; {list} in it stands "
+        "for the seed modulo the number of such folders",
+    )
     parser.add_argument("--test", action="store_true", help="evaluate on the test split as well")
+    parser.add_argument(
+        "--names",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="evaluate on these images of test by themselves, a NAME a line; the summary is of the "
+        "first such FILE",
+    )
     parser.add_argument(
         "--shrink", type=int, default=1, help="train on a copy of a folder set at 1/N of its size"
     )
@@ -409,6 +447,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.command, options.rest = arguments, arguments[cut + 1 :]
     options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
     options.folder = Path(options.data_dir).resolve() if options.data_dir else None
+    options.title = options.folder.name if options.folder else options.dataset
+    if options.lists is not None:
+        options.shares = Path(options.lists).name
+        options.lists = str(Path(options.lists).resolve())
+    options.names = [path.resolve() for path in options.names]
     if options.dataset == "toycity" and options.folder is None:
         options.folder = ROOT / "data" / "toycity"
     if options.shrink < 1:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cac_fast.train.config import Config
 from cac_fast.train.engine import Trainer
+from cac_fast.train.networks.lraspp import LRASPPHead
 from cac_fast.train.optimizer import base_rates
 from cac_fast.train.profiling import phase
 
@@ -135,7 +136,11 @@ def pspnet_head(head: nn.Module, low: Tensor, high: Tensor) -> Tensor:
     return nn.Sequential.forward(head.bottleneck, torch.cat((high, *bins), dim=1))
 
 
-HEADS = {"deeplabv3plus": deeplabv3plus_head, "pspnet": pspnet_head}
+HEADS = {
+    "deeplabv3plus": deeplabv3plus_head,
+    "lraspp": LRASPPHead.forward,  # is plain as it is
+    "pspnet": pspnet_head,
+}
 
 
 @torch.no_grad()

@@ -134,7 +134,6 @@ def check_cancellation(rows: Rows, given: Given, spread: float) -> None:
     The positive and the mean of the negatives nearly cancel in the gradient, so that rounding is
     relative to each of them instead of to their difference.
     """
-    dtype = given[0].dtype
     close = [torch.nn.functional.normalize(1 + spread * part, dim=1) for part in given[:3]]
     given = (*close, *given[3:])
     (loss, gradient), expected = rows(*given, 0.1), exact(given, 0.1)

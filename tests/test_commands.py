@@ -145,6 +145,16 @@ def test_evaluate_prints_and_writes_what_the_library_finds(
         ["mIoU", f"{expected['miou']:.4f}"],
         ["pixel accuracy", f"{expected['pixel_accuracy']:.4f}"],
     ]
+    (tmp_path / "some.txt").write_text("2\n0\n")
+    named = ["--names", tmp_path / "some.txt", "--split", "train", "--json", tmp_path / "some.json"]
+    assert evaluate.main([*map(str, arguments), *map(str, named)]) == 0
+    capfd.readouterr()
+    some = json.loads((tmp_path / "some.json").read_text())
+    train = opened.splits["train"]
+    two = evaluate_network(load(trained).network, [train[0], train[2]], opened, world, workers=0)
+    assert {name: some[name] for name in two} == two
+    assert (some["split"], some["names"], some["images"]) == ("train", "some.txt", 2)
+    assert found["names"] is None
     # Three images on two processes: the same numbers, printed once.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -135,6 +135,7 @@ class Trainer:
         self.options = compare.parse([str(item) for item in arguments])
         monkeypatch.setattr(compare, "run", self.run)
         monkeypatch.setattr(compare, "plot", lambda results, path: None)
+        monkeypatch.setattr(compare, "plan", lambda jobs, options: {})
         monkeypatch.setattr(compare, "facts", lambda device: {"commit": self.commit})
 
     def run(self, command: list[str], threads: int, label: str) -> None:
@@ -164,8 +165,10 @@ def trainer(monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path) -> Tr
 def test_results_are_written_after_each_run(
     trainer: Trainer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tables, table = [], compare.table
-    monkeypatch.setattr(compare, "table", lambda runs: tables.append(len(runs)) or table(runs))
+    tables, report = [], compare.report
+    monkeypatch.setattr(
+        compare, "report", lambda runs, rows: tables.append(len(runs)) or report(runs, rows)
+    )
     trainer.fails = "supervised 1/2 seed 1"
     assert compare.compare(trainer.options) == 1
     assert tables == [1, 2, 3, 3]
@@ -269,8 +272,8 @@ def test_a_stop_waits_until_the_trainings_have_saved(tmp_path: Path) -> None:
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(compare.__file__).parent)!r})\n"
-        "import compare\n"
-        "compare.ROOT = Path.cwd()\n"
+        "import compare, running\n"
+        "running.ROOT = Path.cwd()\n"
         "with compare.programs.stopped_by_signals(), ThreadPoolExecutor(1) as pool:\n"
         "    for name in ('first', 'second'):\n"
         "        last = pool.submit(compare.run, ['train.py', name], 1, name)\n"
@@ -290,6 +293,121 @@ def test_a_stop_waits_until_the_trainings_have_saved(tmp_path: Path) -> None:
         process.wait()
     assert (tmp_path / "first-saved").read_text() == "1"
     assert not (tmp_path / "second-begun").exists()
+
+
+def scoring(monkeypatch: pytest.MonkeyPatch, trainer: Trainer) -> list[list[str]]:
+    """Let the trainer's evaluations leave results, and keep the trainings' words."""
+    train, commands = trainer.run, []
+
+    def run(command: list[str], threads: int, label: str) -> None:
+        if command[0] == "train/evaluate.py":
+            result = {"miou": 0.5, "iou": [0.5, 0.5]}
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(result))
+            return
+        commands.append(command)
+        train(command, threads, label)
+
+    monkeypatch.setattr(compare, "run", run)
+    return commands
+
+
+def value(command: list[str], option: str) -> str:
+    return command[command.index(option) + 1]
+
+
+def test_arms_differ_in_masks_and_weight(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for number in range(2):
+        folder = tmp_path / f"splits/{number}/dusk"
+        folder.mkdir(parents=True)
+        (folder / "labeled.txt").write_text(f"a{number}\n")
+        (folder / "unlabeled.txt").write_text("b\nc")
+    commands = scoring(monkeypatch, trainer)
+    words = ["--lists", tmp_path / "splits/{list}/dusk", "--arms", ",".join(compare.ARMS)]
+    arguments = [*trainer.options.command, *words, "--seeds", "3", "--", "--dc-weight", "0.2"]
+    assert compare.compare(compare.parse([str(word) for word in arguments])) == 0
+    supervised, supervised_all, control, cac = commands
+    assert [value(command, "--method") for command in commands] == [
+        *["supervised"] * 2,
+        *["cac"] * 2,
+    ]
+    labeled = tmp_path / "splits/1/dusk/labeled.txt"  # 3 modulo 2
+    for command in (supervised, control, cac):
+        assert value(command, "--labeled") == str(labeled)
+        assert value(command, "--unlabeled") == str(labeled.with_name("unlabeled.txt"))
+    assert "--unlabeled" not in supervised_all
+    assert Path(value(supervised_all, "--labeled")).read_text().split() == ["a1", "b", "c"]
+    assert control[-4:] == ["--dc-weight", "0.2", "--dc-weight", "0"]
+    assert cac[-2:] == ["--dc-weight", "0.2"]
+    assert [run["share"] for run in trainer.record()["runs"]] == ["dusk"] * 4
+    with pytest.raises(InputError) as error:
+        compare.compare(compare.parse([*map(str, arguments[:-5]), "--lists", "nowhere"]))
+    one_line(error, "--lists", "nowhere", "labeled.txt")
+
+
+def test_a_later_call_adds_its_seeds(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(word) for word in trainer.options.command]
+    weights = ["--weights", "/there/w.pth"]
+    assert compare.compare(compare.parse([*words, "--seeds", "1", "--", *weights])) == 0
+    trainer.trained.clear()
+    later = [*words, "--seeds", "0", "--arms", "cac,supervised_all"]
+    assert compare.compare(compare.parse([*later, "--", "--weights", "/here/w.pth"])) == 0
+    assert trainer.trained == ["supervised_all 1/2 seed 0", "cac 1/2 seed 0"]
+    record = trainer.record()
+    names = [(run["method"], run["seed"]) for run in record["runs"]]
+    assert names == [("supervised_all", 0), ("cac", 0), ("supervised", 1), ("cac", 1)]
+    first, second = record["command"].split(" ; ")
+    assert "--seeds 1" in first and "--seeds 0" in second
+    with pytest.raises(InputError) as error:
+        compare.compare(compare.parse([*words, "--", *weights, "--iterations", "7"]))
+    one_line(error, "other settings", "iterations", "--name")
+    with pytest.raises(InputError) as error:
+        compare.parse([*words, "--arms", "cac,fix"])
+    one_line(error, "'fix'", "supervised_all")
+
+
+def test_named_images_are_scored_by_themselves(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path
+) -> None:
+    write_image(source / "images/test/x.png")
+    write_mask(source / "masks/test/x.png")
+    (tmp_path / "dusk.txt").write_text("x\n")
+    scoring(monkeypatch, trainer)
+    words = [*trainer.options.command, "--test", "--names", tmp_path / "dusk.txt"]
+    words = [str(word) for word in words]
+    assert compare.compare(compare.parse(words)) == 0
+    record = trainer.record()
+    columns = [f"{part}_{state}" for part in ("test", "dusk") for state in ("last", "best")]
+    assert list(record["runs"][0]["scores"]) == ["val_last", "val_best", *columns]
+    assert list(record["runs"][0]["iou"]) == columns
+    assert record["summary"][0]["scored_on"] == "dusk"
+    assert record["summary"][0]["known"]["classes"] == [0, 1]
+    (tmp_path / "dusk.txt").write_text("x\ny\n")
+    with pytest.raises(InputError) as error:
+        compare.compare(compare.parse(words))
+    one_line(error, "dusk.txt line 2", "y")
+
+
+def test_hours_are_planned_from_measured_steps(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--dataset folder --data-dir {source} --arms supervised,cac --seeds 0,1 --threads 1"
+    rest = "--network lraspp --backbone mobilenet_v2 --batch-size 2 --crop-size 32 --workers 0"
+    rest += " --iterations 3600 --warmup 600 --device cpu"
+    options = compare.parse([*words.split(), "--runs", str(tmp_path), "--", *rest.split()])
+    jobs = [(arm, "full", seed) for seed in (0, 1) for arm in ("supervised", "cac")]
+    hours = compare.plan(jobs, options)
+    steps = json.loads((tmp_path / "step_time.json").read_text())
+    assert 0 < steps["labeled"] < steps["both"]
+    assert hours["supervised"] == pytest.approx(steps["labeled"])
+    assert hours["cac"] == pytest.approx((steps["labeled"] + 5 * steps["both"]) / 6)
+    assert f"planned: {2 * sum(hours.values()):.1f} hours" in capsys.readouterr().out
+    for job in jobs:
+        state = {"iteration": 3600, "config": {"iterations": 3600}}
+        compare.run_folder(job, options).mkdir()
+        checkpoint.write(compare.run_folder(job, options) / "last.pt", state)
+    assert compare.plan(jobs, options) == {}
 
 
 def test_scored_splits_must_hold_images(trainer: Trainer, source: Path) -> None:

@@ -105,6 +105,7 @@ def test_projector_keeps_its_weights_in_the_warm_up(folder_data, tmp_path):
         "--normalization active --negatives-per-view 20 --bank-past-steps 1",  # the authors'
         "--base-size 64 --jitter-labeled",  # their resize and jitter
         "--network pspnet --batch-size 4",
+        "--network lraspp",
     ],
 )
 def test_every_switch_trains(folder_data, tmp_path, switches):

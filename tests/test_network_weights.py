@@ -14,6 +14,7 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.networks import NETWORKS, Segmenter, build_network, load_backbone_weights
 
 CLASSES = 5
+NAMES = ("weight", "bias")
 HEADS = ("fc.", "classifier.", "features.18.")
 DATA = Path(os.environ.get("CAC_FAST_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 
@@ -63,7 +64,11 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("backbone", "loaded", "skipped"),
-    [("resnet18", 100, ["fc.weight", "fc.bias"]), ("mobilenet_v2", 255, None)],
+    [
+        ("resnet18", 100, ["fc.weight", "fc.bias"]),
+        ("mobilenet_v2", 255, None),
+        ("mobilenet_v3_large", 262, [f"classifier.{i}.{n}" for i in (0, 3) for n in NAMES]),
+    ],
 )
 def test_loads_torchvision_files(tmp_path, form, backbone, loaded, skipped):
     net = built("deeplabv3plus", backbone)
@@ -109,6 +114,8 @@ def test_report_says_what_was_skipped_and_missing(tmp_path):
     [
         ("resnet18", "mobilenet_v2"),
         ("mobilenet_v2", "resnet18"),
+        ("mobilenet_v2", "mobilenet_v3_large"),
+        ("mobilenet_v3_large", "mobilenet_v2"),
         ("resnet50", "resnet18"),
         ("resnet50", "resnet101"),
         ("resnet101", "resnet50"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.ops import SqueezeExcitation
 
 from cac_fast.train.errors import InputError
 from cac_fast.train.networks import (
@@ -23,20 +25,23 @@ from cac_fast.train.networks.deeplabv3plus import ASPP
 from cac_fast.train.networks.pspnet import PSPHead
 
 CLASSES = 5
-OUTPUT_STRIDE = {"deeplabv3plus": 16, "pspnet": 8}
+OUTPUT_STRIDE = {"deeplabv3plus": 16, "lraspp": 16, "pspnet": 8}
+LOW_STRIDE = {"deeplabv3plus": 4, "lraspp": 8, "pspnet": 4}
 FEATURES = {"deeplabv3plus": (256, 4), "pspnet": (512, 8)}
+# Low-level ones at strides 4 and 8, high-level ones.
 CHANNELS = {
-    "mobilenet_v2": (24, 320),
-    "resnet18": (64, 512),
-    "resnet50": (256, 2048),
-    "resnet101": (256, 2048),
+    "mobilenet_v2": ({4: 24, 8: 32}, 320),
+    "mobilenet_v3_large": ({4: 24, 8: 40}, 960),
+    "resnet18": ({4: 64, 8: 128}, 512),
+    "resnet50": ({4: 256, 8: 512}, 2048),
+    "resnet101": ({4: 256, 8: 512}, 2048),
 }
 HEADS = ("fc.", "classifier.", "features.18.")
 
 every_network = pytest.mark.parametrize("network", NETWORKS)
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 # resnet101 is resnet50 with more blocks: left out where something is computed.
-small_backbones = pytest.mark.parametrize("backbone", BACKBONES[:3])
+small_backbones = pytest.mark.parametrize("backbone", BACKBONES[:4])
 
 
 @functools.cache
@@ -77,9 +82,19 @@ def without_head(state: dict) -> dict:
     return {name: value for name, value in state.items() if not name.startswith(HEADS)}
 
 
+def without_gates(net: nn.Module) -> nn.Module:
+    """A copy whose gates pass everything: they see means of a map, which its strides change."""
+    net = copy.deepcopy(net)
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, SqueezeExcitation):
+                setattr(parent, name, nn.Identity())
+    return net
+
+
 def with_original_weights(network: str, backbone: str) -> nn.Module:
     """The dilated backbone of a network, in eval mode and double precision."""
-    dilated = build_backbone(backbone, OUTPUT_STRIDE[network])
+    dilated = build_backbone(backbone, OUTPUT_STRIDE[network], LOW_STRIDE[network])
     dilated.load_state_dict(without_head(original(backbone).state_dict()), strict=True)
     return dilated.eval().double()
 
@@ -107,10 +122,12 @@ def test_shapes(network, backbone, size):
         return tuple(-(-side // stride) for side in size)
 
     low, high = net.backbone(x)
-    assert low.shape == (2, CHANNELS[backbone][0], *at(4))
-    assert high.shape == (2, CHANNELS[backbone][1], *at(OUTPUT_STRIDE[network]))
+    low_stride = LOW_STRIDE[network]
+    low_channels, high_channels = CHANNELS[backbone][0][low_stride], CHANNELS[backbone][1]
+    assert low.shape == (2, low_channels, *at(low_stride))
+    assert high.shape == (2, high_channels, *at(OUTPUT_STRIDE[network]))
 
-    channels, stride = FEATURES[network]
+    channels, stride = FEATURES.get(network, (128 + low_channels, 8))
     assert (net.feature_channels, net.feature_stride) == (channels, stride)
     features = net.features(x)
     assert features.shape == (2, channels, *at(stride))
@@ -151,16 +168,16 @@ def test_upsampled_logits_are_fp32_at_least(dtype):
 
 @every_network
 def test_unknown_names_are_input_errors(network):
-    with pytest.raises(InputError, match=r"'resnet34'.*mobilenet_v2, resnet18"):
+    with pytest.raises(InputError, match=r"'resnet34'.*mobilenet_v2, mobilenet_v3_large"):
         build_network(network, "resnet34", CLASSES)
-    with pytest.raises(InputError, match=r"'unet'.*deeplabv3plus, pspnet"):
+    with pytest.raises(InputError, match=r"'unet'.*deeplabv3plus, lraspp, pspnet"):
         build_network("unet", "resnet18", CLASSES)
 
 
 # --- strides and dilations ------------------------------------------------------------------
 
 
-def changed(stage: str, blocks: int, dilations, conv: str) -> dict[str, tuple]:
+def changed(stage: str, blocks: int, dilations, conv: str) -> dict[str, int]:
     """{convolution: dilation} for the named 3x3 of each block of a stage."""
     return {f"{stage}.{i}.{conv}": dilations[i] for i in range(blocks)}
 
@@ -179,6 +196,11 @@ def mobile(first: int, last: int, dilations) -> dict[str, int]:
     return {f"features.{i}.conv.1.0": d for i, d in zip(range(first, last), dilations, strict=True)}
 
 
+def mobile_v3(first: int, last: int, dilations) -> dict[str, int]:
+    pairs = zip(range(first, last), dilations, strict=True)
+    return {f"features.{i}.block.1.0": d for i, d in pairs}
+
+
 DILATIONS = {
     ("deeplabv3plus", "resnet18"): basic("layer4", (2, 2), 4),
     ("deeplabv3plus", "resnet50"): changed("layer4", 3, (2, 4, 8), "conv2"),
@@ -190,7 +212,11 @@ DILATIONS = {
     ("pspnet", "resnet101"): changed("layer3", 23, [1] + [2] * 22, "conv2")
     | changed("layer4", 3, (2, 4, 4), "conv2"),
     ("pspnet", "mobilenet_v2"): mobile(7, 14, [1] + [2] * 6) | mobile(14, 18, [2, 4, 4, 4]),
+    ("deeplabv3plus", "mobilenet_v3_large"): mobile_v3(13, 16, [2] * 3),
+    ("pspnet", "mobilenet_v3_large"): mobile_v3(7, 13, [1] + [2] * 5)
+    | mobile_v3(13, 16, [2, 4, 4]),
 }
+DILATIONS |= {("lraspp", name): DILATIONS["deeplabv3plus", name] for name in BACKBONES}
 
 
 @every_network
@@ -202,7 +228,8 @@ def test_dilations_are_the_methods_and_all_else_is_torchvisions(network, backbon
         if ".".join(name.split(".")[:2]) in stages:
             expected[name] = ((1, 1), dilation, padding)
     for name, d in DILATIONS[network, backbone].items():
-        expected[name] = ((1, 1), (d, d), (d, d))
+        # Undilated, the padding is half of 3 or of 5, rounded down.
+        expected[name] = ((1, 1), (d, d), tuple(d * side for side in expected[name][2]))
     assert convolutions(structure(network, backbone).backbone) == expected
 
 
@@ -210,6 +237,13 @@ def test_dilations_are_the_methods_and_all_else_is_torchvisions(network, backbon
 def test_pspnet_is_dilated_as_torchvision_does_it(backbone):
     net = torchvisions(backbone, replace_stride_with_dilation=[False, True, True])
     assert convolutions(structure("pspnet", backbone).backbone) == convolutions(net)
+
+
+def test_mobilenet_v3_is_dilated_as_torchvision_does_it():
+    net = torchvisions("mobilenet_v3_large", dilated=True)
+    for network in ("deeplabv3plus", "lraspp"):
+        ours = structure(network, "mobilenet_v3_large").backbone
+        assert convolutions(ours) == convolutions(net)
 
 
 @every_network
@@ -224,16 +258,14 @@ def test_backbone_has_torchvisions_weights_layout(network, backbone):
 @pytest.mark.parametrize("size", [(32, 48), (33, 71)])
 @torch.no_grad()
 def test_pspnet_backbone_computes_the_original_at_every_fourth_location(backbone, size):
-    dilated = with_original_weights("pspnet", backbone)
-    net = original(backbone)
-    if backbone == "mobilenet_v2":
-        strided = net.features[:18]
+    dilated = without_gates(with_original_weights("pspnet", backbone))
+    net = without_gates(original(backbone))
+    if backbone.startswith("mobilenet"):
+        strided = net.features[: len(dilated.features)]
     else:
         strided = nn.Sequential(*list(net.children())[:-2])
     x = torch.randn(1, 3, *size)
-    strided.double()
-    expected = strided(x.double())
-    strided.float()
+    expected = strided.double()(x.double())
     torch.testing.assert_close(
         dilated(x.double())[1][:, :, ::4, ::4], expected, rtol=1e-9, atol=1e-9
     )
@@ -243,12 +275,12 @@ def test_pspnet_backbone_computes_the_original_at_every_fourth_location(backbone
 @torch.no_grad()
 def test_deeplab_blocks_compute_the_original_on_each_grid(backbone):
     """A block dilated by d is the undilated block on every d-th location, at every phase."""
-    dilated = with_original_weights("deeplabv3plus", backbone)
-    net = torchvision.models.get_model(backbone, weights=None).eval().double()
-    net.load_state_dict(original(backbone).state_dict())
-    mobile_net = backbone == "mobilenet_v2"
-    blocks = dilated.features[14:] if mobile_net else dilated.layer4
-    plain = net.features[14:18] if mobile_net else net.layer4
+    dilated = without_gates(with_original_weights("deeplabv3plus", backbone))
+    net = without_gates(original(backbone)).double()
+    stages = {"mobilenet_v2": slice(14, 18), "mobilenet_v3_large": slice(13, 16)}
+    mobile_net = backbone in stages
+    blocks = dilated.features[stages[backbone]] if mobile_net else dilated.layer4
+    plain = net.features[stages[backbone]] if mobile_net else net.layer4
     grids = (2, 2, 2, 2) if mobile_net else (2, 4, 8)
     channels = next(m for m in blocks.modules() if isinstance(m, nn.Conv2d)).in_channels
     x = torch.randn(1, channels, 17, 13, dtype=torch.float64)
@@ -267,17 +299,19 @@ def test_deeplab_blocks_compute_the_original_on_each_grid(backbone):
 
 
 @small_backbones
+@pytest.mark.parametrize(("network", "size"), [("deeplabv3plus", (12, 16)), ("lraspp", (6, 8))])
 @torch.no_grad()
-def test_low_level_features_are_the_originals_at_one_quarter(backbone):
+def test_low_level_features_are_the_originals(network, size, backbone):
     net = original(backbone)
-    if backbone == "mobilenet_v2":
-        stem = net.features[:4]
+    at_quarter = LOW_STRIDE[network] == 4
+    if backbone.startswith("mobilenet"):
+        stem = net.features[: 4 if at_quarter else 7]
     else:
-        stem = nn.Sequential(*list(net.children())[:5])
-    dilated = with_original_weights("deeplabv3plus", backbone).float()
+        stem = nn.Sequential(*list(net.children())[: 5 if at_quarter else 6])
+    dilated = with_original_weights(network, backbone).float()
     x = torch.randn(1, 3, 45, 64)
     low, _ = dilated(x)
-    assert low.shape[-2:] == (12, 16)
+    assert low.shape[-2:] == size
     torch.testing.assert_close(low, stem(x))
 
 
@@ -317,6 +351,7 @@ def test_aspp_pooled_branch_is_the_mean_of_its_image():
 
 # DeepLabv3+: (1 + 27 + 1) * 256 * in for the branches, 1280 * 256 to join them, 48 * low,
 # 9 * 256 * (304 + 256) for the decoder, two numbers a channel for each BatchNorm.
+# LR-ASPP: 128 * in twice, the gate's bias, BatchNorm.
 # PSPNet: 4 * 512 * in for the pyramid, 9 * 512 * (in + 2048) for the bottleneck, BatchNorm alike.
 @pytest.mark.parametrize(
     ("network", "backbone", "expected"),
@@ -324,6 +359,8 @@ def test_aspp_pooled_branch_is_the_mean_of_its_image():
         ("deeplabv3plus", "mobilenet_v2", 3_998_944),
         ("deeplabv3plus", "resnet18", 5_426_272),
         ("deeplabv3plus", "resnet50", 16_838_752),
+        ("lraspp", "mobilenet_v2", 82_304),
+        ("lraspp", "mobilenet_v3_large", 246_144),
         ("pspnet", "mobilenet_v2", 11_572_224),
         ("pspnet", "resnet50", 23_073_792),
     ],
@@ -343,6 +380,7 @@ def test_dropout_is_where_the_method_says():
     expected = {"head.dropout": 0.5, "head.decoder.1": 0.5, "classifier.0": 0.1}
     assert dropouts(structure("deeplabv3plus", "resnet18")) == expected
     assert dropouts(structure("pspnet", "resnet18")) == {}
+    assert dropouts(structure("lraspp", "mobilenet_v2")) == {}
 
 
 @every_network
@@ -373,7 +411,7 @@ def test_dropout_acts_in_training_mode():
 
 
 @every_network
-@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18"])
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "mobilenet_v3_large", "resnet18"])
 def test_every_parameter_has_a_gradient(network, backbone):
     """A parameter without one would stall DDP."""
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
-from cac_fast.train.data.splits import labeled_count, select, write_lists
+from cac_fast.train.data.splits import labeled_count, named, select, write_lists
 from cac_fast.train.errors import InputError
 
 
@@ -191,6 +191,18 @@ def test_missing_and_unreadable_lists(folder):
         with pytest.raises(InputError) as error:
             select(folder, path, None, None)
         one_line(error, path)
+
+
+def test_named_images_of_a_split(folder, tmp_path):
+    path = tmp_path / "some.txt"
+    train = folder.splits["train"]
+    path.write_text(f"# two\n{train[2].name}\n\n{train[0].name}\n")
+    assert named(train, path) == [train[0], train[2]]
+    for text, words in (("\nnone", ("line 2", "none", "another split")), ("#\n", ("empty",))):
+        path.write_text(text)
+        with pytest.raises(InputError) as error:
+            named(train, path)
+        one_line(error, "some.txt", *words)
 
 
 def test_list_and_share_together(folder):

@@ -78,7 +78,7 @@ def test_dilated_convolution(size):
     )
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ["deeplabv3plus", "pspnet"])
 @torch.no_grad()
 def test_heads_compute_what_is_upsampled_joined_and_convolved(name):
     torch.manual_seed(0)

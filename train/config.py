@@ -41,9 +41,13 @@ class Config:
 
     # What to train
     method: str = setting("cac", "training method", ("cac", "supervised"))
-    network: str = setting("deeplabv3plus", "segmentation network", ("deeplabv3plus", "pspnet"))
+    network: str = setting(
+        "deeplabv3plus", "segmentation network", ("deeplabv3plus", "lraspp", "pspnet")
+    )
     backbone: str = setting(
-        "resnet50", "torchvision backbone", ("mobilenet_v2", "resnet18", "resnet50", "resnet101")
+        "resnet50",
+        "torchvision backbone",
+        ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101"),
     )
     weights: str | None = setting(
         None, "torchvision checkpoint for the backbone (default: random weights)"
@@ -70,7 +74,9 @@ class Config:
         "autocast type; auto: bf16 on GPUs that have it, else fp32",
         ("auto", "fp32", "bf16", "fp16"),
     )
-    channels_last: bool = setting(True, "channels_last memory format (GPUs only)")
+    channels_last: bool = setting(
+        True, "channels_last memory format (on CPUs only for lraspp on a MobileNet)"
+    )
     accumulate: int = setting(
         1, "less memory: the network sees the batch in this many slices, computed twice"
     )

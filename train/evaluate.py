@@ -31,7 +31,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_data_options(parser)
     parser.add_argument(
-        "--split", choices=("val", "test"), default="val", help="images to evaluate on [val]"
+        "--split",
+        choices=("val", "test", "train"),
+        default="val",
+        help="images to evaluate on [val]",
+    )
+    parser.add_argument(
+        "--names", type=Path, metavar="FILE", help="only these images of the split, a NAME a line"
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the result to this file too"
@@ -50,6 +56,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _evaluate(options: argparse.Namespace) -> None:
     # Imported late, so that a mistyped option is answered at once.
     from cac_fast.train.data.layouts import open_data
+    from cac_fast.train.data.splits import named
     from cac_fast.train.evaluation import evaluate
     from cac_fast.train.inference import load
     from cac_fast.train.progress import show_progress
@@ -66,6 +73,8 @@ def _evaluate(options: argparse.Namespace) -> None:
             raise InputError(
                 f"the {options.split} split of {data.root} holds no image: choose another --split"
             )
+        if options.names is not None:
+            samples = named(samples, options.names)
         result = evaluate(
             predictor.network,
             samples,
@@ -82,6 +91,7 @@ def _evaluate(options: argparse.Namespace) -> None:
                 "checkpoint": str(options.checkpoint),
                 "dataset": options.dataset,
                 "split": options.split,
+                "names": None if options.names is None else options.names.name,
                 "images": len(samples),
                 "classes": list(data.classes),
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -70,6 +71,23 @@ def write_lists(output: Path, labeled: list[Sample], unlabeled: list[Sample], ro
         (output / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
 
 
+def named(samples: Sequence[Sample], path: Path) -> list[Sample]:
+    """Those of the samples whose NAME, one a line, the list `path` holds; in the samples' order.
+
+    Raises:
+        InputError: the list is missing or empty, or names what is not among the samples.
+    """
+    wanted = dict(_lines(path))
+    names = {sample.name for sample in samples}
+    for name, place in wanted.items():
+        if name not in names:
+            raise InputError(
+                f"{place}: {_shortened(name)} is no image of this split: correct the line or "
+                "choose another split"
+            )
+    return [sample for sample in samples if sample.name in wanted]
+
+
 def _select_share(
     data: SegmentationData, share: str, data_list: int
 ) -> tuple[list[Sample], list[Sample]]:
@@ -111,21 +129,29 @@ def labeled_count(total: int, share: str) -> int:
     return math.ceil(total * fraction - Fraction(1, 2))
 
 
-def _read_list(path: Path, data: SegmentationData, needs_mask: bool) -> list[Sample]:
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a list that are no blanks or comments, each with its place for messages."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise InputError(f"the list {path} does not exist: correct its path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the list {path} cannot be read ({error}): give a text file") from error
+    empty = True
+    for number, line in enumerate(lines, start=1):
+        line = line.strip()
+        if line and not line.startswith("#"):
+            empty = False
+            yield line, f"{path} line {number}"
+    if empty:
+        raise InputError(f"the list {path} is empty: give at least one image a line")
+
+
+def _read_list(path: Path, data: SegmentationData, needs_mask: bool) -> list[Sample]:
     by_name = {sample.name: sample for sample in data.splits["train"]}
     by_image = {sample.image: sample for sample in data.splits["train"]}
     samples = []
-    for number, line in enumerate(lines, start=1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        place = f"{path} line {number}"
+    for line, place in _lines(path):
         sample = by_name.get(line) or _read_paths(line, place, data, by_image, needs_mask)
         if needs_mask and sample.mask is None:
             raise InputError(
@@ -133,8 +159,6 @@ def _read_list(path: Path, data: SegmentationData, needs_mask: bool) -> list[Sam
                 "column, or move the line to the unlabeled list"
             )
         samples.append(sample)
-    if not samples:
-        raise InputError(f"the list {path} is empty: give at least one image a line")
     return samples
 
 

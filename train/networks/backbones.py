@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cac_fast.train.errors import InputError
 
-BACKBONES = ("mobilenet_v2", "resnet18", "resnet50", "resnet101")
+BACKBONES = ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101")
 
 _MULTIGRID = (2, 4, 8)
 
@@ -17,17 +17,20 @@ _MULTIGRID = (2, 4, 8)
 class ResNetBackbone(nn.Module):
     """A torchvision ResNet without pooling and classifier.
 
-    `forward` takes (B, 3, H, W) and returns the output of layer1 at stride 4 and that of layer4
-    at `output_stride`; stride s gives ceil(H / s) rows. Weight names are torchvision's, but "fc",
-    and so is the stem, one 7x7 convolution (the authors' PSPNet has three of 3x3).
+    `forward` takes (B, 3, H, W) and returns the output of layer1 (`low_stride` 4) or layer2 (8) and
+    that of layer4 at `output_stride`; stride s gives ceil(H / s) rows. Weight names are
+    torchvision's, but "fc", and so is the stem, one 7x7 convolution (the authors' PSPNet has three
+    of 3x3).
 
-    Output stride 16 (DeepLabv3+): layer4 has no stride and its blocks are dilated by 2, 4, 8.
+    Output stride 16 (DeepLabv3+, LR-ASPP): layer4 has no stride and its blocks are dilated by 2,
+    4, 8.
     Output stride 8 (PSPNet): layer3 and layer4 have no stride, and at every fourth location they
     compute what the undilated network computes (torchvision's `replace_stride_with_dilation`).
     """
 
-    def __init__(self, name: str, output_stride: int) -> None:
+    def __init__(self, name: str, output_stride: int, low_stride: int) -> None:
         super().__init__()
+        self.low_stride = low_stride
         net = torchvision.models.get_model(name, weights=None)
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2 = net.layer1, net.layer2
@@ -37,69 +40,84 @@ class ResNetBackbone(nn.Module):
         else:
             _dilate(self.layer3, [2] * len(self.layer3), strided=1)
             _dilate(self.layer4, [4] * len(self.layer4), strided=2)
-        self.low_channels = _out_channels(self.layer1)
+        self.low_channels = _out_channels(self.layer1 if low_stride == 4 else self.layer2)
         self.high_channels = _out_channels(self.layer4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        low = self.layer1(x)
-        return low, self.layer4(self.layer3(self.layer2(low)))
+        quarter = self.layer1(x)
+        eighth = self.layer2(quarter)
+        low = quarter if self.low_stride == 4 else eighth
+        return low, self.layer4(self.layer3(eighth))
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks."""
         return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
 
 
-class MobileNetV2Backbone(nn.Module):
-    """torchvision's mobilenet_v2 without its last 1x1 convolution (`features.18`) and classifier.
+# The first blocks at strides 16 and 32, and where the features end: mobilenet_v2's last 1x1
+# convolution (features.18) belongs to its classifier, mobilenet_v3_large's is what LR-ASPP takes.
+_MOBILE_STAGES = {"mobilenet_v2": (7, 14, 18), "mobilenet_v3_large": (7, 13, 17)}
 
-    `forward` takes (B, 3, H, W) and returns 24 channels at stride 4 and 320 at `output_stride`.
 
-    Output stride 16 (DeepLabv3+): the last stage (blocks 14 to 17) has no stride and its 3x3
-    convolutions are dilated by 2. Output stride 8 (PSPNet): the last two stages (7 to 17) have no
-    stride and are dilated as the ResNets are.
+class MobileNetBackbone(nn.Module):
+    """torchvision's mobilenet_v2 or mobilenet_v3_large without classifier.
+
+    `forward` takes (B, 3, H, W) and returns the last block at `low_stride` (24 channels at 4; at 8
+    there are 32, with mobilenet_v3_large 40) and 320 or 960 channels at `output_stride`.
+
+    Output stride 16 (DeepLabv3+, LR-ASPP): the last stage has no stride and its 3x3 or 5x5
+    convolutions are dilated by 2. Output stride 8 (PSPNet): the last two stages have no stride and
+    are dilated as the ResNets are.
     """
 
-    def __init__(self, output_stride: int) -> None:
+    def __init__(self, name: str, output_stride: int, low_stride: int) -> None:
         super().__init__()
-        self.features = torchvision.models.mobilenet_v2(weights=None).features[:18]
+        third, last, end = _MOBILE_STAGES[name]
+        self.features = torchvision.models.get_model(name, weights=None).features[:end]
         if output_stride == 16:
-            _dilate(self.features[14:], [2] * 4, strided=2)
+            _dilate(self.features[last:], [2] * (end - last), strided=2)
         else:
-            _dilate(self.features[7:14], [2] * 7, strided=1)
-            _dilate(self.features[14:], [4] * 4, strided=2)
-        self.low_channels = _out_channels(self.features[:4])
+            _dilate(self.features[third:last], [2] * (last - third), strided=1)
+            _dilate(self.features[last:], [4] * (end - last), strided=2)
+        self.low_end = 4 if low_stride == 4 else third
+        self.low_channels = _out_channels(self.features[: self.low_end])
         self.high_channels = _out_channels(self.features)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        low = self.features[:4](x)
-        return low, self.features[4:](low)
+        low = self.features[: self.low_end](x)
+        return low, self.features[self.low_end :](low)
 
     def blocks(self) -> list[nn.Module]:
         """The inverted residual blocks, without the stem."""
         return list(self.features[1:])
 
 
-def build_backbone(name: str, output_stride: int) -> ResNetBackbone | MobileNetV2Backbone:
-    """Build the backbone `name` (one of BACKBONES) with output stride 8 or 16 and random weights.
+def build_backbone(
+    name: str, output_stride: int, low_stride: int
+) -> ResNetBackbone | MobileNetBackbone:
+    """Build the backbone `name` (one of BACKBONES) with random weights.
+
+    output_stride: of the high-level features, 8 or 16. low_stride: of the low-level ones, 4 or 8.
 
     Raises InputError for another name.
     """
     if name not in BACKBONES:
         raise InputError(f"unknown backbone '{name}': choose one of {', '.join(BACKBONES)}")
-    if name == "mobilenet_v2":
-        return MobileNetV2Backbone(output_stride)
-    return ResNetBackbone(name, output_stride)
+    kind = MobileNetBackbone if name in _MOBILE_STAGES else ResNetBackbone
+    return kind(name, output_stride, low_stride)
 
 
 def _dilate(blocks: nn.Sequential, dilations: Sequence[int], strided: int) -> None:
-    """Remove the strides of `blocks` and dilate the 3x3 convolutions of block i by dilations[i],
-    but the one that had a stride by `strided`."""
+    """Remove the strides of `blocks` and dilate the 3x3 and 5x5 convolutions of block i by
+    dilations[i], but the one that had a stride by `strided`."""
     for block, dilation in zip(blocks, dilations, strict=True):
         for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
-            if conv.kernel_size == (3, 3):
+            size, _ = conv.kernel_size
+            if size > 1:
                 d = strided if conv.stride != (1, 1) else dilation
-                conv.dilation = conv.padding = (d, d)
+                conv.dilation = (d, d)
+                conv.padding = (size // 2 * d, size // 2 * d)
             conv.stride = (1, 1)
 
 

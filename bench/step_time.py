@@ -1,0 +1,58 @@
+"""Seconds of a training step, without and with the unlabeled images, of a command's settings.
+
+    python bench/step_time.py FILE.json ARGUMENTS OF train/main.py
+
+Nothing of it is kept but the FILE: {"labeled": seconds, "both": seconds or None for supervised}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from cac_fast.train import config, distributed
+from cac_fast.train.engine import Trainer
+
+STEPS, WARM_UP = 10, 2
+
+
+def step_seconds(trainer: Trainer, both: bool) -> float:
+    """Mean of ten steps after two, data included."""
+    trainer.use_unlabeled(both)
+    device = trainer.world.device
+    begin = 0.0
+    for number, step in enumerate(trainer.stream.steps(0, WARM_UP + STEPS, both)):
+        trainer.optimize(step)
+        if number == WARM_UP - 1:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) / STEPS
+
+
+def main() -> None:
+    """Measure and write the file.
+
+    Raises:
+        InputError: as a training with these settings would.
+    """
+    file, *arguments = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = config.parse([*arguments, "--output", folder])
+        with distributed.world(settings.device) as world:
+            trainer = Trainer(settings, world)
+            found = {"labeled": step_seconds(trainer, both=False), "both": None}
+            if settings.method != "supervised":
+                found["both"] = step_seconds(trainer, both=True)
+    Path(file).write_text(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(distributed.run_command(main))
