@@ -33,7 +33,7 @@ from shrink import shrunken
 
 from cac_fast.train import checkpoint, config
 from cac_fast.train.data.layouts import open_data
-from cac_fast.train.data.splits import named
+from cac_fast.train.data.lists import named
 from cac_fast.train.distributed import run_command
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
-from cac_fast.train.data.splits import labeled_count, named, select, write_lists
+from cac_fast.train.data.lists import named
+from cac_fast.train.data.splits import labeled_count, select, write_lists
 from cac_fast.train.errors import InputError
 
 
@@ -169,7 +170,7 @@ def test_unlabeled_list_alone_leaves_the_share(folder):
         ("t00\n\nimages/train/t77.png masks/train/t00.png\n", ("line 3", "images/train/t77.png")),
         ("images/train/t00.png masks/train/t77.png\n", ("line 1", "masks/train/t77.png")),
         ("t05\n", ("line 1", "t05 has no mask")),
-        ("images/train/t00.png\n", ("line 1", "no mask", "second column")),
+        ("images/train/t05.png\n", ("line 1", "no mask", "second column")),
         ("images/train/t00.png masks/train/t00.png 1\n", ("line 1", "more than two columns")),
         ("x" * 9999 + "\n", ("line 1", "x" * 200 + "... is neither an image")),
         ("x/" * 9999 + "\n", ("line 1", "is neither an image")),

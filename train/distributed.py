@@ -146,6 +146,8 @@ def world(device_name: str) -> Iterator[World]:
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command's body; an :class:`InputError` becomes one line (a machine) and exit code 2."""
+    # A file name that is no UTF-8 must not end a run that prints it.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command() or 0
     except InputError as error:

@@ -427,7 +427,7 @@ def _open_data(config: Config) -> tuple[SegmentationData, list[Sample], list[Sam
 def _digest(samples: list[Sample]) -> str:
     """What tells one list of images from another."""
     names = "\n".join(sample.name for sample in samples)
-    return hashlib.sha256(names.encode()).hexdigest()
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
 def _is_finite(module: nn.Module) -> bool:

@@ -56,7 +56,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _evaluate(options: argparse.Namespace) -> None:
     # Imported late, so that a mistyped option is answered at once.
     from cac_fast.train.data.layouts import open_data
-    from cac_fast.train.data.splits import named
+    from cac_fast.train.data.lists import named
     from cac_fast.train.evaluation import evaluate
     from cac_fast.train.inference import load
     from cac_fast.train.progress import show_progress

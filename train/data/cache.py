@@ -35,7 +35,7 @@ from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.errors import InputError
 from cac_fast.train.progress import Progress
 
-VERSION = 1
+VERSION = 2
 """To be raised with every change of an entry's form or of what decoding gives."""
 
 _DRAFT = ".part"
@@ -126,7 +126,9 @@ class PixelReader:
         if self.cache is None:
             return None
         # What a mask decodes to depends on the classes.
-        form = (self.data.num_classes, self.data.label_map) if mask else "image"
+        data = self.data
+        form = (data.num_classes, data.label_map, data.palette, data.ignore_color)
+        form = form if mask else "image"
         key = hashlib.sha256(os.fsencode(path.absolute()) + f"\n{form}".encode())
         return self.cache / f"{key.hexdigest()[:32]}.raw"
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
+from cac_fast.train.data import forms
 from cac_fast.train.data.png import read_plain
 from cac_fast.train.errors import InputError
 
@@ -18,15 +19,19 @@ IGNORE = 255
 
 # Pillow takes 180 million pixels for an attack, but people train on their own photographs.
 Image.MAX_IMAGE_PIXELS = None
+# And color profiles and texts above 1 MB, which printers and editors write.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
-_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_EXACT_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
 def read_image(path: Path) -> Image.Image:
     """Read any photograph as an upright 8-bit RGB image.
 
     The EXIF orientation is applied; gray, palette and CMYK images are converted, transparency is
-    composited on white, and 16-bit images keep their high byte.
+    composited on white (a TIFF's fourth band is no transparency, and left out), and 16-bit images
+    keep their high byte, or the highest 8 of 12 bits if no value needs more.
 
     Raises:
         InputError: the file is missing, truncated, no image, or holds floating-point values.
@@ -40,7 +45,7 @@ def read_image(path: Path) -> Image.Image:
             if (pixels := read_plain(stream)) is not None:
                 return Image.fromarray(pixels)
             with Image.open(stream) as file:
-                file.load()
+                forms.load_colors(file, stream)
                 ImageOps.exif_transpose(file, in_place=True)
                 return to_rgb(file)
     except Exception as error:  # Pillow's decoders raise nearly every type there is
@@ -48,46 +53,64 @@ def read_image(path: Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB: transparency on white, of 16 bits the high byte.
+    """Any Pillow image as 8-bit RGB, in the way of `read_image`.
 
     Raises:
         ValueError: the image holds floating-point values.
     """
     if image.mode == "F":
         raise ValueError("it holds floating-point values")
-    if image.mode in _WIDE_MODES:
-        high = np.clip(np.asarray(image), 0, 65535) >> 8
-        return Image.fromarray(high.astype(np.uint8)).convert("RGB")
+    if image.mode in forms.WIDE_MODES:
+        return Image.fromarray(forms.to_8_bits(np.asarray(image))).convert("RGB")
+    if forms.has_stored_band(image):
+        return image.convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = None) -> np.ndarray:
+def read_mask(
+    path: Path,
+    num_classes: int,
+    label_map: tuple[int, ...] | None = None,
+    palette: Sequence[forms.Color] | None = None,
+    ignore_color: forms.Color | None = None,
+) -> np.ndarray:
     """Read a mask of class ids, uint8 (H, W), with 255 where no class is known.
 
-    The ids are the raw values of a gray, palette, 1-bit or 16-bit file: palette colors are not
-    looked at. `label_map`, if given, holds the class of each of the 256 ids of the file.
+    The ids are the raw values of a gray, palette or 16-bit PNG, TIFF, BMP or GIF, of 1, 2 or 4 bits
+    too: palette colors are not looked at. `label_map`, if given, holds the class of each of the
+    256 ids of the file. A file of colors is read by `palette`, the classes' colors, and
+    `ignore_color`, that of 255, if each of its pixels has one of them.
 
     Raises:
-        InputError: the file is missing or truncated, is a color picture, or holds an id that is
-            neither below `num_classes` nor 255.
+        InputError: the file is missing or truncated, may have been changed by lossy compression,
+            holds floating-point values, or a color or an id of no class.
     """
+    colors = ids = None
     try:
         with path.open("rb") as stream, Image.open(stream) as file:
-            mode = file.mode
-            ids = np.asarray(file) if mode in ("L", "P", "1", *_WIDE_MODES) else None
-            if mode == "1":
-                ids = ids.astype(np.uint8)
+            mode, form = file.mode, file.format
+            lossy = form == "TIFF" and file.info.get("compression") in _LOSSY_TIFF
+            if form in _EXACT_FORMATS and not lossy:
+                ids = forms.raw_ids(file)
+                if ids is None and mode in ("RGB", "RGBA", "LA"):
+                    colors = np.asarray(file)
     except Exception as error:
         raise _unreadable("mask", path, error) from error
-    if ids is None:
+    if form not in _EXACT_FORMATS or lossy:
         raise InputError(
-            f"mask {path} is a color picture (mode {mode}), but a mask must hold one class id a "
-            f"pixel: save it as an 8-bit gray or palette PNG with ids 0 to {num_classes - 1} and "
-            f"{IGNORE} for pixels to ignore"
+            f"mask {path} is a {'TIFF with JPEG compression' if lossy else form} file, which may "
+            "change the values at every edge: write it anew as PNG from the original labels"
         )
+    if mode == "F":
+        raise InputError(
+            f"mask {path} holds floating-point values, but a mask must hold one class id a pixel: "
+            "save it as an 8-bit gray PNG"
+        )
+    if ids is None:
+        ids = _ids_of_colors(path, mode, colors, num_classes, palette, ignore_color)
     if label_map is None:
         classes = ids
     else:
@@ -102,18 +125,51 @@ def read_mask(path: Path, num_classes: int, label_map: tuple[int, ...] | None = 
     return classes.astype(np.uint8)
 
 
+def _ids_of_colors(
+    path: Path,
+    mode: str,
+    colors: np.ndarray | None,
+    num_classes: int,
+    palette: Sequence[forms.Color] | None,
+    ignore_color: forms.Color | None,
+) -> np.ndarray:
+    reason = f"(mode {mode})"
+    if colors is not None and mode != "RGB":
+        opaque = colors[..., -1] == 255
+        if not opaque.all():
+            y, x = np.unravel_index(opaque.argmin(), opaque.shape)
+            reason, colors = f"with a transparent pixel at x {x}, y {y}", None
+        elif mode == "LA":
+            return colors[..., 0]
+        else:
+            colors = colors[..., :3]
+    if colors is not None and palette is not None:
+        ids, place = forms.ids_of_colors(colors, palette, ignore_color)
+        if place is None:
+            return ids
+        color = tuple(int(value) for value in colors[place[1], place[0]])
+        known = "of several classes" if color in palette else "of no class in the class list"
+        reason = f"whose color {color} at x {place[0]}, y {place[1]} is {known}"
+    raise InputError(
+        f"mask {path} is a color picture {reason}, but a mask must hold one class id a "
+        f"pixel: save it as an 8-bit gray or palette PNG with ids 0 to {num_classes - 1} and "
+        f"{IGNORE} for pixels to ignore"
+    )
+
+
 def check_size(
     mask: Path, mask_size: Sequence[int], image: Path, image_size: Sequence[int]
 ) -> None:
     """Compare the sizes, each (H, W), of a mask and its image.
 
     Raises:
-        InputError: they differ.
+        InputError: they differ; the message names the likely cause.
     """
     if tuple(mask_size) != tuple(image_size):
+        hint = forms.size_hint(mask_size, image_size, forms.orientation(image) >= 5)
         raise InputError(
             f"mask {mask} is {mask_size[1]} x {mask_size[0]} but image {image} is "
-            f"{image_size[1]} x {image_size[0]}: make them the same size"
+            f"{image_size[1]} x {image_size[0]}: {hint or 'make them the same size'}"
         )
 
 

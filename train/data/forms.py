@@ -1,0 +1,167 @@
+"""What files hold beyond the pixels that Pillow hands out: samples, bands, orientation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+"""Gray of more than 8 bits."""
+
+Color = tuple[int, int, int]
+
+_ORIENTATION, _EXTRA_SAMPLES = 0x0112, 338
+_PREMULTIPLIED = 1
+_TWELVE_BITS = 4095
+_SWAPPED = {
+    "RGB;16B": "RGB;16L",
+    "RGB;16L": "RGB;16B",
+    "RGBA;16B": "RGBA;16L",
+    "RGBA;16L": "RGBA;16B",
+}
+
+
+def raw_mode(file: Image.Image) -> str:
+    """How the samples of an opened file are stored, in Pillow's words; unknown once loaded."""
+    args = file.tile[0][3] if getattr(file, "tile", None) else ""
+    words = args if isinstance(args, (tuple, list)) else (args,)
+    return words[0] if words and isinstance(words[0], str) else ""
+
+
+def raw_ids(file: Image.Image) -> np.ndarray | None:
+    """The samples of an opened gray, palette or 1-bit file, (H, W), before any scaling.
+
+    None for other modes.
+    """
+    if file.mode not in ("L", "P", "1", *WIDE_MODES):
+        return None
+    bits = raw_mode(file).partition(";")[2][:1]
+    samples = np.asarray(file)
+    if file.mode == "1":
+        return samples.astype(np.uint8)
+    if file.mode == "L" and bits in ("2", "4"):  # which Pillow multiplies, so that white is 255
+        return samples // (255 // (2 ** int(bits) - 1))
+    if file.format == "GIF" and file.mode == "P":
+        # A GIF always has a palette: gray values become gray entries, in whatever order.
+        colors = palette_of(file)
+        used = np.unique(samples)
+        if all(len(set(colors[index])) == 1 for index in used):
+            return np.array([color[0] for color in colors], np.uint8)[samples]
+    return samples
+
+
+def palette_of(file: Image.Image) -> list[Color]:
+    """256 colors of a palette file; black beyond its end."""
+    values = (file.getpalette() or [])[:768]
+    values += [0] * (768 - len(values))
+    return [(values[i], values[i + 1], values[i + 2]) for i in range(0, 768, 3)]
+
+
+def mask_palette(path: Path) -> list[Color] | None:
+    """The palette of a mask file, None if it has none."""
+    with path.open("rb") as stream, Image.open(stream) as file:
+        return palette_of(file) if file.mode == "P" and file.format != "GIF" else None
+
+
+def ids_of_colors(
+    pixels: np.ndarray, palette: Sequence[Color], ignore: Color | None
+) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """Class ids (H, W) uint8 of colors (H, W, 3), and the place (x, y) of the first unknown one.
+
+    ignore: the color of 255. A color that two classes share is unknown.
+    """
+    known = {} if ignore is None else {_code(ignore): 255}
+    shared = {color for color in palette if list(palette).count(color) > 1}
+    known |= {_code(color): i for i, color in enumerate(palette) if color not in shared}
+    codes = np.array(sorted(known))
+    wide = pixels.astype(np.int32)
+    found = wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
+    index = np.searchsorted(codes, found).clip(max=max(0, len(codes) - 1))
+    unknown = codes[index] != found if len(codes) else np.ones(found.shape, bool)
+    place = None
+    if unknown.any():
+        y, x = np.unravel_index(unknown.argmax(), unknown.shape)
+        place = int(x), int(y)
+        return np.zeros(found.shape, np.uint8), place
+    return np.array([known[code] for code in codes], np.uint8)[index], None
+
+
+def _code(color: Color) -> int:
+    return color[0] << 16 | color[1] << 8 | color[2]
+
+
+def has_stored_band(image: Image.Image) -> bool:
+    """Whether a TIFF's band behind the colors is data: infrared is marked as alpha by most writers.
+
+    Only colors that were multiplied by it say that it is transparency.
+    """
+    if image.format != "TIFF" or image.mode not in ("RGBA", "LA"):
+        return False
+    return _PREMULTIPLIED not in image.tag_v2.get(_EXTRA_SAMPLES, ())
+
+
+def to_8_bits(samples: np.ndarray) -> np.ndarray:
+    """Gray of more than 8 bits as uint8: of 16 bits the high byte, of 12 bits the highest 8."""
+    samples = np.clip(samples, 0, 65535)
+    shift = 4 if samples.max(initial=0) <= _TWELVE_BITS else 8
+    return (samples >> shift).astype(np.uint8)
+
+
+def load_colors(file: Image.Image, stream: BinaryIO) -> None:
+    """Load an opened file; colors of 12 bits in 16 come as their highest 8 bits.
+
+    Pillow keeps the high byte of 16 bits, in which 12 bits are almost black.
+    """
+    swapped = _SWAPPED.get(raw_mode(file))
+    file.load()
+    if swapped is None or max(high for _, high in file.getextrema()[:3]) > _TWELVE_BITS >> 8:
+        return
+    stream.seek(0)
+    with Image.open(stream) as again:  # with the bytes of each sample exchanged: the low ones
+        again.tile = [(*tile[:3], _with_mode(tile[3], swapped)) for tile in again.tile]
+        again.load()
+        low = np.asarray(again)
+    high = np.array(file)
+    bits = high[..., :3].astype(np.uint16) << 8 | low[..., :3]
+    high[..., :3] = bits >> 4
+    file.paste(Image.fromarray(high))
+
+
+def _with_mode(args: str | tuple, mode: str) -> str | tuple:
+    return mode if isinstance(args, str) else (mode, *args[1:])
+
+
+def orientation(path: Path) -> int:
+    """The EXIF orientation of an image file, 1 (upright) where it says nothing."""
+    try:
+        with path.open("rb") as stream, Image.open(stream) as file:
+            if file.format == "PNG" and "exif" not in file.info:
+                return 1  # Pillow would decode all of it to look behind the pixels
+            return file.getexif().get(_ORIENTATION, 1)
+    except Exception:  # whoever reads its pixels says what is wrong
+        return 1
+
+
+def size_hint(mask: Sequence[int], image: Sequence[int], turned: bool) -> str:
+    """Why the sizes (H, W) of a mask and its image may differ, and the remedy; "" if unknown.
+
+    turned: the image is turned by its EXIF orientation.
+    """
+    if tuple(mask) == tuple(image[::-1]):
+        if turned:
+            return (
+                "the image's EXIF orientation turns it and the mask is as the camera stored it: "
+                "turn the mask, or remove the orientation from the image"
+            )
+        return "height and width are swapped: turn the mask by 90 degrees"
+    factor = image[0] / mask[0]
+    if all(abs(long / factor - short) < 1 for long, short in zip(image, mask, strict=True)):
+        return (
+            f"the image is {factor:.4g} times the mask: resize the mask with nearest neighbor, "
+            "or train on the images it was drawn on"
+        )
+    return ""

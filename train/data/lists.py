@@ -1,0 +1,183 @@
+"""Lists of images as users hold them: names or paths, in the forms that other programs write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from cac_fast.train.data import names
+from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.errors import InputError
+
+_MOST_SHOWN = 200
+"""Characters of a line that a message repeats: the list may be any file."""
+
+
+def read_samples(path: Path, data: SegmentationData, needs_mask: bool) -> list[Sample]:
+    """The images that a list names, in its order.
+
+    A line is a NAME of the train split, or `image mask`, or `image`, as paths from the data folder
+    or from anywhere. Lists of other systems are taken as they are: back slashes, a leading slash,
+    folders that were elsewhere, another Unicode form or case, if only one file can be meant.
+
+    needs_mask: every image must have one, in the second column or in its place.
+
+    Raises:
+        InputError: the list is missing or empty, or a line names what is not there.
+    """
+    finder = _Finder(data)
+    samples = []
+    for number, line in names.read_list(path):
+        place = f"{path} line {number}"
+        sample = finder.sample(line, place, needs_mask)
+        if needs_mask and sample.mask is None:
+            raise InputError(
+                f"{place}: {_shortened(line)} has no mask, but labeled images need one: name it in "
+                "the second column, or move the line to the unlabeled list"
+            )
+        samples.append(sample)
+    if not samples:
+        raise InputError(f"the list {path} is empty: give at least one image a line")
+    return samples
+
+
+def named(samples: Sequence[Sample], path: Path) -> list[Sample]:
+    """Those of the samples whose NAME, one a line, the list `path` holds; in the samples' order.
+
+    Raises:
+        InputError: the list is missing or empty, or names what is not among the samples.
+    """
+    wanted = {line: f"{path} line {number}" for number, line in names.read_list(path)}
+    if not wanted:
+        raise InputError(f"the list {path} is empty: give at least one image a line")
+    there = {sample.name for sample in samples}
+    for name, place in wanted.items():
+        if name not in there:
+            raise InputError(
+                f"{place}: {_shortened(name)} is no image of this split: correct the line or "
+                "choose another split"
+            )
+    return [sample for sample in samples if sample.name in wanted]
+
+
+class _Finder:
+    """What the words of a list stand for in a data folder."""
+
+    def __init__(self, data: SegmentationData) -> None:
+        self.data, self.root = data, data.root
+        self.train = {sample.name: sample for sample in data.splits["train"]}
+        self.by_image = {sample.image: sample for split in data.splits.values() for sample in split}
+
+    @cached_property
+    def by_real_path(self) -> dict[str, Sample]:
+        return {os.path.realpath(path): sample for path, sample in self.by_image.items()}
+
+    @cached_property
+    def loose(self) -> dict[str, Sample | None]:
+        """Samples by folded name and path; None where several have it."""
+        found: dict[str, Sample | None] = {}
+        for sample in self.by_image.values():
+            keys = {names.folded(self._below(sample.image))}
+            if self.train.get(sample.name) is sample:
+                keys.add(names.folded(sample.name))
+                keys.add(names.folded(self._end(sample)))
+            for key in keys:
+                found[key] = None if key in found else sample
+        return found
+
+    def sample(self, line: str, place: str, needs_mask: bool) -> Sample:
+        known = self.train.get(line)
+        if known is not None:
+            return known
+        if names.is_one_path(line) and (whole := self.image(line)) is not None:
+            return whole
+        cuts = names.columns(line)
+        found = [
+            (image, mask)
+            for first, second in cuts
+            if (image := self.image(first)) is not None
+            # An unlabeled image's mask is looked at for one diagnostic only, so it may be absent.
+            and ((mask := self.mask(second, image)) is not None or not needs_mask)
+        ]
+        if len(found) == 1:
+            image, mask = found[0]
+            return Sample(image.name, image.image, mask)
+        raise InputError(f"{place}: {self._problem(line, cuts, needs_mask)}")
+
+    def image(self, word: str) -> Sample | None:
+        for text in names.spellings(word):
+            if (known := self.train.get(text)) is not None:
+                return known
+            # os.path.isfile and not Path's: of what is no file name it says no, and raises nothing.
+            if os.path.isfile(path := self.root / text.lstrip("/")):
+                return self._at(path, text)
+            if os.path.isabs(text) and os.path.isfile(text):
+                known = self.by_real_path.get(os.path.realpath(text))
+                return known or self._at(Path(text), text)
+        for text in names.spellings(word):
+            for end in (text, *names.tails(text, shortest=2)):
+                if os.path.isfile(path := self.root / end.lstrip("/")):
+                    return self._at(path, end)
+                if (known := self.loose.get(names.folded(end))) is not None:
+                    return known
+        return None
+
+    def mask(self, word: str, image: Sample) -> Path | None:
+        own = self.by_image.get(image.image, image).mask
+        for text in names.spellings(word):
+            places = [self.root / text.lstrip("/")]
+            places += [Path(text)] if os.path.isabs(text) else []
+            places += [self.root / end for end in names.tails(text, shortest=2)]
+            for path in places:
+                if (found := self.data.find_mask(path)) is not None:
+                    return found
+            if own is not None:
+                ends = (text.lstrip("/"), *names.tails(text, shortest=2))
+                if names.folded(self._below(own)) in map(names.folded, ends):
+                    return own
+        return None
+
+    def _at(self, path: Path, text: str) -> Sample:
+        known = self.by_image.get(path)
+        if known is None:
+            return Sample(Path(text.lstrip("/")).with_suffix("").as_posix(), path, None)
+        if self.train.get(known.name) is known:
+            return known
+        # Of another split: its name may be that of a training image.
+        return Sample(Path(text.lstrip("/")).with_suffix("").as_posix(), path, known.mask)
+
+    def _below(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else ""
+
+    def _end(self, sample: Sample) -> str:
+        """The name with all of the file's, as `city/NAME_leftImg8bit`."""
+        return f"{sample.name.rpartition('/')[0]}/{sample.image.stem}".lstrip("/")
+
+    def _problem(self, line: str, cuts: list[tuple[str, str]], needs_mask: bool) -> str:
+        for first, second in cuts:
+            if needs_mask and len(cuts) == 1 and self.image(first) is not None:
+                named = _shortened(str(self.root / list(names.spellings(second))[-1].lstrip("/")))
+                return f"the mask {named} does not exist: correct the line"
+        if len(cuts) != 1 and ("\t" in line or len(line.split()) > 2):
+            return (
+                f"{_shortened(line)!r} has more than two columns: separate image and mask by a tab "
+                "if their paths hold spaces"
+            )
+        word = cuts[0][0] if cuts else line
+        text = list(names.spellings(word))[-1]
+        known = [
+            self._below(sample.image) if "/" in text else name
+            for name, sample in self.train.items()
+        ]
+        near = names.nearest(text, known)
+        return (
+            f"{_shortened(word)} is neither an image below {self.root} nor a name of its train "
+            f"split ({_shortened(str(self.root / text.lstrip('/')))} was looked for"
+            f"{f'; the nearest is {near}' if near else ''}): correct the line or add the image"
+        )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
