@@ -29,8 +29,9 @@ def test_a_finished_run_goes_on(folder_data, tmp_path, capsys):
 
 def test_warm_up_does_not_come_back(folder_data, tmp_path):
     """By default it is 1/16 of all iterations: 2 of 32, but 40 of 640."""
-    default = [x for x in arguments(folder_data, tmp_path / "run") if x not in ("--warmup", "2")]
-    default += ["--batch-size", "2"]
+    default = arguments(folder_data, tmp_path / "run")
+    place = default.index("--warmup")
+    del default[place : place + 2]
     trainer = engine.Trainer(config.parse([*default, "--iterations", "32"]), CPU)
     trainer.folder.prepare(new=True)
     trainer._save()

@@ -97,7 +97,13 @@ class _Piped:
 
 def _received(items: Iterator[Any]) -> Iterator[Any]:
     warned = False
-    for item in items:
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError("DataLoader worker lost while it handed a batch over") from error
         if isinstance(item, _Piped):
             if not warned:
                 warn(
