@@ -35,6 +35,10 @@ _LOWEST_TEMPERATURE = 1e-6
 
 
 def check_temperature(temperature: float) -> None:
+    if isinstance(temperature, Tensor) and temperature.requires_grad:
+        raise ValueError(
+            "temperature must not require grad, as no gradient reaches it: pass float(temperature)"
+        )
     if not _LOWEST_TEMPERATURE <= temperature < math.inf:
         raise ValueError(
             f"temperature must be a number of at least {_LOWEST_TEMPERATURE}, not {temperature}"
@@ -91,8 +95,8 @@ def check_features(
         check_float(name, tensor)
         check_device(name, tensor, anchors.device)
     for name, tensor, rows in (
-        ("anchor_labels", anchor_labels, len(anchors)),
-        ("negative_labels", negative_labels, len(negatives)),
+        ("anchor_labels", anchor_labels, anchors.shape[0]),
+        ("negative_labels", negative_labels, negatives.shape[0]),
     ):
         check_shape(name, tensor, (rows,))
         check_integers(name, tensor)
@@ -109,7 +113,7 @@ def check_operands(
     temperature: float,
 ) -> None:
     check_features(anchors, positives, negatives, anchor_labels, negative_labels)
-    check_shape("active", active, (len(anchors),))
+    check_shape("active", active, (anchors.shape[0],))
     if active.dtype != torch.bool:
         raise ValueError(f"active must be bool, not {active.dtype}")
     check_device("active", active, anchors.device)
@@ -130,7 +134,7 @@ def check_rows(
         ("anchor_confidence", anchor_confidence),
         ("positive_confidence", positive_confidence),
     ):
-        check_shape(name, tensor, (len(anchors),))
+        check_shape(name, tensor, (anchors.shape[0],))
         check_float(name, tensor)
         check_device(name, tensor, anchors.device)
     check_constant("negatives", negatives)

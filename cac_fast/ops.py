@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cac_fast.checks import check_classes, check_constant, check_operands
+from cac_fast.checks import check_classes, check_constant, check_operands, check_temperature
 from cac_fast.choice import choose_backend
 
 _NAME = "cac_fast::dc_loss_rows"
@@ -47,7 +46,10 @@ def dc_loss_rows(
     require grad.
     """
     check_constant("negatives", negatives)
-    return _operator(
+    check_temperature(temperature)
+    # torch.func deals with a function before the dispatcher does, level by level.
+    rows = _Rows.apply if torch._C._are_functorch_transforms_active() else _operator
+    return rows(
         anchors,
         positives.detach(),
         negatives,
@@ -104,19 +106,72 @@ def _(anchors: Tensor, *operands: Any, **choices: Any) -> tuple[Tensor, Tensor]:
     return _empty_result(anchors, torch.empty)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, gradient = output
-    ctx.save_for_backward(gradient)
-    ctx.mark_non_differentiable(gradient)
+class _Rows(torch.autograd.Function):
+    """The operator with its derivative: what PyTorch's own registration makes of `backward` knows
+    neither torch.func nor forward mode, where it is silent about the tangent it leaves out."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.cac_fast.dc_loss_rows(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, gradient = output
+        ctx.save_for_backward(inputs[0], gradient)
+        ctx.mark_non_differentiable(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        anchors, gradient = ctx.saved_tensors
+        scaled = (upstream.unsqueeze(1) * gradient).to(gradient.dtype)
+        if torch.is_grad_enabled():  # with create_graph=True
+            scaled = _OnceDifferentiable.apply(scaled, anchors)
+        return scaled, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError(
+            "the directional contrastive loss has no forward-mode derivative: use backward"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        one_by_one = [
+            _Rows.apply(
+                *(
+                    argument if dim is None else argument.select(dim, place)
+                    for argument, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for place in range(info.batch_size)
+        ]
+        return tuple(map(torch.stack, zip(*one_by_one, strict=True))), (0, 0)
 
 
-@once_differentiable
-def _scale_rows(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return (upstream.unsqueeze(1) * gradient).to(gradient.dtype), *(None,) * 8
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient by the anchors whose own derivative is an error.
 
+    It takes the anchors too, since it depends on them even where the gradient from above does not.
+    """
 
-_operator.register_autograd(_scale_rows, setup_context=_save)
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, anchors: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        raise RuntimeError("the directional contrastive loss is differentiable once, not twice")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError("the directional contrastive loss is differentiable once, not twice")
 
 
 def _register_autocast(device: str) -> None:
@@ -133,5 +188,6 @@ def _register_autocast(device: str) -> None:
 
 
 _LIBRARY = torch.library.Library("cac_fast", "FRAGMENT")
+_LIBRARY.impl("dc_loss_rows", _Rows.apply, "Autograd", allow_override=True)
 for _device in ("cpu", "cuda"):
     _register_autocast(_device)

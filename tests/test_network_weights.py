@@ -104,7 +104,7 @@ def test_report_says_what_was_skipped_and_missing(tmp_path):
     assert report.skipped == ["conv1.weight", "fc.weight", "fc.bias"]
     assert report.missing == ["conv1.weight", "bn1.bias"]
     assert str(report) == (
-        "loaded 98 tensors, skipped 3 (conv1.weight, fc.weight, fc.bias), "
+        "loaded 98 tensors into the backbone, skipped 3 (conv1.weight, fc.weight, fc.bias), "
         "missing 2 (conv1.weight, bn1.bias)"
     )
 

@@ -131,15 +131,6 @@ def test_dtypes_and_rows(dtype: torch.dtype) -> None:
     assert torch.equal(found, (upstream[:, None] * gradient).to(dtype))
 
 
-def test_second_derivative_is_refused() -> None:
-    given = operands()
-    given["anchors"].requires_grad_()
-    loss, _ = dc_loss_rows(**given)
-    (first,) = torch.autograd.grad(loss.square().sum(), given["anchors"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 def test_features_of_another_dtype_are_taken_in_that_of_the_anchors() -> None:
     given = operands(dtype=torch.float32)
     coarse = given | {"negatives": given["negatives"].bfloat16()}

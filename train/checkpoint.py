@@ -28,13 +28,23 @@ def write(path: Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # the latter is what PyTorch makes of the former
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error}): is the disk full?") from error
+        raise InputError(
+            f"{path} cannot be written ({error}): make room, then give the same command again"
+        ) from error
     # The rename itself is only durable once the folder is synced.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def find(path: Path) -> Path:
+    """The file that a path means: of a run folder ``best.pt``, or ``last.pt`` where that is not."""
+    if not path.is_dir():
+        return path
+    files = [path / name for name in ("best.pt", "last.pt")]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -272,6 +272,7 @@ def differences(config: Config, former: dict[str, Any]) -> list[str]:
         for there in [former.get(field.name, field.default)]
         for here in [getattr(config, field.name)]
         if field.name not in FREE and _compared(field.name, there) != _compared(field.name, here)
+        if field.name != "iterations" or there > here  # a run may be made longer
     ]
 
 

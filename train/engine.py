@@ -24,9 +24,11 @@ from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.data.loaders import check_samples
 from cac_fast.train.data.splits import select
 from cac_fast.train.data.stream import Step, Stream, fill_cache
+from cac_fast.train.data.workers import lost_workers
 from cac_fast.train.distributed import World
-from cac_fast.train.errors import InputError
+from cac_fast.train.errors import InputError, RankInputError
 from cac_fast.train.evaluation import evaluate
+from cac_fast.train.inference import out_of_memory
 from cac_fast.train.log import Meters, RunLog, train_line
 from cac_fast.train.methods import build_method
 from cac_fast.train.networks import (
@@ -72,7 +74,10 @@ class Trainer:
         self.folder = RunFolder(config, world)
         self.iteration = 0
         self.evaluated = 0  # iteration of the last evaluation
+        self.num_warmup = config.num_warmup
+        self.grew_from: int | None = None  # the former run's --iterations
         self.best: dict[str, float] | None = None
+        self.in_step = False
         self.signal: int | None = None  # received by this rank
         self.signaled = 0.0  # when, by time.monotonic()
         self.stopped_by: int | None = None  # agreed on by all ranks
@@ -148,6 +153,12 @@ class Trainer:
         self.scaler.load_state_dict(former["scaler"])
         self.iteration, self.best = former["iteration"], former["best"]
         self.evaluated = former.get("evaluated", self.iteration)
+        if (total := former["config"]["iterations"]) != self.config.iterations:
+            self.grew_from = total
+        # A longer run's warm-up would be longer, and might end a second time.
+        self.num_warmup = former.get(
+            "warmup", dataclasses.replace(self.config, iterations=total).num_warmup
+        )
         if self.world.is_main:
             self.stream.skipped = former["skipped"]
         if len(former["random"]) == self.world.size:
@@ -166,7 +177,7 @@ class Trainer:
         self._announce()
         result = None
         try:
-            with self._stop_signals():
+            with self._stop_signals(), lost_workers():
                 if self.evaluated < self.iteration and self._evaluation_is_due():
                     result = self._evaluate()  # the former try was ended before it
                 for step in self._profiled(self._steps()):
@@ -179,8 +190,9 @@ class Trainer:
         except InputError:
             # A bad file costs nothing that was trained; under torchrun saving would need all ranks.
             sound = self.meters.first_bad < 0 and _is_finite(self.method)
-            if self.world.size == 1 and sound:
-                self._save()
+            if self.world.size == 1 and sound and not self.in_step:
+                with contextlib.suppress(InputError):  # the first error is the one to mend
+                    self._save()
             raise
         finally:
             self.log.close()
@@ -200,7 +212,7 @@ class Trainer:
         DDP expects the same parameters to take part in every step: each phase has a wrapper.
         """
         config = self.config
-        contrastive_from = config.iterations if config.method == "supervised" else config.num_warmup
+        contrastive_from = config.iterations if config.method == "supervised" else self.num_warmup
         for end in (min(contrastive_from, config.iterations), config.iterations):
             if self.iteration >= end:
                 continue
@@ -229,8 +241,19 @@ class Trainer:
         return profile.watch(steps, contrastive=config.method != "supervised")
 
     def _train_step(self, step: Step) -> None:
-        losses = self.optimize(step)
+        self.in_step = True
+        try:
+            losses = self.optimize(step)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise RankInputError(
+                f"a step does not fit in the memory of {self.world.device}: go on with "
+                "--checkpoint-activations, or start over with --accumulate, a smaller --crop-size "
+                "or a smaller --batch-size"
+            ) from error
         self.iteration += 1
+        self.in_step = False
         self.meters.add(self.iteration, losses, step.waited)
         self.log.step()
 
@@ -343,6 +366,7 @@ class Trainer:
             "extra": self.method.extra_state(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "warmup": self.num_warmup,
             "position": self.iteration * self.config.batch_size,
             "inputs": self.inputs,
             "evaluated": self.evaluated,
@@ -392,6 +416,15 @@ class Trainer:
             say(f"{self.folder.path} is finished already (--restart starts over)")
         elif self.iteration:
             say(f"resuming {self.folder.path} at iteration {self.iteration}")
+        if self.grew_from is not None:
+            before, now = (
+                config.learning_rate * poly(self.iteration, total, config.poly_power)
+                for total in (self.grew_from, config.iterations)
+            )
+            say(
+                f"--iterations grew from {self.grew_from} to {config.iterations}: the learning "
+                f"rate follows the longer schedule, here {now:.3g} in place of {before:.3g}"
+            )
         say(
             f"{config.dataset}: {len(self.stream.labeled)} labeled, "
             f"{len(self.stream.unlabeled)} unlabeled, {len(self.data.splits['val'])} validation "

@@ -1,5 +1,11 @@
 """The one exception that bad input raises in the trainer."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class InputError(Exception):
     """Input that cannot be used: its message is one sentence that names the thing and the remedy.
@@ -11,3 +17,15 @@ class InputError(Exception):
 
 class RankInputError(InputError):
     """Bad input that one rank met alone, in its part of the data: that rank prints it."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says against writing ``path`` (a full disk, as a rule) into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): mend that, then give the same "
+            "command again"
+        ) from error

@@ -27,7 +27,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "processes.",
     )
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="FILE", help="best.pt or last.pt of a run"
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or its best.pt or last.pt",
     )
     add_data_options(parser)
     parser.add_argument(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cac_fast.train.data.images import IGNORE, check_size, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
-from cac_fast.train.data.workers import leave_signals_to_trainer, start
+from cac_fast.train.data.workers import leave_signals_to_trainer, lost_workers, share, start
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.inference import Predictor, out_of_memory
@@ -137,16 +137,16 @@ def evaluate(
         torch.autocast(world.device.type, autocast_dtype, enabled=autocast_dtype is not None),
     ):
         try:
-            for done, (image, truth) in enumerate(
-                _read_ahead(stripe, data, workers, world.device), start=1
-            ):
-                prediction = _prediction(predictor, image, stripe[done - 1])
-                confusion.update(truth.to(world.device, non_blocking=True), prediction)
-                if on_prediction is not None:
-                    labels = prediction.to(torch.uint8).cpu().numpy()
-                    on_prediction(image.permute(1, 2, 0).numpy(), truth.numpy(), labels)
-                if progress is not None:
-                    progress(done, len(stripe))
+            items = _read_ahead(stripe, data, workers, world.device)
+            with lost_workers():
+                for done, (image, truth) in enumerate(items, start=1):
+                    prediction = _prediction(predictor, image, stripe[done - 1])
+                    confusion.update(truth.to(world.device, non_blocking=True), prediction)
+                    if on_prediction is not None:
+                        labels = prediction.to(torch.uint8).cpu().numpy()
+                        on_prediction(image.permute(1, 2, 0).numpy(), truth.numpy(), labels)
+                    if progress is not None:
+                        progress(done, len(stripe))
         except InputError as caught:
             error = str(caught)
     # A rank that stopped alone would leave the others waiting in the reduction.
@@ -210,7 +210,7 @@ def _read_ahead(
         _Images(samples, data),
         batch_size=None,
         num_workers=min(workers, len(samples)),
-        collate_fn=_as_is,
+        collate_fn=share,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_trainer,
         # Its own, or each evaluation would draw a seed for the workers from the global one.
@@ -220,10 +220,6 @@ def _read_ahead(
         if isinstance(item, InputError):
             raise item
         yield item
-
-
-def _as_is(item: Any) -> Any:
-    return item
 
 
 @contextmanager

@@ -154,12 +154,12 @@ def pad_image(images: Tensor) -> Tensor:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Predictor:
-    """Load a checkpoint (``best.pt`` or ``last.pt`` of a run) for inference, in eval mode.
+    """Load a checkpoint, a file or a run folder with its best state, for inference, in eval mode.
 
     Raises:
         InputError: the file is missing, truncated, or no checkpoint of this program.
     """
-    path = Path(path)
+    path = checkpoint.find(Path(path))
     state = checkpoint.read(path)
     try:
         config, weights, classes, palette = (

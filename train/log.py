@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from cac_fast.train.board import Board
+from cac_fast.train.errors import writing
 
 IGNORED_COLOR = (0, 0, 0)
 
@@ -38,9 +40,9 @@ class RunLog:
         last = {"train": start, "val": evaluated}
         kept = [x for x in read_metrics(self.path) if x["iteration"] <= last[x["kind"]]]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        with writing(self.path):
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(self.path)
         # A bar only where somebody can watch it; in a file its carriage returns would be noise.
         self.bar = (
             tqdm(total=total, initial=start, unit="it", dynamic_ncols=True)
@@ -48,6 +50,7 @@ class RunLog:
             else None
         )
         self.total = total
+        self.board = Board(folder / "tensorboard", start + 1, self.say)
 
     def say(self, line: str) -> None:
         """Print one line (above the bar where there is one)."""
@@ -88,9 +91,10 @@ class RunLog:
         """Keep one picture of image, truth and prediction side by side."""
         if not self.is_main:
             return
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"{iteration:07d}.png")
+        path = self.folder / "samples" / f"{iteration:07d}.png"
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
         self.board.add_image(
             "val/image_truth_prediction", np.asarray(picture), iteration, dataformats="HWC"
         )
@@ -103,7 +107,7 @@ class RunLog:
                 self.bar.close()
 
     def _write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps({"kind": kind, "iteration": iteration, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)):

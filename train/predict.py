@@ -34,7 +34,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "NAME_overlay.png for every image in a folder and the folders in it.",
     )
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="FILE", help="best.pt or last.pt of a run"
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or its best.pt or last.pt",
     )
     parser.add_argument(
         "--images", required=True, type=Path, metavar="DIR", help="folder of images"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
-from typing import Any
+import platform
+from typing import Any, TextIO
 
 from cac_fast.train import checkpoint
 from cac_fast.train.config import Config, differences
@@ -24,6 +26,7 @@ class RunFolder:
         self.path = config.run_folder
         self.last, self.best = self.path / "last.pt", self.path / "best.pt"
         self.to_restart = self.path / "to-restart"  # a former run lies here, to be deleted
+        self.lock: TextIO | None = None
 
     def former(self, inputs: dict[str, str]) -> dict[str, Any] | None:
         """The state that this run goes on from, None for a new run. All ranks call it together.
@@ -33,6 +36,8 @@ class RunFolder:
         Raises:
             InputError: the former run has other settings or images, or cannot be read.
         """
+        if self.path.is_dir():
+            self.world.on_main(self._take_lock)
         # Each machine's torchrun has a count of its own.
         tries = self.world.all_gather_objects(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         starts_over = self.world.on_main(lambda: self._starts_over(first=set(tries) == {"0"}))
@@ -89,6 +94,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
             if self.config.restart and new:
                 former = "last.pt", "best.pt", "trace.json", "samples/[0-9]*.png", "to-restart"
                 for old in former:
@@ -98,3 +104,32 @@ class RunFolder:
             (self.path / "config.json").write_text(settings + "\n")
         except OSError as error:
             raise InputError(f"--output {self.path}: {error.strerror}") from error
+
+    def _take_lock(self) -> None:
+        """Keep other processes out of the folder for as long as this one lives.
+
+        A record lock, since the loaders' processes do not inherit it.
+
+        Raises:
+            InputError: another process has it.
+        """
+        if self.lock is not None:
+            return
+        try:
+            file = open(self.path / "lock", "a+")  # noqa: SIM115 (kept open: that is the lock)
+        except OSError:  # a folder that cannot be written to says so where it is written to
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise InputError(
+                f"{self.path} is in use by another run ({file.read().strip() or 'just starting'}): "
+                "wait for its end, or use another --output"
+            ) from error
+        except OSError:  # a file system without locks
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        self.lock = file

@@ -23,7 +23,7 @@ from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform, im
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IGNORE, check_size
 from cac_fast.train.data.layouts import Sample, SegmentationData
-from cac_fast.train.data.workers import leave_signals_to_trainer, start
+from cac_fast.train.data.workers import leave_signals_to_trainer, share, start
 from cac_fast.train.errors import InputError
 from cac_fast.train.progress import warn
 
@@ -255,7 +255,7 @@ def _collate(items: list[dict[str, Any] | _Failure]) -> dict[str, Any] | _Failur
         if isinstance(item, _Failure):
             return item
     files = [message for item in items for message in item.pop("skipped_files", ())]
-    return {**default_collate(items), "skipped_files": files}
+    return share({**default_collate(items), "skipped_files": files})
 
 
 def _loader(

@@ -1,31 +1,47 @@
-"""A loader's processes, and the signals that end a run.
+"""A loader's processes: the signals that end a run, and faults of the machine that they meet.
 
-`timeout`, torchrun, schedulers and Ctrl-C send theirs to the trainer's whole process group; without
-its loaders it could not go on to the end of the step, where it saves.
+`timeout`, torchrun, schedulers and Ctrl-C send their signal to the trainer's whole process group;
+without its loaders it could not go on to the end of the step, where it saves.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from cac_fast.train.errors import InputError, RankInputError
+from cac_fast.train.progress import warn
 
 _STOP = {signal.SIGINT, signal.SIGTERM}
 
 
 def start(loader: DataLoader) -> Iterator[Any]:
-    """``iter(loader)``, its processes safe from those signals from their first moment on.
+    """The loader's items, its processes safe from those signals from their first moment on.
 
-    loader: has `leave_signals_to_trainer` as its ``worker_init_fn``.
+    loader: has `leave_signals_to_trainer` as its ``worker_init_fn``, and hands its items over with
+    `share`.
+
+    Raises:
+        InputError: the machine lacks what processes need.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)  # which processes inherit
     try:
-        return iter(loader)
+        items = iter(loader)
+    except OSError as error:
+        raise InputError(
+            f"loader processes cannot be started ({error.strerror or error}): use --workers 0"
+        ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return _received(items)
 
 
 def leave_signals_to_trainer(worker: int) -> None:
@@ -34,3 +50,76 @@ def leave_signals_to_trainer(worker: int) -> None:
     while _STOP & signal.sigpending():
         signal.sigwait(_STOP)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)  # PyTorch ends slow workers by SIGTERM
+
+
+def share(item: Any) -> Any:
+    """In a loader's process: ``item`` with its tensors in shared memory, as they would be anyway.
+
+    PyTorch does this in a thread of the queue, and where the memory is full the item is lost there
+    and waited for for ever. Here such an item goes through a pipe.
+    """
+    if get_worker_info() is None:
+        return item
+    try:
+        for tensor in _tensors(item):
+            tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        return _Piped(pickle.dumps(item), f"{error}".partition("\n")[0])
+    return item
+
+
+@contextmanager
+def lost_workers() -> Iterator[None]:
+    """Turn PyTorch's word about a loader's process that was killed into one line.
+
+    It may be raised anywhere, since it comes with a signal.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        # Each process that ends from here on would raise the same once more.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise RankInputError(
+            f"a loader's process has ended ({str(error).partition('. ')[0]}), as a rule for want "
+            "of memory: use fewer --workers, or 0"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Piped:
+    """An item as bytes, and why."""
+
+    content: bytes
+    reason: str
+
+
+def _received(items: Iterator[Any]) -> Iterator[Any]:
+    warned = False
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError("DataLoader worker lost while it handed a batch over") from error
+        if isinstance(item, _Piped):
+            if not warned:
+                warn(
+                    f"shared memory (/dev/shm) is full ({item.reason}): loading goes on more "
+                    "slowly; give a container more (docker run --shm-size=2g), or use --workers 0"
+                )
+            warned, item = True, pickle.loads(item.content)
+        yield item
+
+
+def _tensors(item: Any) -> Iterator[torch.Tensor]:
+    if isinstance(item, torch.Tensor):
+        yield item
+    elif isinstance(item, dict):
+        for value in item.values():
+            yield from _tensors(value)
+    elif isinstance(item, (list, tuple)):
+        for value in item:
+            yield from _tensors(value)

@@ -1,4 +1,4 @@
-"""ImageNet weights of a torchvision classifier into the backbone of a network."""
+"""Weights to begin from: of a backbone, as others publish them, or of a run of this program."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cac_fast.train.checkpoint import find
 from cac_fast.train.errors import InputError
 from cac_fast.train.networks.segmenter import Segmenter
 
 # With a smaller share of tensors in common the file is another architecture's. A resnet50 and a
 # resnet101 have half in common.
 _LEAST_COMMON = 0.75
-_WRAPPERS = ("state_dict", "model")
+# What programs keep a state_dict under; an averaged network before the one it is averaged from.
+_WRAPPERS = ("ema", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+# What they put in front of a backbone's names.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """Tensors copied, names of the file not used, names of the backbone left as they were."""
+    """What was copied into what: tensors copied, names of the file not used, names of the target
+    left as they were. target: "backbone", or "network" from a run of this program."""
 
+    target: str
     loaded: int
     skipped: list[str]
     missing: list[str]
 
     def __str__(self) -> str:
-        parts = [f"loaded {self.loaded} tensors"]
+        parts = [f"loaded {self.loaded} tensors into the {self.target}"]
         parts += [
             f"{what} {len(names)} ({_shorten(names)})" if names else f"{what} none"
             for what, names in (("skipped", self.skipped), ("missing", self.missing))
@@ -35,25 +41,24 @@ class WeightsReport:
 
 
 def load_backbone_weights(network: Segmenter, path: str | Path) -> WeightsReport:
-    """Copy the tensors of a torchvision checkpoint into `network.backbone`, in place.
+    """Copy the tensors of a file into `network`, in place.
 
-    The file holds a state_dict, bare or under "state_dict" or "model", its names with or without
-    "module." in front, its floats in any precision. BatchNorm's `num_batches_tracked`, absent from
-    old files, is neither loaded nor counted. A tensor of another shape is skipped and missing.
+    The file holds a backbone's state_dict in torchvision's names, bare or wrapped as other programs
+    do ("state_dict", "model", "ema", ...; "module.", "backbone.", ... before each name), its floats
+    in any precision; or it is a checkpoint of this program, or the folder of a run: then all of the
+    network is loaded, but for what other classes or another head do not fit.
+    BatchNorm's `num_batches_tracked`, absent from old files, is neither loaded nor counted. A
+    tensor of another shape is skipped and missing.
 
     Raises InputError if the file cannot be read (not there, truncated, not only tensors) or holds
     another architecture.
     """
-    given = {
-        name.removeprefix("module."): tensor
-        for name, tensor in _read_state_dict(Path(path)).items()
-        if isinstance(tensor, Tensor) and not name.endswith("num_batches_tracked")
-    }
-    expected = {
-        name: tensor
-        for name, tensor in network.backbone.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
+    path = find(Path(path))
+    content = _read(path)
+    of_run = "format" in content and isinstance(content.get("network"), dict)
+    target = network if of_run else network.backbone
+    expected = _floats(target.state_dict())
+    given = _floats(content["network"]) if of_run else _bare(_unwrapped(content), expected)
     common = {
         name: given[name]
         for name, tensor in expected.items()
@@ -62,18 +67,63 @@ def load_backbone_weights(network: Segmenter, path: str | Path) -> WeightsReport
     skipped = [name for name in given if name not in common]
 
     # A resnet101 file fills a resnet50 completely: its layers without a place count as well.
-    stages = {name.split(".")[0] for name in expected}
-    unplaced = [name for name in skipped if name.split(".")[0] in stages]
-    if len(common) < _LEAST_COMMON * len(set(expected).union(unplaced)):
+    backbone = {name for name in expected if not of_run or name.startswith("backbone.")}
+    stages = {_stage(name) for name in backbone}
+    unplaced = {name for name in skipped if _stage(name) in stages}
+    fitting = backbone & common.keys()
+    if len(fitting) < _LEAST_COMMON * len(backbone | unplaced):
         raise InputError(
-            f"weights file '{path}' is of another architecture: {len(common)} of its {len(given)} "
-            f"tensors fit the {len(expected)} of the backbone; give a file for this backbone"
+            f"weights file '{path}' is of another architecture: {len(fitting)} of its {len(given)} "
+            f"tensors fit the {len(backbone)} of the backbone; give a file for this backbone"
         )
-    network.backbone.load_state_dict(common, strict=False)
-    return WeightsReport(len(common), skipped, [name for name in expected if name not in common])
+    target.load_state_dict(common, strict=False)
+    return WeightsReport(
+        "network" if of_run else "backbone",
+        len(common),
+        skipped,
+        [name for name in expected if name not in common],
+    )
 
 
-def _read_state_dict(path: Path) -> dict[str, object]:
+def _floats(state: dict[str, object]) -> dict[str, Tensor]:
+    return {
+        str(name): value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not str(name).endswith("num_batches_tracked")
+    }
+
+
+def _stage(name: str) -> str:
+    """The part of the backbone that a name belongs to."""
+    return name.removeprefix("backbone.").split(".")[0]
+
+
+def _bare(state: dict[str, object], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict under the names that are expected, as far as prefixes hide them."""
+    bare: dict[str, Tensor] = {}
+    for given, tensor in _floats(state).items():
+        name, former = given, None
+        while name not in expected and name != former:
+            former = name
+            for prefix in _PREFIXES:
+                name = name.removeprefix(prefix)
+        bare.setdefault(name, tensor)
+    return bare
+
+
+def _unwrapped(content: dict[str, object]) -> dict[str, object]:
+    """The state_dict in a file's content: the innermost under one of the usual names."""
+    for _ in range(3):
+        inner = next(
+            (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None
+        )
+        if inner is None:
+            break
+        content = inner
+    return content
+
+
+def _read(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise InputError(f"weights file '{path}' not found")
     try:
@@ -83,14 +133,11 @@ def _read_state_dict(path: Path) -> dict[str, object]:
             f"weights file '{path}' cannot be read ({type(error).__name__}): it is truncated or "
             "holds more than tensors; download it again or save its state_dict alone"
         ) from error
-    for key in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
     if not isinstance(content, dict):
         raise InputError(
             f"weights file '{path}' holds a {type(content).__name__}: a state_dict is expected"
         )
-    return {str(name): value for name, value in content.items()}
+    return content
 
 
 def _shorten(names: list[str], limit: int = 3) -> str:
