@@ -25,7 +25,8 @@ from providers import works_on
 from report import three_digits
 from side_by_side import side_by_side
 
-from cac_fast.dispatch import BACKENDS, choose_backend
+from cac_fast.choice import choose_backend
+from cac_fast.dispatch import BACKENDS
 from cac_fast.kernels import configs
 
 REPEATS = 20

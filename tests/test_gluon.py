@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cac_fast import kernels
-from cac_fast.dispatch import BACKENDS, choose_backend
+from cac_fast.choice import choose_backend
+from cac_fast.dispatch import BACKENDS
 from cac_fast.kernels import gluon
 
 HERE = Path(__file__).parent

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cac_fast.checks import check_temperature
+from cac_fast.dispatch import BACKENDS
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import Parser
 
@@ -161,9 +162,7 @@ class Config:
     positive_filtering: bool = setting(
         True, "ablation PF: positives above the threshold only (off: gamma = 0)"
     )
-    dc_backend: str = setting(
-        "auto", "back end of the loss", ("auto", "reference", "eager", "cpp", "triton", "cuda")
-    )
+    dc_backend: str = setting("auto", "back end of the loss", ("auto", *BACKENDS))
     false_negatives: bool = setting(
         False, "measure the share of false negatives (Fig. 6); reads the unlabeled images' masks"
     )
