@@ -1,10 +1,11 @@
 """Which anchors meet which negatives, in tiles: computed on the device, without asking it anything.
 
-The plan of a GPU back end. Both sides are ordered by label, so that what an anchor excludes is one
-interval of the negatives, and a tile of anchors excludes whole blocks of them, meets most others
-without a mask, and needs one for the few blocks that are left. All blocks that are met, of all
-tiles, form one list that is dealt out in equal shares: how many anchors are active and how labels
-are distributed changes the shares, never the launch.
+The plan of a GPU back end, in plain PyTorch; `kernels/plan.py` makes the same in two launches.
+Both sides are ordered by label, so that what an anchor excludes is one interval of the negatives,
+and a tile of anchors excludes whole blocks of them, meets most others without a mask, and needs one
+for the few blocks that are left. All blocks that are met, of all tiles, form one list that is dealt
+out in equal shares: how many anchors are active and how labels are distributed changes the shares,
+never the launch.
 """
 
 from __future__ import annotations
