@@ -234,9 +234,11 @@ for name in sys.argv[1:]:
     choose_backend(name, given.anchors)(*given)
 torch.cuda.synchronize()'
     ncu=$(tool ncu)
-    if [ -n "$ncu$dry" ] && ((${#usable[@]})); then
+    if [[ -n $ncu$dry && -n ${usable[*]} ]]; then
         run ncu 35 "${ncu:-ncu}" --clock-control none --set full -k regex:dc_loss_partial \
             -c "${#usable[@]}" --log-file "$results-ncu.txt" "$python" -c "$once" "${usable[@]}"
+    else
+        say "without ncu: it is not here, or there is no back end to look at"
     fi
     # Each back end by itself: a kernel that goes wrong takes all of its process along.
     for name in "${tested[@]}"; do
