@@ -227,11 +227,11 @@ except ValueError as refusal:
     run tiles 45 "$python" bench/tiles.py --json "$results-tiles.json"
     local once='import sys
 sys.path.insert(0, "bench")
-import cases, torch
-from cac_fast.dispatch import choose_backend
-given = cases.make_operands(cases.standard_cases("cuda")[0], torch.device("cuda"))
+import cases, providers, torch
+device = torch.device("cuda")
+given = cases.make_operands(cases.standard_cases("cuda")[0], device)
 for name in sys.argv[1:]:
-    choose_backend(name, given.anchors)(*given)
+    providers.backend_provider(name, device).prepare(given)()
 torch.cuda.synchronize()'
     ncu=$(tool ncu)
     if [[ -n $ncu$dry && -n ${usable[*]} ]]; then

@@ -21,11 +21,11 @@ import measure
 import report
 import torch
 from cases import Case, Check, make_operands, standard_cases
-from providers import works_on
+from providers import backend_provider, works_on
 from report import three_digits
 from side_by_side import side_by_side
 
-from cac_fast.dispatch import BACKENDS, choose_backend
+from cac_fast.dispatch import BACKENDS
 from cac_fast.kernels import configs
 
 REPEATS = 20
@@ -118,7 +118,7 @@ def try_out(candidate: Candidate, case: Case, device: torch.device) -> Row:
     try:
         operands = make_operands(case, device)
         with in_its_table(candidate, case, device):
-            results = choose_backend(candidate.backend, operands.anchors)(*operands)
+            results = backend_provider(candidate.backend, device).prepare(operands)()
         problem = Check(operands).problem(results)
     except Exception as error:  # compilers and drivers may raise anything
         lines = str(error).strip().splitlines() or [""]
@@ -135,7 +135,7 @@ def take_turns(
     for turn in range(REPEATS + 1):
         for candidate, values in times.items():
             with in_its_table(candidate, case, device):
-                call = partial(choose_backend(candidate.backend, operands.anchors), *operands)
+                call = backend_provider(candidate.backend, device).prepare(operands)
                 took = measure.times(call, device).device
             if turn:  # the first time a kernel is loaded
                 values.append(took)
