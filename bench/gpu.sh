@@ -113,11 +113,12 @@ for name, reason in cac_fast.backends().items():
         print("backend", name, " ".join((reason or "").split()))
 print("installed", True)
 '
+device='' arch=''
 ask() {
     local answer key value rest
     # Twice what is planned, as a first import may be slow; what comes last in the part pays for it.
     answer=$(timeout -k "$grace" "$(allowed 40)" "$python" -c "$question" 2>&1)
-    device='' arch='' versions='' xdist='' installed='' gpu=() reasons=()
+    versions='' xdist='' installed='' gpu=() reasons=()
     while read -r key value rest; do
         case $key in
             device | arch | xdist | installed) printf -v "$key" %s "$value" ;;
@@ -125,9 +126,10 @@ ask() {
             backend) gpu+=("$value") reasons+=("$rest") ;;
         esac
     done <<<"$answer"
+    said=${answer##*$'\n'}
     planned=$((planned + 20))
     [ -z "$dry" ] || device=${device:-gpu} arch=${arch:-9.0}
-    [ -n "$device" ] || { echo "error: no GPU is seen: ${answer##*$'\n'}" >&2; exit 1; }
+    [ -n "$device" ] || { echo "error: no GPU is seen: $said" >&2; exit 1; }
 }
 
 # The sum of what is compiled, for what, with what: each call may come with new file times.
@@ -149,8 +151,8 @@ build() {
         :
     elif [ -n "$dry" ] || [ -z "$installed" ] || [ "$(head -n 1 "$mark" 2>/dev/null)" != "$sum" ]; then
         [ -n "$dry" ] || rm -f "$mark"
-        execute build 110 "${install[@]}" || code=$?
-        planned=$((planned + 110))
+        execute build 100 "${install[@]}" || code=$?
+        planned=$((planned + 100))
         if ((code)); then
             problem="build: $( ((code == 124 || code == 137)) && echo "over its time" || echo "exit code $code")"
             say "$problem; once more without CUDA"
@@ -161,7 +163,7 @@ build() {
     fi
     [ ! -f "$mark" ] || [ -n "$dry" ] || problem=$(tail -n +2 "$mark")
     [ -z "$problem" ] || failed+=("$problem")
-    [ -n "$installed" ] || failed+=("install: cac_fast cannot be imported")
+    [ -n "$installed" ] || failed+=("cac_fast cannot be imported: $said")
     usable=()
     for each in "${!gpu[@]}"; do
         if [ -z "${reasons[each]}" ] || [ -n "$dry" ]; then
@@ -220,21 +222,23 @@ except ValueError as refusal:
         printf '%s\n' "${lost[@]}" | sed -n 's/^verify \(.*\) bfloat16$/\1/p' >"$refused"
     fi
     leave_out_refused
-    run "loss, fast ones" 65 "$python" bench/dc_loss.py --minutes 0.9 \
+    run "loss, fast ones" 65 "$python" bench/dc_loss.py --minutes 0.8 \
         --providers "$(joined "${usable[@]}" eager)" --json "$results-dc_loss-fast.json"
     run tiles 45 "$python" bench/tiles.py --json "$results-tiles.json"
     local once='import sys
 sys.path.insert(0, "bench")
-import cases, torch
-from cac_fast.dispatch import choose_backend
-given = cases.make_operands(cases.standard_cases("cuda")[0], torch.device("cuda"))
+import cases, providers, torch
+device = torch.device("cuda")
+given = cases.make_operands(cases.standard_cases("cuda")[0], device)
 for name in sys.argv[1:]:
-    choose_backend(name, given.anchors)(*given)
+    providers.backend_provider(name, device).prepare(given)()
 torch.cuda.synchronize()'
     ncu=$(tool ncu)
-    if [ -n "$ncu$dry" ] && ((${#usable[@]})); then
-        run ncu 25 "${ncu:-ncu}" --clock-control none --set full -k regex:dc_loss_partial \
+    if [[ -n $ncu$dry && -n ${usable[*]} ]]; then
+        run ncu 35 "${ncu:-ncu}" --clock-control none --set full -k regex:dc_loss_partial \
             -c "${#usable[@]}" --log-file "$results-ncu.txt" "$python" -c "$once" "${usable[@]}"
+    else
+        say "without ncu: it is not here, or there is no back end to look at"
     fi
     # Each back end by itself: a kernel that goes wrong takes all of its process along.
     for name in "${tested[@]}"; do
@@ -250,7 +254,7 @@ torch.cuda.synchronize()'
 
 bench() {
     leave_out_refused
-    run "loss, all" 245 "$python" bench/dc_loss.py --minutes 3.8 \
+    run "loss, all" 245 "$python" bench/dc_loss.py --minutes 3.6 \
         --providers "$(joined "${usable[@]}" eager reference dense compiled chunked flex)" \
         --json "$results-dc_loss.json" --plot "$results-dc_loss.png"
     run step 215 "$python" bench/train_step.py --baseline --sweep-negatives 500,25.6k,1M \

@@ -21,17 +21,16 @@ import measure
 import report
 import torch
 from cases import Case, Check, make_operands, standard_cases
-from providers import works_on
+from providers import backend_provider, works_on
 from report import three_digits
 from side_by_side import side_by_side
 
-from cac_fast.choice import choose_backend
 from cac_fast.dispatch import BACKENDS
 from cac_fast.kernels import configs
 
 REPEATS = 20
 # Until all must be compiled and checked.
-SECONDS = 30.0
+SECONDS = 25.0
 LEGEND = """
 median, p20, p80: milliseconds for loss and gradient, on a GPU without the host's; TFLOP/s:
 effective ones, active x M x 4 D / median; registers, spills, shared: of the inner kernel, shared
@@ -119,7 +118,7 @@ def try_out(candidate: Candidate, case: Case, device: torch.device) -> Row:
     try:
         operands = make_operands(case, device)
         with in_its_table(candidate, case, device):
-            results = choose_backend(candidate.backend, operands.anchors)(*operands)
+            results = backend_provider(candidate.backend, device).prepare(operands)()
         problem = Check(operands).problem(results)
     except Exception as error:  # compilers and drivers may raise anything
         lines = str(error).strip().splitlines() or [""]
@@ -136,32 +135,43 @@ def take_turns(
     for turn in range(REPEATS + 1):
         for candidate, values in times.items():
             with in_its_table(candidate, case, device):
-                call = partial(choose_backend(candidate.backend, operands.anchors), *operands)
+                call = backend_provider(candidate.backend, device).prepare(operands)
                 took = measure.times(call, device).device
             if turn:  # the first time a kernel is loaded
                 values.append(took)
     return times
 
 
-def sweep(backend: str, case: Case, device: torch.device) -> tuple[list[Row], str]:
-    """All rows of a back end, and a line of text that proposes one for its table."""
-    table, key = table_of(backend, case, device)
-    candidates = [Candidate(backend, line) for line in around(table[key])]
+def try_all(backends: list[str], case: Case, device: torch.device) -> dict[Candidate, Row]:
+    """The candidates of all tables, each compiled and checked in a process of its own."""
+    tables = {name: table_of(name, case, device) for name in backends}
+    candidates = [
+        Candidate(name, line)
+        for name, (table, key) in tables.items()
+        for line in around(table[key])
+    ]
     answers = side_by_side([partial(try_out, each, case, device) for each in candidates], SECONDS)
     rows = [row if row else {"status": f"failed: {reason}"} for row, reason in answers]
-    right = [each for each, row in zip(candidates, rows, strict=True) if row["status"] == "ok"]
-    times = take_turns(right, case, device)
-    flop = 4 * round(case.share * case.anchors) * case.negatives * case.channels
     for each, row in zip(candidates, rows, strict=True):
-        row |= {"name": str(each), "backend": backend, "line": each.line._asdict()}
-        if each in times:
-            row |= measure.percentiles(times[each])
-            row["effective_tflops"] = flop / row["median_ms"] / 1e9
+        row |= {"name": str(each), "backend": each.backend, "line": each.line._asdict()}
+    return dict(zip(candidates, rows, strict=True))
+
+
+def time_those(tried: dict[Candidate, Row], case: Case, device: torch.device) -> str:
+    """Add the times of one back end's candidates; a line of text proposes one for its table."""
+    right = [candidate for candidate, row in tried.items() if row["status"] == "ok"]
+    flop = 4 * round(case.share * case.anchors) * case.negatives * case.channels
+    for candidate, times in take_turns(right, case, device).items():
+        row = tried[candidate]
+        row |= measure.percentiles(times)
+        row["effective_tflops"] = flop / row["median_ms"] / 1e9
+    backend = next(iter(tried)).backend
     if not right:
-        return rows, f"{backend}: no line works"
-    best = candidates[fastest(rows)].line
+        return f"{backend}: no line works"
+    best = list(tried)[fastest(list(tried.values()))].line
+    table, key = table_of(backend, case, device)
     written = f"{key}: {type(best).__name__}({', '.join(map(str, best))}),"
-    return rows, f"{backend}: {'keep' if best == table[key] else 'propose'} {written}"
+    return f"{backend}: {'keep' if best == table[key] else 'propose'} {written}"
 
 
 def fastest(rows: list[Row]) -> int:
@@ -212,13 +222,13 @@ def main(arguments: list[str] | None = None) -> int:
     record = {"command": measure.command_line("bench/tiles.py", given), **facts, "case": str(case)}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"{LEGEND}\n\n{case}\n", flush=True)
-    rows: list[Row] = []
+    tried = try_all(names, case, device)
+    rows = list(tried.values())
     proposals: list[str] = []
     for name in names:
-        of_name, proposal = sweep(name, case, device)
-        print(show(of_name), flush=True)
-        rows += of_name
-        proposals.append(proposal)
+        of_name = {each: row for each, row in tried.items() if each.backend == name}
+        proposals.append(time_those(of_name, case, device))
+        print(show(list(of_name.values())), flush=True)
         found = {"gpu": measure.gpu_state(device), "proposals": proposals, "rows": rows}
         measure.write_record(options.json, record | found)
     print("\n".join(proposals))

@@ -38,6 +38,7 @@ if [[ $command == *get_device_name* ]]; then
     exit
 fi
 echo "${command//$'\\n'/ }" >> "$CALLS"
+echo "at work"
 if [[ $command == ${FAILS:-nothing} ]]; then
     echo "boom"
     exit "${CODE:-3}"
@@ -209,6 +210,7 @@ def test_all_is_run_within_limits_and_written_down(gpu_round: Round) -> None:
     written = "".join(
         (gpu_round.folder / f"results/h100-{part}.txt").read_text() for part in SECONDS
     )
+    assert "tiles | at work" in done.text
     assert all(line in written for line in done.text.splitlines())
 
 
