@@ -13,7 +13,7 @@ from cac_fast import _extension, cuda, eager, kernels, reference
 from cac_fast.kernels import gluon
 
 Rows = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float],
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None],
     tuple[Tensor, Tensor],
 ]
 

@@ -5,6 +5,7 @@ The lines were chosen by what the compiler reports for them (registers, shared m
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,7 @@ class Gpu(NamedTuple):
     multiprocessors: int
 
 
+@cache
 def describe(device: torch.device) -> Gpu:
     """The GPU behind a device; for the CPU, where only Triton's interpreter runs, a small one."""
     if device.type == "cpu":

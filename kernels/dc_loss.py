@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cac_fast import tiles
-from cac_fast.kernels import configs
+from cac_fast.kernels import configs, plan
 from cac_fast.kernels.dc_loss_kernels import dc_loss_combine, dc_loss_partial
 
 _COMBINED_ROWS = 16
@@ -22,6 +22,7 @@ def dc_loss_rows(
     negative_labels: Tensor,
     active: Tensor,
     temperature: float,
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `cac_fast.kernels.dc_loss_rows`."""
     count = len(anchors)
@@ -29,7 +30,14 @@ def dc_loss_rows(
         return anchors.new_zeros(count, dtype=torch.float32), torch.zeros_like(anchors)
     with torch.cuda.device_of(anchors):
         return _launch(
-            anchors, positives, negatives, anchor_labels, negative_labels, active, temperature
+            anchors,
+            positives,
+            negatives,
+            anchor_labels,
+            negative_labels,
+            active,
+            temperature,
+            classes,
         )
 
 
@@ -41,6 +49,7 @@ def _launch(
     negative_labels: Tensor,
     active: Tensor,
     temperature: float,
+    classes: int | None,
 ) -> tuple[Tensor, Tensor]:
     count, dim = anchors.shape
     padded = max(16, triton.next_power_of_2(dim))
@@ -49,15 +58,15 @@ def _launch(
     config = configs.find(gpu.family, kind, padded)
     programs = config.programs * gpu.multiprocessors
     tma = gpu.family == "sm_90"
-    order = tiles.order_by_label(anchor_labels, negative_labels, active)
-    plan = tiles.plan(order, config.tile, config.block, programs)
-    sorted_negatives = tiles.gather(negatives, order.negatives, config.block, padded)
+    sizes = tiles.Sizes(config.tile, config.block, programs, padded)
+    order, parts, sorted_negatives, _ = plan.prepare(
+        anchors, negatives, anchor_labels, negative_labels, active, sizes, classes
+    )
 
-    count_tiles = len(plan.ends)
+    count_tiles = len(parts.ends)
     slots = (count_tiles + programs - 1) * config.tile
-    weighted = anchors.new_empty((slots, padded), dtype=torch.float32)
-    total = anchors.new_empty(slots, dtype=torch.float32)
-    offset = torch.empty_like(total)
+    sums = anchors.new_empty(slots * (padded + 2), dtype=torch.float32)
+    weighted, total, offset = sums.split((slots * padded, slots, slots))
     loss = anchors.new_empty(count, dtype=torch.float32)
     gradient = anchors.new_empty((count, dim))
 
@@ -72,7 +81,7 @@ def _launch(
         order.excluded_to,
         order.active,
         order.admissible,
-        *plan,
+        *parts,
         weighted,
         total,
         offset,
@@ -96,8 +105,8 @@ def _launch(
         positives,
         order.anchors,
         order.active,
-        plan.ends,
-        plan.share,
+        parts.ends,
+        parts.share,
         weighted,
         total,
         offset,

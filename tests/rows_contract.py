@@ -257,6 +257,19 @@ class RowsContract:
         for chosen in (torch.ones_like(active), torch.arange(80, device=active.device) % 3 > 0):
             compare(rows, (*features, y, z, chosen), 0.1)
 
+    @pytest.mark.parametrize(
+        ("dtype", "negative_dtype"),
+        [(torch.uint8, torch.int8), (torch.int16, torch.int16), (torch.int32, torch.int64)],
+    )
+    def test_labels_of_any_integer_type_and_bound(
+        self, rows: Rows, dtype: torch.dtype, negative_dtype: torch.dtype
+    ) -> None:
+        *features, y, z, active = self.operands("few", torch.float32, 50, 120, 16)
+        expected = rows(*features, y, z, active, 0.1)
+        for classes in (None, 3, 250, 40_000):
+            found = rows(*features, y.to(dtype), z.to(negative_dtype), active, 0.1, classes=classes)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
     def test_views_of_any_layout(self, rows: Rows) -> None:
         a, p, n, *labels = self.operands("voc", torch.float32, 90, 120, 16)
         plain = rows(a, p, n, *labels, 0.1)
