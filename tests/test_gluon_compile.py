@@ -16,6 +16,7 @@ import pytest
 import torch
 from rows_contract import operands
 
+from cac_fast import tiles
 from cac_fast.kernels import configs
 
 triton = pytest.importorskip("triton")
@@ -189,11 +190,12 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("h100")
 def test_a_launch_compiles_what_is_checked_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cac_fast.kernels import dc_loss_gluon, dc_loss_gluon_kernels
+    from cac_fast.kernels import dc_loss, dc_loss_gluon, dc_loss_gluon_kernels, plan
 
     partial = Compiled(dc_loss_gluon.dc_loss_partial)
     monkeypatch.setattr(dc_loss_gluon, "dc_loss_partial", partial)
-    monkeypatch.setattr(dc_loss_gluon, "dc_loss_combine", Compiled(dc_loss_gluon.dc_loss_combine))
+    monkeypatch.setattr(dc_loss, "dc_loss_combine", Compiled(dc_loss.dc_loss_combine))
+    monkeypatch.setattr(plan, "prepare", tiles.prepare)
     for anchors in (300, 100):
         given = operands("voc", torch.bfloat16, anchors, 1000, 64)
         dc_loss_gluon.dc_loss_rows(*given, 0.1)
