@@ -97,17 +97,18 @@ def test_never_asks_the_device(rows: Rows) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_captured_step_follows_its_inputs(rows: Rows) -> None:
+@pytest.mark.parametrize("classes", [None, 21])
+def test_a_captured_step_follows_its_inputs(rows: Rows, classes: int | None) -> None:
     """One CUDA graph serves any number of active anchors and any labels."""
     given = operands("voc", torch.bfloat16, 3000, 5000, 128, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        rows(*given, 0.1)
+        rows(*given, 0.1, classes=classes)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = rows(*given, 0.1)
+        captured = rows(*given, 0.1, classes=classes)
     *_, labels, negative_labels, active = given
     for change in (
         lambda: active.fill_(True),
@@ -117,7 +118,7 @@ def test_a_captured_step_follows_its_inputs(rows: Rows) -> None:
     ):
         change()
         graph.replay()
-        expected = rows(*given, 0.1)
+        expected = rows(*given, 0.1, classes=classes)
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
