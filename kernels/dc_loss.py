@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -51,7 +53,7 @@ def _launch(
     temperature: float,
     classes: int | None,
 ) -> tuple[Tensor, Tensor]:
-    count, dim = anchors.shape
+    dim = anchors.shape[1]
     padded = max(16, triton.next_power_of_2(dim))
     gpu = configs.describe(anchors.device)
     kind = configs.precision(anchors.dtype, gpu.family)
@@ -64,12 +66,7 @@ def _launch(
     )
 
     count_tiles = len(parts.ends)
-    slots = (count_tiles + programs - 1) * config.tile
-    sums = anchors.new_empty(slots * (padded + 2), dtype=torch.float32)
-    weighted, total, offset = sums.split((slots * padded, slots, slots))
-    loss = anchors.new_empty(count, dtype=torch.float32)
-    gradient = anchors.new_empty((count, dim))
-
+    sums = new_sums(anchors, (count_tiles + programs - 1) * config.tile, padded)
     numbers = tiles.numbers(anchors.dtype, temperature)
     dc_loss_partial[(programs,)](
         anchors,
@@ -82,9 +79,7 @@ def _launch(
         order.active,
         order.admissible,
         *parts,
-        weighted,
-        total,
-        offset,
+        *sums,
         *anchors.stride(),
         count_tiles,
         numbers.scale,
@@ -100,16 +95,45 @@ def _launch(
         STAGES=config.stages,
         num_warps=config.warps,
     )
-    dc_loss_combine[(count_tiles, config.tile // _COMBINED_ROWS)](
+    return combine(anchors, positives, order, parts, sums, numbers, config.tile, padded)
+
+
+class Sums(NamedTuple):
+    """Of each slot's rows. weighted: (slots * padded,) float32. total, offset: (slots,) float32."""
+
+    weighted: Tensor
+    total: Tensor
+    offset: Tensor
+
+
+def new_sums(anchors: Tensor, slots: int, padded: int) -> Sums:
+    """Where a kernel leaves its sums, not initialized."""
+    sums = anchors.new_empty(slots * (padded + 2), dtype=torch.float32)
+    return Sums(*sums.split((slots * padded, slots, slots)))
+
+
+def combine(
+    anchors: Tensor,
+    positives: Tensor,
+    order: tiles.LabelOrder,
+    parts: tiles.Plan,
+    sums: Sums,
+    numbers: tiles.Numbers,
+    tile: int,
+    padded: int,
+) -> tuple[Tensor, Tensor]:
+    """Loss (A,) and gradient (A, D) from the sums of a plan's tiles."""
+    count, dim = anchors.shape
+    loss = anchors.new_empty(count, dtype=torch.float32)
+    gradient = anchors.new_empty((count, dim))
+    dc_loss_combine[(len(parts.ends), tile // _COMBINED_ROWS)](
         anchors,
         positives,
         order.anchors,
         order.active,
         parts.ends,
         parts.share,
-        weighted,
-        total,
-        offset,
+        *sums,
         loss,
         gradient,
         *anchors.stride(),
@@ -120,7 +144,7 @@ def _launch(
         numbers.inverse_temperature,
         D=dim,
         D_PAD=padded,
-        TILE=config.tile,
+        TILE=tile,
         ROWS=_COMBINED_ROWS,
         OFFSET=numbers.offset_needed,
     )

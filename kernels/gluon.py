@@ -52,6 +52,7 @@ def dc_loss_rows(
     negative_labels: Tensor,
     active: Tensor,
     temperature: float,
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (A,) and its gradient by the anchors (A, D), Eq. 5, on the current stream.
 
@@ -61,7 +62,7 @@ def dc_loss_rows(
     from cac_fast.kernels import dc_loss_gluon
 
     return dc_loss_gluon.dc_loss_rows(
-        anchors, positives, negatives, anchor_labels, negative_labels, active, temperature
+        anchors, positives, negatives, anchor_labels, negative_labels, active, temperature, classes
     )
 
 

@@ -15,7 +15,7 @@ from emulated_gluon import Deadlock, Misuse, Schedule
 from rows_contract import HalfRowsContract, Rows, compare, operands
 
 from cac_fast import tiles
-from cac_fast.kernels import configs
+from cac_fast.kernels import configs, plan
 
 # Small tiles, so that a few hundred rows make many of them.
 SMALL = configs.Specialized(tile=32, block=16, stages=3, registers=240)
@@ -71,18 +71,17 @@ def test_any_number_of_programs(rows: Rows, programs: int, monkeypatch: pytest.M
 def test_tiles_of_a_program_without_a_share_mean_nothing(
     rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = tiles.plan
+    found = plan.prepare
 
-    def plan(*given: Any) -> tiles.Plan:
+    def prepare(*given: Any) -> tiles.Prepared:
         made = found(*given)
-        idle = torch.arange(len(made.last_tile)) * made.share >= made.ends[-1]
+        parts = made.plan
+        idle = torch.arange(len(parts.last_tile)) * parts.share >= parts.ends[-1]
         assert idle.any()
-        return made._replace(
-            first_tile=made.first_tile.masked_fill(idle, 0),
-            last_tile=made.last_tile.masked_fill(idle, 2**30),
-        )
+        parts.first_tile[idle], parts.last_tile[idle] = 0, 2**30
+        return made
 
-    monkeypatch.setattr(tiles, "plan", plan)
+    monkeypatch.setattr(plan, "prepare", prepare)
     monkeypatch.setattr(configs, "describe", lambda _: configs.Gpu("sm_90", 64))
     compare(rows, operands("voc", torch.bfloat16, 90, 200, 16), 0.1)
 

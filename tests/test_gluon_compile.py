@@ -7,12 +7,16 @@ import os
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from rows_contract import operands
 
+from cac_fast import tiles
 from cac_fast.kernels import configs
 
 triton = pytest.importorskip("triton")
@@ -154,6 +158,51 @@ def test_machine_code(dtype: str, padded: int, offset: bool, tmp_path: Path) -> 
     dim = 100 if (dtype, padded) == ("fp16", 128) else padded
     kernel = compiled(dtype, padded, offset, dim, dc_loss_gluon_kernels)
     check(kernel, padded, tmp_path)
+
+
+class Compiled:
+    """Takes the place of a kernel, and compiles where that would launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.made = kernel, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **named: Any) -> None:
+            self.made.append(self.kernel.warmup(*arguments, grid=grid, **named))
+
+        return launch
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton asks of the GPU it compiles for."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    monkeypatch.setattr(configs, "describe", lambda _: configs.Gpu("sm_90", 132))
+    stand_in = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 0,
+    )
+    monkeypatch.setattr(driver, "_active", stand_in)
+
+
+@pytest.mark.usefixtures("h100")
+def test_a_launch_compiles_what_is_checked_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cac_fast.kernels import dc_loss, dc_loss_gluon, dc_loss_gluon_kernels, plan
+
+    partial = Compiled(dc_loss_gluon.dc_loss_partial)
+    monkeypatch.setattr(dc_loss_gluon, "dc_loss_partial", partial)
+    monkeypatch.setattr(dc_loss, "dc_loss_combine", Compiled(dc_loss.dc_loss_combine))
+    monkeypatch.setattr(plan, "prepare", tiles.prepare)
+    for anchors in (300, 100):
+        given = operands("voc", torch.bfloat16, anchors, 1000, 64)
+        dc_loss_gluon.dc_loss_rows(*given, 0.1)
+    first, again = partial.made
+    assert first.asm["ptx"] == compiled("bf16", 64, False, 64, dc_loss_gluon_kernels).asm["ptx"]
+    # One tile or many: no reason to compile again.
+    assert again is first
 
 
 FAULTS = {
