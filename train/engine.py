@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cac_fast.train import checkpoint
 from cac_fast.train.config import Config
 from cac_fast.train.data.cache import PixelReader
+from cac_fast.train.data.inventory import Inventory, Part
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.data.loaders import check_samples
 from cac_fast.train.data.splits import select
@@ -36,7 +37,7 @@ from cac_fast.train.networks import (
 )
 from cac_fast.train.optimizer import base_rates, build_optimizer, poly, start_momentum
 from cac_fast.train.profiling import StepProfile, phase
-from cac_fast.train.progress import show_progress
+from cac_fast.train.progress import show_progress, warn
 from cac_fast.train.run_folder import RunFolder
 from cac_fast.train.samples import SampleSheet
 
@@ -96,7 +97,8 @@ class Trainer:
                 "--batch-size, a smaller --accumulate or --freeze-bn"
             )
         _set_determinism(config, world)
-        self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
+        opened = world.on_main(lambda: _open_data(config))
+        self.data, labeled, unlabeled, self.found = opened
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
         former = self.folder.former(self.inputs)
         self.stream = Stream(config, world, self.data, labeled, unlabeled)
@@ -397,6 +399,10 @@ class Trainer:
             f"{len(self.stream.unlabeled)} unlabeled, {len(self.data.splits['val'])} validation "
             f"images, {len(self.data.classes)} classes"
         )
+        table, warnings = self.found
+        say(table)
+        for warning in warnings if self.world.is_main else ():
+            warn(warning)
         size = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
         say(f"{config.method}: {config.network} on {config.backbone}, {size:.1f} M parameters")
         say(self.weights_report)
@@ -410,8 +416,13 @@ class Trainer:
             say("no validation images: best.pt will be the last state")
 
 
-def _open_data(config: Config) -> tuple[SegmentationData, list[Sample], list[Sample]]:
-    """Open the data and check every mask now, so that no run dies of one in the night."""
+def _open_data(
+    config: Config,
+) -> tuple[SegmentationData, list[Sample], list[Sample], tuple[str, list[str]]]:
+    """Open the data and check every mask now, so that no run dies of one in the night.
+
+    The last item is a table of what is in the masks, and what looks wrong with them.
+    """
 
     def path(text: str | None) -> Path | None:
         return None if text is None else Path(text)
@@ -420,8 +431,13 @@ def _open_data(config: Config) -> tuple[SegmentationData, list[Sample], list[Sam
     lists = path(config.labeled), path(config.unlabeled)
     labeled, unlabeled = select(data, *lists, config.labeled_share, config.data_list)
     reader = PixelReader(data, path(config.cache))
-    check_samples([*labeled, *data.splits["val"]], reader, show_progress("checking images"))
-    return data, labeled, unlabeled
+    val = data.splits["val"]
+    seen = check_samples([*labeled, *val], reader, show_progress("checking images"))
+    parts = [Part("labeled", seen[: len(labeled)]), Part("validation", seen[len(labeled) :])]
+    inventory = Inventory(data, parts)
+    if (reason := inventory.refusal()) is not None:
+        raise InputError(f"{reason} (python train/check.py shows all masks)")
+    return data, labeled, unlabeled, (inventory.table(), inventory.warnings())
 
 
 def _digest(samples: list[Sample]) -> str:
