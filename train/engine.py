@@ -97,8 +97,12 @@ class Trainer:
                 "--batch-size, a smaller --accumulate or --freeze-bn"
             )
         _set_determinism(config, world)
-        opened = world.on_main(lambda: _open_data(config))
-        self.data, labeled, unlabeled, self.found = opened
+
+        def open_and_look() -> tuple[Any, ...]:
+            data, labeled, unlabeled = _open_data(config)
+            return data, labeled, unlabeled, _look_at_data(config, data, labeled)
+
+        self.data, labeled, unlabeled, self.found = world.on_main(open_and_look)
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
         former = self.folder.former(self.inputs)
         self.stream = Stream(config, world, self.data, labeled, unlabeled)
@@ -416,28 +420,32 @@ class Trainer:
             say("no validation images: best.pt will be the last state")
 
 
-def _open_data(
-    config: Config,
-) -> tuple[SegmentationData, list[Sample], list[Sample], tuple[str, list[str]]]:
-    """Open the data and check every mask now, so that no run dies of one in the night.
+def _open_data(config: Config) -> tuple[SegmentationData, list[Sample], list[Sample]]:
+    """The data, its labeled and its unlabeled images."""
+    data = open_data(config.dataset, _path(config.data_dir))
+    lists = _path(config.labeled), _path(config.unlabeled)
+    return data, *select(data, *lists, config.labeled_share, config.data_list)
 
-    The last item is a table of what is in the masks, and what looks wrong with them.
+
+def _look_at_data(
+    config: Config, data: SegmentationData, labeled: list[Sample]
+) -> tuple[str, list[str]]:
+    """Check every image and mask now, so that no run dies of one in the night.
+
+    Returns a table of what is in the masks, and what looks wrong with them.
     """
-
-    def path(text: str | None) -> Path | None:
-        return None if text is None else Path(text)
-
-    data = open_data(config.dataset, path(config.data_dir))
-    lists = path(config.labeled), path(config.unlabeled)
-    labeled, unlabeled = select(data, *lists, config.labeled_share, config.data_list)
-    reader = PixelReader(data, path(config.cache))
-    val = data.splits["val"]
-    seen = check_samples([*labeled, *val], reader, show_progress("checking images"))
+    reader = PixelReader(data, _path(config.cache))
+    samples = [*labeled, *data.splits["val"]]
+    seen = check_samples(samples, reader, show_progress("checking images"))
     parts = [Part("labeled", seen[: len(labeled)]), Part("validation", seen[len(labeled) :])]
     inventory = Inventory(data, parts)
     if (reason := inventory.refusal()) is not None:
         raise InputError(f"{reason} (python train/check.py shows all masks)")
-    return data, labeled, unlabeled, (inventory.table(), inventory.warnings())
+    return inventory.table(), inventory.warnings()
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def _digest(samples: list[Sample]) -> str:
