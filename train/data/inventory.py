@@ -50,8 +50,12 @@ def look(
     # Where height and width are exchanged, the sizes tell whether the mask is turned as well.
     turned = orientation in _TURNED_IN_PLACE
     turned = turned or (orientation in _TURNED and image.width == image.height)
-    dark = max(high for _, high in image.getextrema()) < _DARK
-    return Seen(sample.name, counts, palette, stored_band, dark, turned)
+    return Seen(sample.name, counts, palette, stored_band, _is_dark(image), turned)
+
+
+def _is_dark(image: Image.Image) -> bool:
+    few = image.resize((16, 16), Image.Resampling.NEAREST)  # nearly always enough to say no
+    return all(max(high for _, high in one.getextrema()) < _DARK for one in (few, image))
 
 
 def _other_color(
