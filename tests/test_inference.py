@@ -89,8 +89,6 @@ def test_channels_last_reaches_the_network() -> None:
 def test_an_image_of_another_form_is_refused(image: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"\(3, H, W\) of uint8"):
         Predictor(Recorder(), CLASSES, PALETTE).logits(image)
-    with pytest.raises(ValueError, match=r"\(3, H, W\) of uint8"):
-        Predictor(Recorder(), CLASSES, PALETTE).predict(image, tile=64)
 
 
 def test_predict_takes_tensors_and_pil_images_of_any_mode(strided: Predictor) -> None:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cac_fast.train import checkpoint
 from cac_fast.train.config import Config
 from cac_fast.train.data.cache import PixelReader
+from cac_fast.train.data.inventory import Inventory, Part
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.data.loaders import check_samples
 from cac_fast.train.data.splits import select
@@ -38,7 +39,7 @@ from cac_fast.train.networks import (
 )
 from cac_fast.train.optimizer import base_rates, build_optimizer, poly, start_momentum
 from cac_fast.train.profiling import StepProfile, phase
-from cac_fast.train.progress import show_progress
+from cac_fast.train.progress import show_progress, warn
 from cac_fast.train.run_folder import RunFolder
 from cac_fast.train.samples import SampleSheet
 
@@ -101,7 +102,12 @@ class Trainer:
                 "--batch-size, a smaller --accumulate or --freeze-bn"
             )
         _set_determinism(config, world)
-        self.data, labeled, unlabeled = world.on_main(lambda: _open_data(config))
+
+        def open_and_look() -> tuple[Any, ...]:
+            data, labeled, unlabeled = _open_data(config)
+            return data, labeled, unlabeled, _look_at_data(config, data, labeled)
+
+        self.data, labeled, unlabeled, self.found = world.on_main(open_and_look)
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
         former = self.folder.former(self.inputs)
         self.stream = Stream(config, world, self.data, labeled, unlabeled)
@@ -430,6 +436,10 @@ class Trainer:
             f"{len(self.stream.unlabeled)} unlabeled, {len(self.data.splits['val'])} validation "
             f"images, {len(self.data.classes)} classes"
         )
+        table, warnings = self.found
+        say(table)
+        for warning in warnings if self.world.is_main else ():
+            warn(warning)
         size = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
         say(f"{config.method}: {config.network} on {config.backbone}, {size:.1f} M parameters")
         say(self.weights_report)
@@ -444,17 +454,31 @@ class Trainer:
 
 
 def _open_data(config: Config) -> tuple[SegmentationData, list[Sample], list[Sample]]:
-    """Open the data and check every mask now, so that no run dies of one in the night."""
+    """The data, its labeled and its unlabeled images."""
+    data = open_data(config.dataset, _path(config.data_dir))
+    lists = _path(config.labeled), _path(config.unlabeled)
+    return data, *select(data, *lists, config.labeled_share, config.data_list)
 
-    def path(text: str | None) -> Path | None:
-        return None if text is None else Path(text)
 
-    data = open_data(config.dataset, path(config.data_dir))
-    lists = path(config.labeled), path(config.unlabeled)
-    labeled, unlabeled = select(data, *lists, config.labeled_share, config.data_list)
-    reader = PixelReader(data, path(config.cache))
-    check_samples([*labeled, *data.splits["val"]], reader, show_progress("checking images"))
-    return data, labeled, unlabeled
+def _look_at_data(
+    config: Config, data: SegmentationData, labeled: list[Sample]
+) -> tuple[str, list[str]]:
+    """Check every image and mask now, so that no run dies of one in the night.
+
+    Returns a table of what is in the masks, and what looks wrong with them.
+    """
+    reader = PixelReader(data, _path(config.cache))
+    samples = [*labeled, *data.splits["val"]]
+    seen = check_samples(samples, reader, show_progress("checking images"))
+    parts = [Part("labeled", seen[: len(labeled)]), Part("validation", seen[len(labeled) :])]
+    inventory = Inventory(data, parts)
+    if (reason := inventory.refusal()) is not None:
+        raise InputError(f"{reason} (python train/check.py shows all masks)")
+    return inventory.table(), inventory.warnings()
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def _digest(samples: list[Sample]) -> str:

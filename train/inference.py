@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cac_fast.train import checkpoint
-from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD, to_rgb
+from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image, to_rgb
 from cac_fast.train.errors import InputError
 from cac_fast.train.networks import build_network
 
@@ -23,6 +24,9 @@ SMALLEST_TILE = 64
 LARGEST_MARGIN = 128
 # The networks' largest stride: tiles start at multiples of it, on the whole image's feature grid.
 STRIDE = 16
+
+Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
+"""What :meth:`Predictor.predict` takes for an image."""
 
 
 class Predictor(nn.Module):
@@ -72,8 +76,14 @@ class Predictor(nn.Module):
         padded = pad_image(normalized[None]).contiguous(memory_format=self.memory_format)
         return self.network(padded)[0, :, :height, :width]
 
-    def predict(self, image: Image.Image | Tensor, tile: int | None = None) -> np.ndarray:
-        """Class ids (H, W) uint8 of a PIL image (any mode) or an RGB image (3, H, W) uint8.
+    def predict(
+        self, image: Picture | Sequence[Picture], tile: int | None = None
+    ) -> np.ndarray | list[np.ndarray]:
+        """Class ids (H, W) uint8 of an image, or a list of them for a list of images.
+
+        An image is a path, a PIL image (any mode), or uint8 values as an array or tensor, (H, W, 3)
+        or (3, H, W), in the order red, green, blue (OpenCV reads blue first). Of a shape that may
+        be both, arrays are taken as (H, W, 3) and tensors as (3, H, W).
 
         With ``tile``, windows of at most ``tile`` x ``tile`` pixels go through the network one at a
         time, and of the whole image only the class ids are kept. Only a window's center counts:
@@ -82,17 +92,17 @@ class Predictor(nn.Module):
         can differ from the one without tiles.
 
         Raises:
-            ValueError: ``tile`` is below 64, or ``image`` is a tensor of another form or a PIL
-                image of floating-point values.
+            ValueError: ``tile`` is below 64, or ``image`` has another form, holds floating-point
+                values or is the path of no file.
+            TypeError: ``image`` is of another type.
+            InputError: a file cannot be read.
         """
         if tile is not None and tile < SMALLEST_TILE:
             raise ValueError(f"tile is {tile}: use at least {SMALLEST_TILE} pixels")
-        if isinstance(image, Image.Image):
-            image = to_rgb(image)
-            width, height = image.size
-        else:
-            _check(image)
-            height, width = image.shape[1:]
+        if isinstance(image, (list, tuple)):
+            return [self.predict(one, tile) for one in image]
+        image = _picture(image)
+        height, width = image.shape[1:] if isinstance(image, Tensor) else image.size[::-1]
         labels = np.empty((height, width), np.uint8)
         for rows in windows(height, tile):
             for columns in windows(width, tile):
@@ -184,8 +194,39 @@ def out_of_memory(error: BaseException) -> bool:
 def _check(image: Tensor) -> None:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(
-            f"expected an image (3, H, W) of uint8, not {tuple(image.shape)} of {image.dtype}"
+            f"expected an image (3, H, W) of uint8, not a tensor {tuple(image.shape)} of "
+            f"{image.dtype}"
         )
+
+
+def _picture(image: Picture) -> Image.Image | Tensor:
+    """A PIL image in RGB or a tensor (3, H, W) of uint8; raises as :meth:`Predictor.predict`."""
+    if isinstance(image, (str, os.PathLike)):
+        if not os.path.isfile(image):
+            raise ValueError(
+                f"there is no image file {image}: give a path, a PIL image, an array or a tensor"
+            )
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if not isinstance(image, (np.ndarray, Tensor)):
+        raise TypeError(
+            f"expected a path, a PIL image, an array or a tensor, not {type(image).__name__}"
+        )
+    channels_last = image.ndim == 3 and image.shape[2] == 3
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ValueError(
+                f"expected an array (H, W, 3) of uint8, or a PIL image, not {image.shape} of "
+                f"{image.dtype}"
+            )
+        image = torch.from_numpy(np.ascontiguousarray(image))
+    elif channels_last and image.shape[0] == 3:
+        channels_last = False
+    if channels_last:
+        image = image.permute(2, 0, 1)
+    _check(image)
+    return image
 
 
 def _missing(length: int) -> int:

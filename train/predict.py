@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import itertools
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,7 +45,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a run folder, or its best.pt or last.pt",
     )
     parser.add_argument(
-        "--images", required=True, type=Path, metavar="DIR", help="folder of images"
+        "--images",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="folder of images, image files, or a pattern as 'photos/**/*.jpg'",
     )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="folder for the predictions"
@@ -67,6 +76,7 @@ class Job(NamedTuple):
 def _predict(options: argparse.Namespace) -> None:
     # Imported late, so that a mistyped option is answered at once.
     from cac_fast.train.data.images import read_image
+    from cac_fast.train.data.listing import kinds
     from cac_fast.train.inference import SMALLEST_TILE, load
     from cac_fast.train.progress import show_progress, warn
 
@@ -76,7 +86,8 @@ def _predict(options: argparse.Namespace) -> None:
         raise InputError(
             f"--tile {options.tile} is too small: use at least {SMALLEST_TILE}, better 1024"
         )
-    jobs = plan(options.images, options.output)
+    sources, others = find_images(options.images, options.output)
+    jobs = plan(sources, options.output)
     predictor = load(options.checkpoint, distributed.pick_device(options.device))
     show, skipped = show_progress("images"), 0
     for done, job in enumerate(jobs, start=1):
@@ -90,27 +101,27 @@ def _predict(options: argparse.Namespace) -> None:
         show(done, len(jobs))
     if skipped == len(jobs):
         raise InputError(
-            f"none of the {skipped} images in {options.images} can be read: nothing was written"
+            f"none of the {skipped} images in {_listed(options.images)} can be read: nothing was "
+            "written"
         )
-    print(f"{len(jobs) - skipped} images predicted, {skipped} skipped: {options.output}")
+    passed = f", {others.total()} files of other kinds passed over ({kinds(others)})"
+    print(
+        f"{len(jobs) - skipped} images predicted, {skipped} skipped{passed if others else ''}: "
+        f"{options.output}"
+    )
 
 
-def plan(images: Path, output: Path) -> list[Job]:
-    """What to write for every image below ``images``; relative paths are kept below ``output``.
+def plan(sources: Sequence[tuple[Path, Path]], output: Path) -> list[Job]:
+    """What to write for every image, given with its path below ``output``.
 
     Raises:
-        InputError: there is no image, or a file would be written twice or over an image.
+        InputError: a file would be written twice or over an image.
     """
-    if not images.is_dir():
-        raise InputError(f"--images {images} is not a folder")
-    if images.resolve() == output.resolve():
-        raise InputError(f"--output {output} is the folder of the images: give another one")
-    sources = find_images(images, output)
-    originals = {source.resolve() for source in sources}
+    originals = {source.resolve() for source, _ in sources}
     made_of: dict[Path, Path] = {}
     jobs = []
-    for source in sources:
-        target = output / source.relative_to(images)
+    for source, below in sources:
+        target = output / below
         job = Job(
             source,
             target.with_name(f"{target.stem}.png"),
@@ -131,32 +142,67 @@ def plan(images: Path, output: Path) -> list[Job]:
     return jobs
 
 
-def find_images(folder: Path, output: Path) -> list[Path]:
-    """Images in ``folder`` and below, sorted; not hidden files and what lies in ``output``.
+def find_images(
+    given: Sequence[Path], output: Path
+) -> tuple[list[tuple[Path, Path]], Counter[str]]:
+    """The images that are meant, sorted, with their paths below the folder that was given.
+
+    Of a folder and what is below it these are not hidden files, and not what lies in ``output``,
+    which an earlier run made of them. Files that are named are images whatever their suffix is.
+    The second item counts the files of other kinds by suffix.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no image, or ``output`` is the folder of the images.
     """
-    from cac_fast.train.data.layouts import IMAGE_SUFFIXES
+    from cac_fast.train.data.listing import files, is_image, kinds
+    from cac_fast.train.data.names import IMAGE_SUFFIXES
 
-    found = []
-    # An output folder inside the images' holds what an earlier run made of them.
-    visited = {output.resolve()}
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if Path(place).resolve() in visited:
-            folders.clear()
+    found: dict[Path, Path] = {}
+    others: Counter[str] = Counter()
+    matches = [pair for path in given for pair in _matches(path)]
+    named = [path.parent.absolute() for path, base in matches if base is None]
+    common = Path(os.path.commonpath(named)) if named else Path()
+    for path, base in matches:
+        if not path.is_dir():
+            if base is None or is_image(path):
+                found[path] = (
+                    path.relative_to(base) if base else path.absolute().relative_to(common)
+                )
+            else:
+                others[path.suffix.lower()] += 1
             continue
-        visited.add(Path(place).resolve())
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(place, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
+        if path.resolve() == output.resolve():
+            raise InputError(f"--output {output} is the folder of the images: give another one")
+        for file in files(path, without=output):
+            if is_image(file):
+                found[file] = file.relative_to(base or path)
+            else:
+                others[file.suffix.lower()] += 1
     if not found:
-        kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        raise InputError(f"no image was found in --images {folder} (looked for {kinds})")
-    return sorted(found)
+        suffixes = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        passed = f", passed over {kinds(others)}" if others else ""
+        raise InputError(
+            f"no image was found in --images {_listed(given)} (looked for {suffixes}{passed})"
+        )
+    return sorted(found.items(), key=itemgetter(1)), others
+
+
+def _matches(path: Path) -> list[tuple[Path, Path | None]]:
+    """What a path or a pattern stands for, with the folder that a pattern starts from."""
+    if path.exists():
+        return [(path, None)]
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
+    base = Path(*fixed)
+    matches = glob.glob(str(path), recursive=True) if base != path else []
+    if not matches:
+        raise InputError(
+            f"--images {path} is not a folder, no file and no pattern of files that exist"
+        )
+    return [(Path(match), base) for match in sorted(matches)]
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
 def _ids(predictor: Predictor, image: Image.Image, tile: int | None, path: Path) -> np.ndarray:

@@ -135,15 +135,18 @@ def _with_mode(args: str | tuple, mode: str) -> str | tuple:
     return mode if isinstance(args, str) else (mode, *args[1:])
 
 
-def orientation(path: Path) -> int:
-    """The EXIF orientation of an image file, 1 (upright) where it says nothing."""
+def header(path: Path) -> tuple[bool, int]:
+    """What an image file says of itself: `has_stored_band`, and its EXIF orientation.
+
+    False and 1 (upright) where it says nothing.
+    """
     try:
         with path.open("rb") as stream, Image.open(stream) as file:
             if file.format == "PNG" and "exif" not in file.info:
-                return 1  # Pillow would decode all of it to look behind the pixels
-            return file.getexif().get(_ORIENTATION, 1)
+                return False, 1  # Pillow would decode all of it to look behind the pixels
+            return has_stored_band(file), file.getexif().get(_ORIENTATION, 1)
     except Exception:  # whoever reads its pixels says what is wrong
-        return 1
+        return False, 1
 
 
 def size_hint(mask: Sequence[int], image: Sequence[int], turned: bool) -> str:

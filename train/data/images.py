@@ -148,8 +148,11 @@ def _ids_of_colors(
         if place is None:
             return ids
         color = tuple(int(value) for value in colors[place[1], place[0]])
-        known = "of several classes" if color in palette else "of no class in the class list"
-        reason = f"whose color {color} at x {place[0]}, y {place[1]} is {known}"
+        known = "of several classes" if color in palette else "of no class"
+        reason = (
+            f"whose color {color} at x {place[0]}, y {place[1]} is {known} (if it should be, "
+            "correct the class list)"
+        )
     raise InputError(
         f"mask {path} is a color picture {reason}, but a mask must hold one class id a "
         f"pixel: save it as an 8-bit gray or palette PNG with ids 0 to {num_classes - 1} and "
@@ -166,7 +169,7 @@ def check_size(
         InputError: they differ; the message names the likely cause.
     """
     if tuple(mask_size) != tuple(image_size):
-        hint = forms.size_hint(mask_size, image_size, forms.orientation(image) >= 5)
+        hint = forms.size_hint(mask_size, image_size, forms.header(image)[1] >= 5)
         raise InputError(
             f"mask {mask} is {mask_size[1]} x {mask_size[0]} but image {image} is "
             f"{image_size[1]} x {image_size[0]}: {hint or 'make them the same size'}"

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform, image_size
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IGNORE, check_size
+from cac_fast.train.data.inventory import Seen, look
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.workers import leave_signals_to_trainer, share, start
 from cac_fast.train.errors import InputError
@@ -140,42 +141,51 @@ def batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
         yield batch
 
 
+def look_at_samples(
+    samples: Sequence[Sample],
+    reader: PixelReader,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Seen | InputError]:
+    """Read every image and mask completely: what each sample holds, or what is wrong with it.
+
+    Those that the reader has in its cache were read when they were written there. `progress`, if
+    given, is called with the number of samples read and of all.
+    """
+
+    def seen(sample: Sample) -> Seen | InputError:
+        if sample.mask is None:
+            return InputError(f"image {sample.image} has no mask: add it or leave the image out")
+        try:
+            image, mask = reader.image(sample.image), reader.mask(sample.mask)
+            check_size(sample.mask, mask.shape, sample.image, image_size(image))
+            return look(sample, image, mask, reader.data)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for count, item in enumerate(pool.map(seen, samples), start=1):
+            if progress is not None:
+                progress(count, len(samples))
+            yield item
+
+
 def check_samples(
     samples: Sequence[Sample],
     reader: PixelReader,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Read every image and mask completely, before training starts.
-
-    Those that the reader has in its cache were read when they were written there.
-
-    `progress`, if given, is called with the number of samples read and of all.
+) -> list[Seen]:
+    """What is in every image and mask, in order; see `look_at_samples`.
 
     Raises:
         InputError: what is wrong with the first bad sample (a missing mask, too), and how many
             more are bad.
     """
-
-    def problem(sample: Sample) -> str | None:
-        if sample.mask is None:
-            return f"image {sample.image} has no mask: add it or leave the image out"
-        try:
-            image, mask = reader.image(sample.image), reader.mask(sample.mask)
-            check_size(sample.mask, mask.shape, sample.image, image_size(image))
-        except InputError as error:
-            return str(error)
-        return None
-
-    problems = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for count, message in enumerate(pool.map(problem, samples), start=1):
-            if message is not None:
-                problems.append(message)
-            if progress is not None:
-                progress(count, len(samples))
+    found = list(look_at_samples(samples, reader, progress))
+    problems = [str(item) for item in found if isinstance(item, InputError)]
     if problems:
         more = f" (and {len(problems) - 1} more such files)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)
+    return found
 
 
 @dataclass(frozen=True)

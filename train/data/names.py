@@ -98,9 +98,7 @@ def without_suffix(name: str) -> str:
 
 def folded(name: str) -> str:
     """The same text for names that differ in case, Unicode form or an image's suffix alone."""
-    return unicodedata.normalize(
-        "NFC", unicodedata.normalize("NFC", without_suffix(name)).casefold()
-    )
+    return unicodedata.normalize("NFC", without_suffix(name).casefold())
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
