@@ -149,7 +149,19 @@ MUTATIONS = {
         "more registers than there are",
     ),
     "another swizzle": ("layout.h", "1ULL << 62", "2ULL << 62", "another swizzle"),
-    "a wrong stride of groups": (
+    "a wrong stride of groups of the logits": (
+        "layout.h",
+        "descriptor(slab, 16, kGroup);",
+        "descriptor(slab, 16, 2 * kGroup);",
+        "",
+    ),
+    "a slab put in the wrong place": (
+        "partial.cuh",
+        "slab * (kRows * kSlabRow), map",
+        "slab * kGroup, map",
+        "two copies on their way to one place",
+    ),
+    "a wrong stride of groups of the sums": (
         "layout.h",
         "kSlabRow, kGroup);",
         "kSlabRow, kGroup / 2);",

@@ -19,12 +19,21 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def rows(request: pytest.FixtureRequest) -> Rows:
+def find_rows(name: str) -> Rows:
     """A back end that is there."""
-    if missing := cac_fast.backends()[request.param]:
-        pytest.skip(f"{request.param}: {missing}")
-    return partial(ops.dc_loss_rows, backend=request.param)
+    if missing := cac_fast.backends()[name]:
+        pytest.skip(f"{name}: {missing}")
+    return partial(ops.dc_loss_rows, backend=name)
+
+
+@pytest.fixture(params=["triton", "cuda", "cuda:sm_90a"])
+def rows(request: pytest.FixtureRequest) -> Rows:
+    return find_rows(request.param)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def rows_float32(request: pytest.FixtureRequest) -> Rows:
+    return find_rows(request.param)
 
 
 class TestOnGpu(RowsContract):
@@ -33,12 +42,33 @@ class TestOnGpu(RowsContract):
     layout_sizes: ClassVar = [(1500, 5000, dim) for dim in (16, 64, 100, 128, 256)]
     temperature_size = (700, 3000, 128)
 
+    @pytest.fixture
+    def rows(self, rows_float32: Rows) -> Rows:
+        return rows_float32
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [48, 128])
-def test_verification(rows: Rows, dtype: torch.dtype, dim: int) -> None:
+
+class TestSm90aOnGpu(TestOnGpu):
+    dtypes: ClassVar = [torch.bfloat16, torch.float16]
+
+    @pytest.fixture
+    def rows(self) -> Rows:
+        return find_rows("cuda:sm_90a")
+
+
+def check_verification(rows: Rows, dtype: torch.dtype, dim: int) -> None:
     name = rows.keywords["backend"]
     assert cac_fast.verify("cuda", dtype, name, dim).backend == name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [48, 128, 256])
+def test_verification(rows: Rows, dtype: torch.dtype, dim: int) -> None:
+    check_verification(rows, dtype, dim)
+
+
+@pytest.mark.parametrize("dim", [48, 128])
+def test_verification_in_float32(rows_float32: Rows, dim: int) -> None:
+    check_verification(rows_float32, torch.float32, dim)
 
 
 @pytest.mark.parametrize(("a", "m"), [(1, 1), (1, 70_000), (129, 64), (5000, 1), (0, 9), (9, 0)])
@@ -51,11 +81,11 @@ def test_sizes_that_divide_nothing(rows: Rows, a: int, m: int) -> None:
         assert not any(tensor.any() for tensor in rows(*given, 0.1))
 
 
-def test_tf32_only_where_pytorch_allows_it(rows: Rows, tf32: Callable[[], None]) -> None:
+def test_tf32_only_where_pytorch_allows_it(rows_float32: Rows, tf32: Callable[[], None]) -> None:
     given = operands("voc", torch.float32, 700, 3000, 128, device="cuda")
-    plain = rows(*given, 0.1)
+    plain = rows_float32(*given, 0.1)
     tf32()
-    _, gradient = rows(*given, 0.1)
+    _, gradient = rows_float32(*given, 0.1)
     assert 1e-6 < error(gradient, plain[1].double()) < 1e-2
 
 
@@ -103,7 +133,7 @@ def test_a_captured_step_follows_its_inputs(rows: Rows) -> None:
 
 
 def test_on_a_stream_of_its_own(rows: Rows) -> None:
-    given = operands("voc", torch.float32, 700, 3000, 64, device="cuda")
+    given = operands("voc", torch.bfloat16, 700, 3000, 64, device="cuda")
     expected = rows(*given, 0.1)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()

@@ -249,6 +249,6 @@ def test_bad_argument_is_named(name: str, value: Any) -> None:
 
 def test_backends_say_what_there_is() -> None:
     found = backends()
-    assert list(found) == ["reference", "eager", "cpp", "triton", "cuda"]
+    assert list(found) == ["reference", "eager", "cpp", "triton", "cuda", "cuda:sm_90a"]
     assert found["reference"] is None
     assert found["eager"] is None
