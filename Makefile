@@ -47,6 +47,8 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
 	@# Its place is taken by Pillow where it has no wheel: it is never built.
 	-$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt --only-binary imagecodecs imagecodecs
+	@# Headers for a test, without the many packages that their tools need.
+	-$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt --no-deps nvidia-cutlass
 	@touch $@
 
 $(VENV)/bin/pip:

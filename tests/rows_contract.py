@@ -267,16 +267,17 @@ class RowsContract:
             compare(rows, (*features, y, z, chosen), 0.1)
 
     @pytest.mark.parametrize(
-        ("dtype", "negative_dtype"),
+        ("anchor_dtype", "negative_dtype"),
         [(torch.uint8, torch.int8), (torch.int16, torch.int16), (torch.int32, torch.int64)],
     )
     def test_labels_of_any_integer_type_and_bound(
-        self, rows: Rows, dtype: torch.dtype, negative_dtype: torch.dtype
+        self, rows: Rows, anchor_dtype: torch.dtype, negative_dtype: torch.dtype
     ) -> None:
-        *features, y, z, active = self.operands("few", torch.float32, 50, 120, 16)
+        *features, y, z, active = self.operands("few", self.dtypes[0], 50, 120, 16)
         expected = rows(*features, y, z, active, 0.1)
         for classes in (None, 3, 250, 40_000):
-            found = rows(*features, y.to(dtype), z.to(negative_dtype), active, 0.1, classes=classes)
+            labels = y.to(anchor_dtype), z.to(negative_dtype)
+            found = rows(*features, *labels, active, 0.1, classes=classes)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
     def test_views_of_any_layout(self, rows: Rows) -> None:
@@ -310,13 +311,6 @@ class RowsContract:
 
 
 class HalfRowsContract(RowsContract):
-    """For back ends that refuse float32: bfloat16 takes its place."""
+    """For back ends that refuse float32."""
 
-    def operands(self, labels: str, dtype: torch.dtype, a: int, m: int, d: int) -> Given:
-        half = torch.bfloat16 if dtype == torch.float32 else dtype
-        return super().operands(labels, half, a, m, d)
-
-    def test_one_channel(self, rows: Rows) -> None:
-        """The reference's own error is no measure: it is 0 where all weights are alike."""
-        given = self.operands("voc", torch.bfloat16, 40, 70, 1)
-        check_bounds(rows, given, 0.1, weights_rounded=True)
+    dtypes: ClassVar = DTYPES[1:]

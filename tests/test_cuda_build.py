@@ -75,7 +75,7 @@ def test_no_kernel_spills_a_register() -> None:
         ):
             assert (int(stack), int(local)) == (0, 0), name
             assert int(registers) <= 255
-            kernels += "dc_loss_partial" in name
+            kernels += "dc_loss_partialI" in name
     archs = [arch for arch in cac_fast.build_info()["cuda_archs"] if arch[0].isdigit()]
     # Four kinds of products, three numbers of channels, with an offset and without.
     assert kernels == 4 * 3 * 2 * len(archs)
@@ -87,7 +87,7 @@ def test_products_run_on_the_matrix_unit_from_shared_memory() -> None:
     seen = 0
     for kernel in inspect("-sass", "-arch", arch).split("Function : ")[1:]:
         name, code = kernel.split("\n", 1)
-        if "dc_loss_partial" not in name:
+        if "dc_loss_partialI" not in name:
             continue
         seen += 1
         assert not re.search(r"\b(STL|LDL)\b", code), name
@@ -112,6 +112,7 @@ def test_build_info_and_reason() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["nvcc"])
     if not torch.cuda.is_available():
         assert cac_fast.backends()["cuda"] == "needs a CUDA device"
+        assert cac_fast.backends()["cuda:sm_90a"] == "needs a CUDA device"
 
 
 def test_it_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +129,51 @@ def test_it_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         assert said in cuda.refuses(like)
 
 
+def test_the_path_for_sm_90a_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = dispatch.BACKENDS["cuda:sm_90a"]
+    like = type("Anchors", (), {"device": torch.device("cuda"), "shape": (0, 128)})
+    monkeypatch.setattr(_extension, "why_not", lambda _: None)
+    monkeypatch.setattr(_extension, "cuda_archs", lambda: ("8.0+PTX", "9.0a"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for capability, missing, refusal in (
+        ((9, 0), None, None),
+        ((8, 0), "compute capability 9.0", "compute capability 9.0, not 8.0"),
+        ((10, 0), "compute capability 9.0", "compute capability 9.0, not 10.0"),
+    ):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda _, capability=capability: capability
+        )
+        like.dtype = torch.bfloat16
+        for said, expected in ((backend.missing(), missing), (backend.refuses(like), refusal)):
+            assert said is None if expected is None else expected in said
+        assert dispatch.BACKENDS["cuda"].missing() is None
+        like.dtype = torch.float32
+        assert "torch.bfloat16, torch.float16, not on torch.float32" in backend.refuses(like)
+        assert dispatch.BACKENDS["cuda"].refuses(like) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(_extension, "cuda_archs", lambda: ("8.0", "9.0"))
+    assert "built without code for sm_90a" in backend.missing()
+
+
+@pytest.mark.parametrize(
+    ("asked", "built_for"),
+    [
+        ("9.0", "9.0a"),
+        ("9.0a", "9.0a"),
+        ("8.0 9.0 9.0a", "8.0;9.0a"),
+        ("9.0+PTX", "8.0+PTX;9.0a"),
+        ("8.0;8.6;9.0;12.0+PTX", "8.0;8.6;9.0a;12.0+PTX"),
+        ("8.0 10.0", "8.0;10.0"),
+    ],
+)
+def test_wherever_there_is_code_for_hopper_it_is_that_for_sm_90a(
+    asked: str, built_for: str
+) -> None:
+    done = run_setup(READ_SETUP + f"print(found['archs']({asked!r}))")
+    assert done.stdout.split() == [built_for]
+
+
 @pytest.mark.parametrize(
     ("archs", "runs", "does_not"),
     [
@@ -137,6 +183,7 @@ def test_it_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         ("10.0f", ["10.0", "10.3"], ["9.0", "11.0"]),
         ("8.0 9.0+PTX", ["8.6", "9.0", "12.0"], ["7.5"]),
         ("8.0 9.0a+PTX", ["8.6", "9.0"], ["10.0"]),
+        ("8.0+PTX 9.0a", ["8.6", "9.0", "10.0", "12.0"], ["7.5"]),
         ("Hopper", ["9.0", "12.0"], []),
     ],
 )
@@ -148,7 +195,8 @@ def test_knows_the_gpus_it_has_code_for(archs: str, runs: list[str], does_not: l
 
 
 def test_auto_stays_on_triton() -> None:
-    assert "cuda" not in {name for names in dispatch._PREFERRED.values() for name in names}
+    preferred = {name for names in dispatch._PREFERRED.values() for name in names}
+    assert not preferred & {"cuda", "cuda:sm_90a"}
 
 
 def run_setup(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -224,11 +272,11 @@ def test_chooses_the_toolkit_that_fits_and_says_what_is_missing(tmp_path: Path) 
     )
     any_, fitting, none, *said, archs, last = done.stdout.splitlines()
     assert len(said) == 2 and "7.0, 7.5" in said[0] and "6.1, 7.5" in said[1]
-    assert archs == "8.0;9.0+PTX 8.6;Hopper;10.0a+PTX"
+    assert archs == "8.0+PTX;9.0a 8.6;8.0+PTX;9.0a;10.0a+PTX"
     assert "version='1.0.0'" in any_
     assert "version='13.0.88'" in fitting
     assert none.endswith(f"bin/nvcc has no include/cuda_runtime.h in {tmp_path / 'bare'}")
-    assert last == "8.0;9.0+PTX this PyTorch is built without CUDA []"
+    assert last == "8.0+PTX;9.0a this PyTorch is built without CUDA []"
 
 
 # Two extensions that build or fail at once, in the place of minutes of compiling.

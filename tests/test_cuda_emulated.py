@@ -172,6 +172,11 @@ def test_tf32_where_pytorch_allows_it(rows: Rows, dim: int, tf32: Callable[[], N
     assert error(plain, true_gradient) < 1e-6 < error(gradient, true_gradient) < 2e-4
 
 
+def test_the_path_for_sm_90a_takes_16_bits() -> None:
+    with pytest.raises(ValueError, match="cuda:sm_90a takes bfloat16 or float16 anchors"):
+        SM_90A(*operands("few", torch.float32, 130, 70, 16), 0.1)
+
+
 def test_the_operator_checks_what_it_is_given(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     operators, caught = torch.ops.cac_fast_emulated, []
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from test_cuda_build import inspect
+from test_cuda_build import READ_SETUP, inspect, needs_nvcc, run_setup
 
 from cac_fast import _extension
 
@@ -95,3 +99,30 @@ def test_its_registers_fit_three_warpgroups() -> None:
     for registers, stack, local in usage:
         assert int(registers) * 3 * 128 <= 64 * 1024
         assert (stack, local) == ("0", "0")
+
+
+@needs_nvcc
+def test_layout_and_descriptors_are_those_of_cute(tmp_path: Path) -> None:
+    package = find_spec("cutlass_library")
+    if package is None:
+        pytest.skip("there are no headers of CuTe: pip install --no-deps nvidia-cutlass")
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    toolkit = Path(run_setup(READ_SETUP + "print(found['NVCC'].root)").stdout.strip())
+    folders = [
+        Path(package.submodule_search_locations[0], "source", "include"),
+        ROOT / "csrc" / "cuda",
+        toolkit / "include",
+        toolkit / "include" / "cccl",
+    ]
+    program = tmp_path / "cute_descriptors"
+    subprocess.run(
+        [
+            *(compiler, "-std=c++17", "-w", *(f"-I{folder}" for folder in folders)),
+            *(ROOT / "tests" / "cute_descriptors.cpp", "-o", program),
+        ],
+        check=True,
+    )
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

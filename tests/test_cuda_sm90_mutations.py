@@ -107,10 +107,9 @@ MUTATIONS = {
     ),
     "sums shrunk before they are there": (
         "partial.cuh",
-        "      products_wait<0>();\n      hold_in_place(sums);\n      release(memory_.empty(held));\n"
-        "      shrink_sums(sums, shrink);",
-        "      shrink_sums(sums, shrink);\n      products_wait<0>();\n"
-        "      release(memory_.empty(held));\n",
+        "      weigh(logits, walk, tile, place, total, offset, shrink);\n",
+        "      weigh(logits, walk, tile, place, total, offset, shrink);\n"
+        "      shrink_sums(sums, shrink);\n",
         "",
     ),
     "weights overwritten while they are multiplied": (
@@ -150,7 +149,19 @@ MUTATIONS = {
         "more registers than there are",
     ),
     "another swizzle": ("layout.h", "1ULL << 62", "2ULL << 62", "another swizzle"),
-    "a wrong stride of groups": (
+    "a wrong stride of groups of the logits": (
+        "layout.h",
+        "descriptor(slab, 16, kGroup);",
+        "descriptor(slab, 16, 2 * kGroup);",
+        "",
+    ),
+    "a slab put in the wrong place": (
+        "partial.cuh",
+        "slab * (kRows * kSlabRow), map",
+        "slab * kGroup, map",
+        "two copies on their way to one place",
+    ),
+    "a wrong stride of groups of the sums": (
         "layout.h",
         "kSlabRow, kGroup);",
         "kSlabRow, kGroup / 2);",

@@ -19,11 +19,13 @@ pytestmark = [
 ]
 
 
-TAKES_FLOAT32 = pytest.mark.parametrize("rows", ["triton", "cuda"], indirect=True)
-TAKES_HALF_ONLY = pytest.mark.parametrize("rows", ["triton:gluon"], indirect=True)
+FLOAT32 = ["triton", "cuda"]
+HALF_ONLY = ["triton:gluon", "cuda:sm_90a"]
+TAKES_FLOAT32 = pytest.mark.parametrize("rows", FLOAT32, indirect=True)
+TAKES_HALF_ONLY = pytest.mark.parametrize("rows", HALF_ONLY, indirect=True)
 
 
-@pytest.fixture(params=["triton", "triton:gluon", "cuda"])
+@pytest.fixture(params=[*FLOAT32, *HALF_ONLY])
 def rows(request: pytest.FixtureRequest) -> Rows:
     """A back end that is there."""
     if missing := cac_fast.backends()[request.param]:
@@ -52,7 +54,7 @@ class TestHalfOnGpu(OnGpu, HalfRowsContract):
 @pytest.mark.parametrize("dim", [48, 128])
 def test_verification(rows: Rows, dtype: torch.dtype, dim: int) -> None:
     name = rows.keywords["backend"]
-    if (name, dtype) == ("triton:gluon", torch.float32):
+    if name in HALF_ONLY and dtype == torch.float32:
         with pytest.raises(ValueError, match="float32"):
             cac_fast.verify("cuda", dtype, name, dim)
         return

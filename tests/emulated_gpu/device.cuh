@@ -3,8 +3,8 @@
 // What the instructions of the matrix unit do is written down here a second time, from the layouts
 // in the PTX ISA. Emulated as unkindly as the ISA allows: copies to shared memory arrive at once or
 // as late as possible, at random, and until then there is NaN. Broken rules throw
-// std::runtime_error: lanes that do not meet, addresses outside shared memory or not aligned, matrix
-// rows that share a bank, operands that are not rounded to TF32.
+// std::runtime_error: lanes that do not meet, addresses outside shared memory or not aligned,
+// matrix rows that share a bank, operands that are not rounded to TF32.
 #pragma once
 
 #include <c10/util/BFloat16.h>

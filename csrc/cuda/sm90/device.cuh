@@ -49,7 +49,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       ".reg .pred ended;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
-      "@!ended bra.uni again;\n"
+      "@!ended bra again;\n"
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");

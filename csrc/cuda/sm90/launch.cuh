@@ -53,7 +53,8 @@ TensorMap encode(const Boxes& boxes) {
 
 template <class Shape>
 Sizes find_sizes() {
-  return cuda::find_sizes<Shape>(dc_loss_partial_sm90<Shape, false>, dc_loss_partial_sm90<Shape, true>);
+  return cuda::find_sizes<Shape>(
+      dc_loss_partial_sm90<Shape, false>, dc_loss_partial_sm90<Shape, true>);
 }
 
 template <class Shape, bool kOffset>

@@ -1,5 +1,5 @@
-// dc_loss_partial_sm90: as dc_loss_partial of ../partial.cuh, with warpgroups that have roles. Include
-// ../device.cuh and device.cuh first.
+// dc_loss_partial_sm90: dc_loss_partial by warpgroups with roles, for sm_90a. Include ../device.cuh
+// and device.cuh first.
 //
 // A producer, of which one thread works, has TMA fill a ring of buffers. Two consumers, 64 anchors
 // of the tile each, take turns at the matrix unit: while one has its products, the other one has
@@ -131,8 +131,7 @@ class Consumer {
     for (int tile = given_.last_tile[blockIdx.x]; tile >= given_.first_tile[blockIdx.x]; --tile) {
       add_tile(tile);
     }
-    // The last turn passed has no taker else.
-    if (number_ == 0) await_turn();
+    if (number_ == 0) await_turn();  // takes the last one passed
   }
 
  private:

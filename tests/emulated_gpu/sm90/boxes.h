@@ -1,4 +1,5 @@
-// TMA on the emulated GPU: boxes of a matrix of 16 bits, to shared memory with the 128-byte swizzle.
+// TMA on the emulated GPU: boxes of a matrix of 16 bits, to shared memory with the 128-byte
+// swizzle. They arrive soon, or when nothing else can be done; until then there is NaN.
 #pragma once
 
 #include <algorithm>

@@ -68,7 +68,8 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   emulated::sm90->barriers.wait(barrier, parity);
 }
 
-inline void copy_box(uint32_t shared, const TensorMap& map, uint32_t barrier, int channel, int row) {
+inline void copy_box(
+    uint32_t shared, const TensorMap& map, uint32_t barrier, int channel, int row) {
   emulated::sm90->copies.issue(shared_memory, shared, map, barrier, channel, row);
 }
 

@@ -164,7 +164,8 @@ class Warpgroup {
           const Operand a(issued.memory, product.a);
           left[row][k] = product.number(a.over_channels(row, k));
         } else {
-          // As in mma.m16n8k16: register k / 8 * 2 + (row & 8) / 8 of lane 4g + t, halves 2t, 2t + 1.
+          // As in mma.m16n8k16: lane 4g + t holds k = 2t, 2t + 1 of row g, of row g + 8, then
+          // the same of k + 8.
           const unsigned thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
           const uint32_t pair = issued.a[thread][k / 8 * 2 + row % 16 / 8];
           left[row][k] = product.number(static_cast<uint16_t>(pair >> k % 2 * 16));
