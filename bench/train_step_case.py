@@ -191,5 +191,8 @@ def _write_data(folder: Path) -> None:
     for kind, names in (("images", "ab"), ("masks", "a")):
         (folder / kind / "train").mkdir(parents=True)
         for name in names:
-            picture = np.zeros((8, 8, 3) if kind == "images" else (8, 8), np.uint8)
+            # Two classes: of one alone there is nothing to learn, which the trainer refuses.
+            picture = np.eye(8, dtype=np.uint8)
+            if kind == "images":
+                picture = np.repeat(picture[..., None], 3, axis=2)
             Image.fromarray(picture).save(folder / kind / "train" / f"{name}.png")
