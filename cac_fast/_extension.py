@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cac_fast.checks import check_below
+
 # As in csrc/module.cpp.
 _INTERFACE = 2
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -93,6 +95,7 @@ def dc_loss_rows(
     negative_labels: Tensor,
     active: Tensor,
     temperature: float,
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (A,) and its gradient by the anchors (A, D), Eq. 5, in C++ on the CPU.
 
@@ -102,6 +105,8 @@ def dc_loss_rows(
     ordered copy of the admitted negatives (with those units two, of bfloat16) it needs the memory
     of a tile or two per thread. The same bits on every run and for every number of threads.
     """
+    anchor_labels, negative_labels = anchor_labels.long(), negative_labels.long()
+    check_below(classes, anchor_labels, negative_labels)
     return torch.ops.cac_fast.dc_loss_rows_cpp(
         anchors,
         positives,

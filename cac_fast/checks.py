@@ -15,6 +15,20 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
+def check_classes(classes: int | None) -> None:
+    if classes is not None and classes < 1:
+        raise ValueError(f"classes must be at least 1, not {classes}")
+
+
+def check_below(classes: int | None, anchor_labels: Tensor, negative_labels: Tensor) -> None:
+    """Asks the device."""
+    if classes is None:
+        return
+    for name, labels in (("anchor_labels", anchor_labels), ("negative_labels", negative_labels)):
+        if labels.numel() > 0 and (largest := int(labels.max())) >= classes:
+            raise ValueError(f"{name} must lie below classes, {classes}, and one is {largest}")
+
+
 # A float32 cosine is right to 6e-8 at best, so that here logits are right to 0.06; much below,
 # weights would differ from the true ones by more than a float32 can hold.
 _LOWEST_TEMPERATURE = 1e-6

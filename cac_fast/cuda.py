@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cac_fast import _extension, tiles
+from cac_fast import _extension, kernels, tiles
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SM_90A_DTYPES = _DTYPES[1:]
@@ -86,6 +86,7 @@ def dc_loss_rows(
     negative_labels: Tensor,
     active: Tensor,
     temperature: float,
+    classes: int | None = None,
     sm_90a: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Loss (A,) and its gradient by the anchors (A, D), Eq. 5, on the current stream.
@@ -102,17 +103,27 @@ def dc_loss_rows(
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     padded = next(size for size in _PADDED if size >= dim)
     tile, block, programs = operators.dc_loss_sizes_cuda(anchors, padded, tf32, sm_90a)
-    order = tiles.order_by_label(anchor_labels, negative_labels, active)
+    with torch.cuda.device_of(anchors):
+        order, plan, ordered_negatives, ordered_anchors = kernels.preparation(anchors.device)(
+            anchors,
+            negatives,
+            anchor_labels,
+            negative_labels,
+            active,
+            tiles.Sizes(tile, block, programs, padded),
+            classes,
+            copy_anchors=True,
+        )
     return operators.dc_loss_rows_cuda(
-        tiles.gather(anchors, order.anchors, tile, padded),
+        ordered_anchors,
         positives,
-        tiles.gather(negatives, order.negatives, block, padded),
+        ordered_negatives,
         order.anchors,
         order.excluded_from,
         order.excluded_to,
         order.active,
         order.admissible,
-        *tiles.plan(order, tile, block, programs),
+        *plan,
         *tiles.numbers(anchors.dtype, temperature),
         tf32,
         sm_90a,

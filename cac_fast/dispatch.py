@@ -10,9 +10,10 @@ from functools import cache, partial
 from torch import Tensor
 
 from cac_fast import _extension, cuda, eager, kernels, reference
+from cac_fast.kernels import gluon
 
 Rows = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float],
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None],
     tuple[Tensor, Tensor],
 ]
 
@@ -43,6 +44,7 @@ BACKENDS = {
     "eager": Backend(eager.dc_loss_rows),
     "cpp": Backend(_extension.dc_loss_rows, _extension.why_not, _extension.refuses),
     "triton": Backend(kernels.dc_loss_rows, kernels.why_not, kernels.refuses),
+    "triton:gluon": Backend(gluon.dc_loss_rows, gluon.why_not, gluon.refuses),
     "cuda": Backend(cuda.dc_loss_rows, cuda.why_not, cuda.refuses),
     # The same back end by its kernels for sm_90a.
     "cuda:sm_90a": Backend(

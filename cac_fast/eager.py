@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cac_fast.checks import check_below
+
 # Anchors x negatives of one tile: small enough for a CPU's cache, large enough to fill a GPU.
 _CPU_TILE = (512, 1024)
 _GPU_TILE = (4096, 8192)
@@ -42,12 +44,15 @@ def dc_loss_rows(
     negative_labels: Tensor,
     active: Tensor,
     temperature: float,
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (A,) and its gradient by the anchors (A, D), Eq. 5.
 
     Arguments as `cac_fast.ops` hands them to a back end. Works in float32 (float64 for float64
     anchors); beyond copies of its arguments it needs the memory of one tile.
     """
+    anchor_labels, negative_labels = anchor_labels.long(), negative_labels.long()
+    check_below(classes, anchor_labels, negative_labels)
     dtype = torch.promote_types(anchors.dtype, torch.float32)
     loss = anchors.new_zeros(len(anchors), dtype=dtype)
     gradient = anchors.new_zeros(anchors.shape)

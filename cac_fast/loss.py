@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cac_fast.bank import FeatureBank
 from cac_fast.checks import (
     check_choice,
+    check_classes,
     check_rows,
     check_temperature,
     check_threshold,
@@ -37,6 +38,7 @@ def directional_contrastive_loss(
     threshold: float = 0.75,
     reduction: str = "mean",
     backend: str = "auto",
+    classes: int | None = None,
 ) -> Tensor:
     """Loss of A anchors against their positives and M shared negatives (Eq. 7, one direction).
 
@@ -47,6 +49,9 @@ def directional_contrastive_loss(
         more confident than itself and than `threshold`, both strictly; the others have loss 0.
     reduction: "mean" over all A, "active_mean" over the active ones (0 if none), "sum", or "none".
     backend: "auto" or a name from `cac_fast.backends()`.
+    classes: if given, all labels lie below it, so that a GPU sorts them in fewer bytes. A label
+        that does not is an error where it can be found without waiting for the device, and may
+        count as one below 0 elsewhere (see `cac_fast.ops.dc_loss_rows`).
 
     Returns a scalar, or (A,) for "none", in float32 (float64 for float64 anchors). Products are
     taken of values in the anchors' dtype, or autocast's. The gradient goes to `anchors` alone;
@@ -59,12 +64,13 @@ def directional_contrastive_loss(
     check_temperature(temperature)
     check_threshold(threshold)
     check_backend(backend)
+    check_classes(classes)
     labels = (anchor_labels, negative_labels)
     confidences = (anchor_confidence, positive_confidence)
     check_rows(anchors, positives, negatives, *labels, *confidences)
     active = _active(*confidences, threshold, directional=True)
     features = (_unit(x).to(anchors.dtype) for x in (anchors, positives.detach(), negatives))
-    loss, _ = dc_loss_rows(*features, *labels, active, temperature, backend)
+    loss, _ = dc_loss_rows(*features, *labels, active, temperature, backend, classes)
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -198,6 +204,8 @@ class DirectionalContrastiveLoss(nn.Module):
         positives = constants[partner]
         active = paired & _active(confidence, confidence[partner], self.threshold, self.directional)
 
+        # Location ids have no such bound.
+        classes = logits1.shape[1] if self.negative_sampling else None
         false_negatives = pool = None
         if self.contrastive:
             chosen, usable = self._choose(overlap)
@@ -221,7 +229,7 @@ class DirectionalContrastiveLoss(nn.Module):
             negatives = active.new_zeros((), dtype=torch.int64)
             if self.contrastive:
                 loss, negatives = self._contrast(
-                    anchors, positives, labels, active, pool, features1.dtype
+                    anchors, positives, labels, active, pool, features1.dtype, classes
                 )
             else:
                 loss = (anchors - positives).square().sum(1) * active
@@ -246,10 +254,11 @@ class DirectionalContrastiveLoss(nn.Module):
         active: Tensor,
         pool: tuple[Tensor, Tensor] | None,
         dtype: torch.dtype,
+        classes: int | None,
     ) -> tuple[Tensor, Tensor]:
         """The rows' losses against the `pool`, None for the bank, and its number of negatives.
 
-        dtype: of the products.
+        dtype: of the products. classes: all labels lie below it.
         """
         if self.max_negatives is not None:
             features, pool_labels, weight = self.bank.sample(self.max_negatives, self.seed)
@@ -268,6 +277,7 @@ class DirectionalContrastiveLoss(nn.Module):
             active,
             self.temperature,
             self.backend,
+            classes,
         )
         return loss, (pool_labels >= 0).sum()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cac_fast.checks import check_constant, check_operands
+from cac_fast.checks import check_classes, check_constant, check_operands
 from cac_fast.dispatch import choose_backend
 
 _NAME = "cac_fast::dc_loss_rows"
@@ -23,6 +23,7 @@ def dc_loss_rows(
     active: Tensor,
     temperature: float,
     backend: str = "auto",
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Directional contrastive loss of each anchor and its gradient (Eq. 5, without reduction).
 
@@ -33,6 +34,9 @@ def dc_loss_rows(
     labels, none admits a negative whose label is below 0; its features must be finite all the same,
     as a matrix product meets them. active: (A,) bool. temperature: tau.
     backend: "auto" or a name from `cac_fast.backends()`.
+    classes: if given, all labels lie below it, so that a GPU sorts them in fewer bytes than their
+    dtype has. A label that does not is a ValueError of the back ends `reference`, `eager` and
+    `cpp`; `triton` and `cuda`, which never wait for the device, may take it for one below 0.
 
     Returns the loss (A,), float32 or float64, and its gradient by the anchors (A, D), in the dtype
     of the products; both are 0 in rows that are not active or admit no negative. Backward reaches
@@ -52,6 +56,7 @@ def dc_loss_rows(
         active,
         temperature,
         backend,
+        classes,
     )
 
 
@@ -65,9 +70,11 @@ def _operator(
     active: Tensor,
     temperature: float,
     backend: str = "auto",
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     features = (anchors, positives, negatives)
     check_operands(*features, anchor_labels, negative_labels, active, temperature)
+    check_classes(classes)
     rows = choose_backend(backend, anchors)
     if anchors.numel() == 0 or negatives.numel() == 0:
         return _empty_result(anchors, torch.zeros)
@@ -75,10 +82,11 @@ def _operator(
         anchors,
         positives.to(anchors.dtype),
         negatives.to(anchors.dtype),
-        anchor_labels.long(),
-        negative_labels.long(),
+        anchor_labels,
+        negative_labels,
         active,
         temperature,
+        classes,
     )
 
 
@@ -91,7 +99,7 @@ def _empty_result(anchors: Tensor, make: Any) -> tuple[Tensor, Tensor]:
 
 
 @_operator.register_fake
-def _(anchors: Tensor, *operands: Any, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def _(anchors: Tensor, *operands: Any, **choices: Any) -> tuple[Tensor, Tensor]:
     check_operands(anchors, *operands[:6])
     return _empty_result(anchors, torch.empty)
 
@@ -105,7 +113,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 @once_differentiable
 def _scale_rows(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    return (upstream.unsqueeze(1) * gradient).to(gradient.dtype), *(None,) * 7
+    return (upstream.unsqueeze(1) * gradient).to(gradient.dtype), *(None,) * 8
 
 
 _operator.register_autograd(_scale_rows, setup_context=_save)

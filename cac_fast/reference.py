@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cac_fast.checks import check_below
+
 
 def dc_loss_rows(
     anchors: Tensor,
@@ -14,12 +16,15 @@ def dc_loss_rows(
     negative_labels: Tensor,
     active: Tensor,
     temperature: float,
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (A,) and its gradient by the anchors (A, D), Eq. 5; makes tensors of A x M.
 
     Arguments as `cac_fast.ops` hands them to a back end. Everything is in the anchors' dtype, as
     plain PyTorch would have it, and the loss converted at the end.
     """
+    anchor_labels, negative_labels = anchor_labels.long(), negative_labels.long()
+    check_below(classes, anchor_labels, negative_labels)
     admitted = (negative_labels >= 0) & (negative_labels != anchor_labels.unsqueeze(1))
     positive_logit = (anchors * positives).sum(1, keepdim=True) / temperature
     negative_logits = (anchors @ negatives.T / temperature).masked_fill(~admitted, -torch.inf)

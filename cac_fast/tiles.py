@@ -1,22 +1,31 @@
 """Which anchors meet which negatives, in tiles: computed on the device, without asking it anything.
 
-The plan of a GPU back end. Both sides are ordered by label, so that what an anchor excludes is one
-interval of the negatives, and a tile of anchors excludes whole blocks of them, meets most others
-without a mask, and needs one for the few blocks that are left. All blocks that are met, of all
-tiles, form one list that is dealt out in equal shares: how many anchors are active and how labels
-are distributed changes the shares, never the launch.
+The plan of a GPU back end, in plain PyTorch; `kernels/plan.py` makes the same in two launches.
+Both sides are ordered by label, so that what an anchor excludes is one interval of the negatives,
+and a tile of anchors excludes whole blocks of them, meets most others without a mask, and needs one
+for the few blocks that are left. All blocks that are met, of all tiles, form one list that is dealt
+out in equal shares: how many anchors are active and how labels are distributed changes the shares,
+never the launch.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_INT64_MIN = -(2**63)
-_INT64_MAX = 2**63 - 1
+
+class Sizes(NamedTuple):
+    """tile: anchors of a tile. block: negatives of a block. programs: how many share the blocks.
+    padded: channels of copies of features, a power of two."""
+
+    tile: int
+    block: int
+    programs: int
+    padded: int
 
 
 class LabelOrder(NamedTuple):
@@ -57,6 +66,19 @@ class Plan(NamedTuple):
     last_tile: Tensor
 
 
+class Prepared(NamedTuple):
+    """All that a kernel needs before it starts.
+
+    negatives: (whole blocks of rows, padded), a copy in order, with zeros behind the last one.
+    anchors: the same of whole tiles; None where the kernel reads the anchors as they are.
+    """
+
+    order: LabelOrder
+    plan: Plan
+    negatives: Tensor
+    anchors: Tensor | None
+
+
 class Numbers(NamedTuple):
     """What the kernels compute with, so that weights e^{logit} stay within the numbers there are.
 
@@ -80,6 +102,7 @@ _LARGEST_LOGIT = {torch.float32: 64.0, torch.bfloat16: 64.0, torch.float16: 10.5
 _HEADROOM = {torch.float32: 0, torch.bfloat16: 0, torch.float16: 15}
 
 
+@cache
 def numbers(dtype: torch.dtype, temperature: float) -> Numbers:
     """For features of unit norm, of one of the dtypes that the GPU back ends take."""
     scale = math.log2(math.e) / temperature
@@ -93,14 +116,51 @@ def numbers(dtype: torch.dtype, temperature: float) -> Numbers:
     )
 
 
-def order_by_label(anchor_labels: Tensor, negative_labels: Tensor, active: Tensor) -> LabelOrder:
-    """Order anchors (A,) and negatives (M,) by their int64 labels; M is at least 1."""
-    # With the sign bit flipped, labels below 0 sort after all others, and any int64 stays exact.
-    # An anchor's label below 0 excludes nothing, so that all such labels may count as one.
-    keys = torch.where(active, (anchor_labels ^ _INT64_MIN).clamp_max(0), _INT64_MAX)
+@cache
+def key_dtype(
+    anchor_labels: torch.dtype, negative_labels: torch.dtype, classes: int | None = None
+) -> torch.dtype:
+    """The smallest dtype in which `label_keys` of such labels fit.
+
+    classes: if given, labels lie below it. int64 for labels of more than 32 bits without it.
+    """
+    bound = max(torch.iinfo(dtype).max for dtype in (anchor_labels, negative_labels)) + 1
+    bound = bound if classes is None else min(bound, classes)
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        # Two keys are none of a label.
+        if bound <= 2 ** (8 * dtype.itemsize) - 2:
+            return dtype
+    return torch.int64
+
+
+def label_keys(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers of `dtype` that order labels (N,): those of at least 0, then all others as one.
+
+    The largest integer of `dtype` is left for anchors that are not active. A label of at least 0
+    that does not fit counts as one below 0.
+    """
+    info = torch.iinfo(dtype)
+    labels = labels.long()
+    none = labels < 0
+    if dtype != torch.int64:
+        none |= labels > info.max - info.min - 2
+    return torch.where(none, info.max - 1, labels + info.min).to(dtype)
+
+
+def order_by_label(
+    anchor_labels: Tensor, negative_labels: Tensor, active: Tensor, classes: int | None = None
+) -> LabelOrder:
+    """Order anchors (A,) and negatives (M,) by their labels, integers; M is at least 1.
+
+    classes: if given, labels lie below it; one that does not may count as one below 0.
+    """
+    dtype = key_dtype(anchor_labels.dtype, negative_labels.dtype, classes)
+    largest = torch.iinfo(dtype).max
+    # Anchors that exclude nothing: an empty interval, behind the admissible negatives.
+    keys = label_keys(anchor_labels, dtype).masked_fill(~active, largest)
     keys, anchors = keys.sort(stable=True)
-    negative_keys, negatives = (negative_labels ^ _INT64_MIN).sort(stable=True)
-    admissible = (negative_labels >= 0).sum(dtype=torch.int32)
+    negative_keys, negatives = label_keys(negative_labels, dtype).sort(stable=True)
+    admissible = (negative_keys < largest - 1).sum(dtype=torch.int32)
     excluded_from, excluded_to = (
         torch.searchsorted(negative_keys, keys, right=right, out_int32=True).minimum(admissible)
         for right in (False, True)
@@ -156,6 +216,31 @@ def gather(features: Tensor, order: Tensor, block: int, padded: int) -> Tensor:
         gathered[:count, dim:] = 0
         gathered[:count, :dim] = features.index_select(0, order)
     return gathered
+
+
+def prepare(
+    anchors: Tensor,
+    negatives: Tensor,
+    anchor_labels: Tensor,
+    negative_labels: Tensor,
+    active: Tensor,
+    sizes: Sizes,
+    classes: int | None = None,
+    copy_anchors: bool = False,
+) -> Prepared:
+    """Order, plan and copies for anchors (A, D) and negatives (M, D), A and M at least 1.
+
+    anchor_labels (A,), negative_labels (M,): integers of any dtype. active: (A,) bool. classes: if
+    given, labels lie below it, so that smaller keys are sorted; one that does not may count as one
+    below 0. copy_anchors: whether the kernel wants the anchors in order as well.
+    """
+    order = order_by_label(anchor_labels, negative_labels, active, classes)
+    return Prepared(
+        order,
+        plan(order, sizes.tile, sizes.block, sizes.programs),
+        gather(negatives, order.negatives, sizes.block, sizes.padded),
+        gather(anchors, order.anchors, sizes.tile, sizes.padded) if copy_anchors else None,
+    )
 
 
 def _blocks(negatives: Tensor, block: int) -> Tensor:

@@ -8,9 +8,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from cac_fast import tiles
 
 LARGEST_D = 256
 OLDEST = 8, 0
@@ -36,13 +40,17 @@ def why_not() -> str | None:
     return None
 
 
+def _needed_device() -> str:
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
 def refuses(anchors: Tensor) -> str | None:
     """Why these anchors (A, D) cannot be worked on, or None."""
     if anchors.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {anchors.dtype}"
     if anchors.shape[1] > LARGEST_D:
         return f"it takes features of up to {LARGEST_D} channels, not {anchors.shape[1]}"
-    needed = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    needed = _needed_device()
     if anchors.device.type != needed:
         return f"it takes tensors on a {needed} device, not on {anchors.device}"
     if needed == "cuda" and torch.version.hip is None:
@@ -50,6 +58,16 @@ def refuses(anchors: Tensor) -> str | None:
         if capability < OLDEST:
             return f"{anchors.device} has compute capability {capability}, it needs 8.0 or newer"
     return None
+
+
+@cache
+def preparation(device: torch.device) -> Callable[..., tiles.Prepared]:
+    """`tiles.prepare` in two launches where Triton runs on such a device; else itself."""
+    if why_not() or device.type != _needed_device():
+        return tiles.prepare
+    from cac_fast.kernels import plan
+
+    return plan.prepare
 
 
 def dc_loss_rows(
@@ -60,6 +78,7 @@ def dc_loss_rows(
     negative_labels: Tensor,
     active: Tensor,
     temperature: float,
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (A,) and its gradient by the anchors (A, D), Eq. 5, on the current stream.
 
@@ -70,5 +89,5 @@ def dc_loss_rows(
     from cac_fast.kernels import dc_loss
 
     return dc_loss.dc_loss_rows(
-        anchors, positives, negatives, anchor_labels, negative_labels, active, temperature
+        anchors, positives, negatives, anchor_labels, negative_labels, active, temperature, classes
     )

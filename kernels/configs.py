@@ -5,6 +5,7 @@ The lines were chosen by what the compiler reports for them (registers, shared m
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,24 @@ TABLE: dict[str, dict[str, dict[int, Config]]] = {
 }
 
 
+class Specialized(NamedTuple):
+    """As Config, for the kernel whose warps have roles. stages: blocks that shared memory holds.
+    registers: of a computing thread."""
+
+    tile: int
+    block: int
+    stages: int
+    registers: int
+
+
+# By padded D: bfloat16 and float16 on compute capability 9.0, one program a multiprocessor.
+GLUON: dict[int, Specialized] = {
+    64: Specialized(128, 128, 8, 240),
+    128: Specialized(128, 128, 6, 240),
+    256: Specialized(128, 64, 5, 240),
+}
+
+
 class Gpu(NamedTuple):
     """family: a line of the table. multiprocessors: how many there are."""
 
@@ -65,6 +84,7 @@ class Gpu(NamedTuple):
     multiprocessors: int
 
 
+@cache
 def describe(device: torch.device) -> Gpu:
     """The GPU behind a device; for the CPU, where only Triton's interpreter runs, a small one."""
     if device.type == "cpu":

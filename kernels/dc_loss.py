@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cac_fast import tiles
-from cac_fast.kernels import configs
+from cac_fast.kernels import configs, plan
 from cac_fast.kernels.dc_loss_kernels import dc_loss_combine, dc_loss_partial
 
 _COMBINED_ROWS = 16
@@ -22,6 +24,7 @@ def dc_loss_rows(
     negative_labels: Tensor,
     active: Tensor,
     temperature: float,
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `cac_fast.kernels.dc_loss_rows`."""
     count = len(anchors)
@@ -29,7 +32,14 @@ def dc_loss_rows(
         return anchors.new_zeros(count, dtype=torch.float32), torch.zeros_like(anchors)
     with torch.cuda.device_of(anchors):
         return _launch(
-            anchors, positives, negatives, anchor_labels, negative_labels, active, temperature
+            anchors,
+            positives,
+            negatives,
+            anchor_labels,
+            negative_labels,
+            active,
+            temperature,
+            classes,
         )
 
 
@@ -41,26 +51,22 @@ def _launch(
     negative_labels: Tensor,
     active: Tensor,
     temperature: float,
+    classes: int | None,
 ) -> tuple[Tensor, Tensor]:
-    count, dim = anchors.shape
+    dim = anchors.shape[1]
     padded = max(16, triton.next_power_of_2(dim))
     gpu = configs.describe(anchors.device)
     kind = configs.precision(anchors.dtype, gpu.family)
     config = configs.find(gpu.family, kind, padded)
     programs = config.programs * gpu.multiprocessors
     tma = gpu.family == "sm_90"
-    order = tiles.order_by_label(anchor_labels, negative_labels, active)
-    plan = tiles.plan(order, config.tile, config.block, programs)
-    sorted_negatives = tiles.gather(negatives, order.negatives, config.block, padded)
+    sizes = tiles.Sizes(config.tile, config.block, programs, padded)
+    order, parts, sorted_negatives, _ = plan.prepare(
+        anchors, negatives, anchor_labels, negative_labels, active, sizes, classes
+    )
 
-    count_tiles = len(plan.ends)
-    slots = (count_tiles + programs - 1) * config.tile
-    weighted = anchors.new_empty((slots, padded), dtype=torch.float32)
-    total = anchors.new_empty(slots, dtype=torch.float32)
-    offset = torch.empty_like(total)
-    loss = anchors.new_empty(count, dtype=torch.float32)
-    gradient = anchors.new_empty((count, dim))
-
+    count_tiles = len(parts.ends)
+    sums = new_sums(anchors, (count_tiles + programs - 1) * config.tile, padded)
     numbers = tiles.numbers(anchors.dtype, temperature)
     dc_loss_partial[(programs,)](
         anchors,
@@ -72,10 +78,8 @@ def _launch(
         order.excluded_to,
         order.active,
         order.admissible,
-        *plan,
-        weighted,
-        total,
-        offset,
+        *parts,
+        *sums,
         *anchors.stride(),
         count_tiles,
         numbers.scale,
@@ -91,16 +95,45 @@ def _launch(
         STAGES=config.stages,
         num_warps=config.warps,
     )
-    dc_loss_combine[(count_tiles, config.tile // _COMBINED_ROWS)](
+    return combine(anchors, positives, order, parts, sums, numbers, config.tile, padded)
+
+
+class Sums(NamedTuple):
+    """Of each slot's rows. weighted: (slots * padded,) float32. total, offset: (slots,) float32."""
+
+    weighted: Tensor
+    total: Tensor
+    offset: Tensor
+
+
+def new_sums(anchors: Tensor, slots: int, padded: int) -> Sums:
+    """Where a kernel leaves its sums, not initialized."""
+    sums = anchors.new_empty(slots * (padded + 2), dtype=torch.float32)
+    return Sums(*sums.split((slots * padded, slots, slots)))
+
+
+def combine(
+    anchors: Tensor,
+    positives: Tensor,
+    order: tiles.LabelOrder,
+    parts: tiles.Plan,
+    sums: Sums,
+    numbers: tiles.Numbers,
+    tile: int,
+    padded: int,
+) -> tuple[Tensor, Tensor]:
+    """Loss (A,) and gradient (A, D) from the sums of a plan's tiles."""
+    count, dim = anchors.shape
+    loss = anchors.new_empty(count, dtype=torch.float32)
+    gradient = anchors.new_empty((count, dim))
+    dc_loss_combine[(len(parts.ends), tile // _COMBINED_ROWS)](
         anchors,
         positives,
         order.anchors,
         order.active,
-        plan.ends,
-        plan.share,
-        weighted,
-        total,
-        offset,
+        parts.ends,
+        parts.share,
+        *sums,
         loss,
         gradient,
         *anchors.stride(),
@@ -111,7 +144,7 @@ def _launch(
         numbers.inverse_temperature,
         D=dim,
         D_PAD=padded,
-        TILE=config.tile,
+        TILE=tile,
         ROWS=_COMBINED_ROWS,
         OFFSET=numbers.offset_needed,
     )

@@ -13,8 +13,10 @@ from cac_fast import (
     DirectionalContrastiveLoss,
     FeatureBank,
     Overlap,
+    ops,
     overlap_from_crops,
 )
+from cac_fast import loss as loss_module
 
 
 def make_batch(seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Overlap]:
@@ -89,6 +91,22 @@ def test_module_with_a_bank_equals_the_paper(negative_sampling: bool) -> None:
         ]
         assert out.negatives == len(current) + len(past)
         past = tuple(current)
+
+
+@pytest.mark.parametrize("negative_sampling", [True, False])
+def test_labels_that_are_classes_lie_below_their_number(
+    monkeypatch: pytest.MonkeyPatch, negative_sampling: bool
+) -> None:
+    bounds = []
+
+    def rows(*given: Any) -> tuple[Tensor, Tensor]:
+        bounds.append(given[8])
+        return ops.dc_loss_rows(*given)
+
+    monkeypatch.setattr(loss_module, "dc_loss_rows", rows)
+    features, logits, overlap = make_batch()
+    DirectionalContrastiveLoss(negative_sampling=negative_sampling)(*features, *logits, overlap)
+    assert bounds == [logits[0].shape[1] if negative_sampling else None]
 
 
 # ---- what the module reports ---------------------------------------------------------------------

@@ -212,6 +212,14 @@ def test_negatives_that_require_grad_are_refused() -> None:
         directional_contrastive_loss(**given)
 
 
+def test_bound_of_the_labels() -> None:
+    given = rows()
+    losses = [directional_contrastive_loss(**given, classes=classes) for classes in (None, 3)]
+    assert torch.equal(*losses)
+    with pytest.raises(ValueError, match=r"_labels must lie below classes, 2"):
+        directional_contrastive_loss(**given, classes=2)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -238,6 +246,7 @@ def test_negatives_that_require_grad_are_refused() -> None:
         ("threshold", 1.1),
         ("threshold", math.nan),
         ("reduction", "average"),
+        ("classes", 0),
         ("backend", "numpy"),
         ("backend", "cuda"),
     ],

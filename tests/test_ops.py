@@ -78,6 +78,31 @@ def test_result_is_contiguous_whatever_the_anchors_are(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", HERE)
+def test_labels_of_any_integer_type_and_bound(backend: str) -> None:
+    given = operands()
+    expected = dc_loss_rows(**given, backend=backend)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint64):
+        given["anchor_labels"] = given["anchor_labels"].to(dtype)
+        given["negative_labels"] = given["negative_labels"].to(torch.int8)
+        for classes in (None, 3, 1000):
+            found = dc_loss_rows(**given, backend=backend, classes=classes)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    torch.library.opcheck(
+        torch.ops.cac_fast.dc_loss_rows.default, (*given.values(), backend, classes)
+    )
+
+
+@pytest.mark.parametrize("name", ["anchor_labels", "negative_labels"])
+@pytest.mark.parametrize("backend", HERE)
+def test_label_that_breaks_the_bound(backend: str, name: str) -> None:
+    given = operands()
+    given[name][3] = 7
+    dc_loss_rows(**given, backend=backend, classes=8)
+    with pytest.raises(ValueError, match=f"{name} must lie below classes, 7, and one is 7"):
+        dc_loss_rows(**given, backend=backend, classes=7)
+
+
+@pytest.mark.parametrize("backend", HERE)
 def test_gradcheck(backend: str) -> None:
     given = operands()
     anchors = given.pop("anchors").requires_grad_()
@@ -198,6 +223,7 @@ def test_compiled_with_dynamic_shapes_equals_eager(
         ("temperature", 9e-7),
         ("temperature", -1.0),
         ("temperature", float("nan")),
+        ("classes", 0),
         ("backend", "numpy"),
         ("backend", "cuda"),
     ],

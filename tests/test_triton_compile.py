@@ -117,7 +117,7 @@ def registers_and_stack(kernel: Any, folder: Path) -> tuple[int, int]:
     usage = subprocess.run(
         [TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True
     ).stdout
-    registers, stack = re.search(r"dc_loss_\w+[\s\S]*?REG:(\d+) STACK:(\d+)", usage).groups()
+    registers, stack = re.search(r"Function \w+[\s\S]*?REG:(\d+) STACK:(\d+)", usage).groups()
     return int(registers), int(stack)
 
 

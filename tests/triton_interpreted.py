@@ -57,6 +57,13 @@ def test_loads_through_tensor_descriptors(rows: Rows, monkeypatch: pytest.Monkey
         compare(rows, operands("voc", torch.bfloat16, 60, 90, dim), 0.1)
 
 
+def test_label_that_breaks_the_bound_counts_as_none(rows: Rows) -> None:
+    *features, y, z, active = operands("few", torch.float32, 60, 90, 16)
+    far, none = z.masked_fill(z == 2, 300), z.masked_fill(z == 2, -1)
+    found, expected = (rows(*features, y, labels, active, 0.1, classes=3) for labels in (far, none))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
 def test_same_bits_on_every_run(rows: Rows) -> None:
     given = operands("voc", torch.bfloat16, 90, 200, 16)
     for temperature in (0.1, 0.005):

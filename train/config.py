@@ -156,7 +156,9 @@ class Config:
         True, "ablation PF: positives above the threshold only (off: gamma = 0)"
     )
     dc_backend: str = setting(
-        "auto", "back end of the loss", ("auto", "reference", "eager", "cpp", "triton", "cuda")
+        "auto",
+        "back end of the loss",
+        ("auto", "reference", "eager", "cpp", "triton", "triton:gluon", "cuda"),
     )
     false_negatives: bool = setting(
         False, "measure the share of false negatives (Fig. 6); reads the unlabeled images' masks"
