@@ -32,6 +32,10 @@ DEV += ["matplotlib"]
 # at::parallel_for runs on in a Linux build of PyTorch.
 FLAGS = ["-O3", "-g0", "-fopenmp"] if sys.platform == "linux" else ["-O3", "-g0"]
 
+# PyTorch adds a standard of its own choice, C++17 until 2.11 and C++20 after it, only where none is
+# passed. Its newer headers need this one.
+STANDARD = "-std=c++20"
+
 # Code for A100 and H100 (8.0 runs on all of 8.x too), and PTX for what comes after.
 CUDA_ARCHS = "8.0+PTX;9.0a"
 CUDA_MODULE = "cac_fast._C_cuda"
@@ -252,7 +256,7 @@ def describe_extensions() -> list[Extension]:
         "cac_fast._C",
         list_sources("*.cpp"),
         define_macros=[("CAC_FAST_FLAGS", ",".join(FLAGS))],
-        extra_compile_args=FLAGS,
+        extra_compile_args=[*FLAGS, STANDARD],
         extra_link_args=[flag for flag in FLAGS if flag == "-fopenmp"],
         depends=list_sources("*.h"),
         optional=True,
@@ -268,8 +272,13 @@ def describe_extensions() -> list[Extension]:
         CUDA_MODULE,
         list_sources("cuda/*.cpp", "cuda/**/*.cu"),
         extra_compile_args={
-            "cxx": ["-O2", "-g0", *(f"-D{name}={value}" for name, value in facts.items())],
-            "nvcc": ["-O3"],
+            "cxx": [
+                STANDARD,
+                "-O2",
+                "-g0",
+                *(f"-D{name}={value}" for name, value in facts.items()),
+            ],
+            "nvcc": [STANDARD, "-O3"],
         },
         depends=list_sources("cuda/**/*.h", "cuda/**/*.cuh"),
         optional=True,

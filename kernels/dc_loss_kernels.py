@@ -73,7 +73,8 @@ def _add_blocks(
     return weighted, total, offset
 
 
-@triton.jit
+# What follows from A must not make a variant: another A would be compiled for, in mid-training.
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=["anchors_stride_d"])
 def dc_loss_partial(
     anchors_ptr,
     negatives,
@@ -171,7 +172,10 @@ def dc_loss_partial(
             tl.store(offset_ptr + slot, offset)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["count"],
+    do_not_specialize_on_alignment=["anchors_stride_d", "positives_stride_d"],
+)
 def dc_loss_combine(
     anchors_ptr,
     positives_ptr,

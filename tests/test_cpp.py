@@ -277,7 +277,7 @@ print(peak() - before)
 def test_build_info() -> None:
     info = build_info()
     assert info["built"] is True
-    assert info["standard"] >= 201703
+    assert info["standard"] >= 202002
     assert "-O3" in info["flags"].split(",")
     assert info["torch"] == torch.__version__.split("+")[0]
     assert info["compiler"]

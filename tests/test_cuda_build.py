@@ -16,6 +16,7 @@ import cac_fast
 from cac_fast import _extension, cuda, dispatch
 
 ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc" / "cuda"
 
 built = pytest.mark.skipif(
     _extension.why_not("_C_cuda") is not None, reason=str(_extension.why_not("_C_cuda"))
@@ -43,11 +44,25 @@ def inspect(*options: str) -> str:
 
 @needs_nvcc
 def test_make_setup_builds_it() -> None:
-    if Path(sys.prefix) != ROOT / ".venv" or not (ROOT / ".venv" / ".ready").exists():
-        pytest.skip("this environment was not made by make setup")
+    if Path(sys.prefix).parent != ROOT or not Path(sys.prefix, ".ready").exists():
+        pytest.skip("this environment was not made by make")
     if torch.version.cuda is None or os.environ.get("CAC_FAST_CUDA") == "0":
         pytest.skip("not asked for, or not possible with this PyTorch")
     assert _extension.why_not("_C_cuda") is None
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("*.cu")))
+def test_kernels_are_cpp17_too(source: str, tmp_path: Path) -> None:
+    """Less lenient than the C++20 of the build: a template must be declared before its use."""
+    options = ["-std=c++17", "-arch=sm_90a", "-fdevice-syntax-only", "--cuda"]
+    folders = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{CSRC}"]
+    done = subprocess.run(
+        ["nvcc", *options, *folders, CSRC / source, "-o", tmp_path / "front_end.ii"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @built
@@ -200,6 +215,19 @@ import runpy, setuptools
 setuptools.setup = lambda **_: None
 found = runpy.run_path("setup.py")
 """
+
+
+def test_the_build_chooses_the_cpp_standard() -> None:
+    """PyTorch adds its own, which differs between versions, only where none is passed."""
+    done = run_setup(
+        f"import torch\ntorch.version.cuda = None\n{READ_SETUP}"
+        "cpu, gpu = found['describe_extensions']()\n"
+        "print(cpu.extra_compile_args, *gpu.extra_compile_args.values(), sep='\\n')"
+    )
+    flags = done.stdout.splitlines()
+    assert len(flags) == 3
+    for line in flags:
+        assert re.findall(r"-std=[^']+", line) == ["-std=c++20"]
 
 
 @needs_nvcc

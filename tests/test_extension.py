@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_make_setup_builds_it() -> None:
-    if Path(sys.prefix) != ROOT / ".venv" or not (ROOT / ".venv" / ".ready").exists():
-        pytest.skip("this environment was not made by make setup")
+    if Path(sys.prefix).parent != ROOT or not Path(sys.prefix, ".ready").exists():
+        pytest.skip("this environment was not made by make")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("there is no C++ compiler")
     assert _extension.why_not() is None

@@ -19,6 +19,17 @@ from cac_fast.train.networks import synchronize_batch_norm
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
+@pytest.fixture(autouse=True)
+def full_products():
+    """float32 products in full, as on the CPU: by default cuDNN rounds operands to TF32."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.fp32_precision
+    # Not cudnn.conv.fp32_precision: after that any question for allow_tf32 is an error.
+    cudnn.allow_tf32, matmul.fp32_precision = False, "ieee"
+    yield
+    cudnn.allow_tf32, matmul.fp32_precision = before
+
+
 def train(data, output, device: str, *more: str) -> list[float]:
     """Ten steps on one device; the losses."""
     options = (

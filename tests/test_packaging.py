@@ -36,8 +36,8 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
     return Distribution.at(folder / "cac_fast.egg-info")
 
 
-def read_pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def read_pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     pins = (line.split("==") for line in lines if not line.startswith("#"))
     return {canonicalize_name(name): version for name, version in pins}
 
@@ -49,12 +49,19 @@ def test_versions_agree(metadata: Distribution) -> None:
 
 
 def test_constraints_pin_what_setup_asks_for(metadata: Distribution) -> None:
-    pins = read_pins()
+    pins = read_pins("constraints.txt")
     requirements = [Requirement(text) for text in metadata.requires]
     assert {requirement.name for requirement in requirements} >= {"torch", "torchvision", "pytest"}
     for requirement in requirements:
         version = pins.get(canonicalize_name(requirement.name), "not pinned")
         assert requirement.specifier.contains(version), f"{requirement} against {version}"
+
+
+def test_oldest_versions_are_those_that_setup_asks_for(metadata: Distribution) -> None:
+    pins = read_pins("constraints-oldest.txt")
+    requirements = [Requirement(text) for text in metadata.requires]
+    lowest = {r.name: str(r.specifier) for r in requirements if r.name in ("torch", "torchvision")}
+    assert lowest == {name: f">={pins[name].removesuffix('.0')}" for name in lowest}
 
 
 def test_loss_alone_needs_torch_and_numpy(metadata: Distribution) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cac_fast import kernels
 from cac_fast.kernels import configs
 
 triton = pytest.importorskip("triton")
@@ -35,11 +37,20 @@ SPILLED = {
 SHARED_MEMORY = {"sm_90": 232_448, "sm_80": 101_376, "gfx": 65_536}
 
 
+def target(family: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return {
+        "sm_90": GPUTarget("cuda", 90, 32),
+        "sm_80": GPUTarget("cuda", 80, 32),
+        "gfx": GPUTarget("hip", "gfx942", 64),
+    }[family]
+
+
 def compile_for(
     family: str, function: Any, types: dict[str, str], constants: dict[str, Any], warps: int
 ) -> Any:
     """A kernel as a launch on such a GPU would compile it; int32 where `types` names nothing."""
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = function.arg_names
@@ -50,13 +61,8 @@ def compile_for(
         name for name, kind in signature.items() if kind.startswith("*") or name == "anchors_stride"
     ]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    target = {
-        "sm_90": GPUTarget("cuda", 90, 32),
-        "sm_80": GPUTarget("cuda", 80, 32),
-        "gfx": GPUTarget("hip", "gfx942", 64),
-    }[family]
     source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return triton.compile(source, target=target(family), options={"num_warps": warps})
 
 
 FLOAT32 = ("weighted_ptr", "total_ptr", "offset_ptr", "loss_ptr")
@@ -161,3 +167,32 @@ def test_the_combining_kernel_compiles(family: str, dtype: str, dim: int, tmp_pa
             registers, stack = registers_and_stack(kernel, tmp_path)
             assert registers <= 255
             assert stack == 0
+
+
+@pytest.mark.parametrize("family", ["sm_90", "sm_80", "gfx"])
+@pytest.mark.parametrize("by_rows", [True, False], ids=["by rows", "by columns"])
+def test_no_number_of_anchors_or_negatives_compiles_anew(
+    family: str, by_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.compiler import make_backend
+    from triton.runtime import jit
+
+    backend = make_backend(target(family))
+    variants: dict[str, set[str]] = {}
+
+    def run(kernel: Any, *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, options = bind(*given, **named)
+        variants.setdefault(kernel.__name__, set()).add(str((specialization, options)))
+
+    monkeypatch.setattr(jit.JITFunction, "run", run)
+    monkeypatch.setattr(configs, "describe", lambda _: configs.Gpu(family, 132))
+    for a, m in ((2, 2), (15, 1000), (16, 33), (1599, 1), (1600, 160), (2048, 4096), (2049, 4095)):
+        anchors, positives, negatives = (torch.zeros(n, 128).bfloat16() for n in (a, a, m))
+        if not by_rows:
+            anchors, positives = (tensor.t().contiguous().t() for tensor in (anchors, positives))
+        labels = torch.zeros(a, dtype=torch.int64), torch.zeros(m, dtype=torch.int64)
+        active = torch.ones(a, dtype=torch.bool)
+        kernels.dc_loss_rows(anchors, positives, negatives, *labels, active, 0.1)
+    assert variants.keys() >= {"dc_loss_partial", "dc_loss_combine"}
+    assert {name: len(found) for name, found in variants.items()} == dict.fromkeys(variants, 1)
