@@ -52,7 +52,9 @@ def test_make_setup_builds_it() -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("*.cu")))
+@pytest.mark.parametrize(
+    "source", sorted(str(path.relative_to(CSRC)) for path in CSRC.glob("**/*.cu"))
+)
 def test_kernels_are_cpp17_too(source: str, tmp_path: Path) -> None:
     """Less lenient than the C++20 of the build: a template must be declared before its use."""
     options = ["-std=c++17", "-arch=sm_90a", "-fdevice-syntax-only", "--cuda"]
