@@ -15,7 +15,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from rows_contract import DTYPES, Rows, RowsContract, compare, error, exact, operands
+from rows_contract import (
+    DTYPES,
+    HalfRowsContract,
+    Rows,
+    RowsContract,
+    compare,
+    error,
+    exact,
+    operands,
+)
 from torch import Tensor
 
 from cac_fast import cuda
@@ -88,8 +97,11 @@ class TestEmulated(RowsContract):
 SM_90A = partial(cuda.dc_loss_rows, sm_90a=True)
 
 
-class TestEmulatedSm90(TestEmulated):
-    dtypes: ClassVar = [torch.bfloat16, torch.float16]
+class TestEmulatedSm90(HalfRowsContract):
+    drawn = TestEmulated.drawn
+    layout_sizes = TestEmulated.layout_sizes
+    layout_temperatures = TestEmulated.layout_temperatures
+    temperature_size = TestEmulated.temperature_size
 
     @pytest.fixture
     def rows(self) -> Rows:
@@ -109,7 +121,7 @@ def test_a_high_temperature(rows: Rows, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", TestEmulatedSm90.dtypes)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_channels_of_sm_90a(dtype: torch.dtype, dim: int) -> None:
     for temperature in (0.1, 0.01):
         compare(SM_90A, operands("voc", dtype, 200, 1300, dim), temperature)

@@ -107,10 +107,11 @@ MUTATIONS = {
     ),
     "sums shrunk before they are there": (
         "partial.cuh",
-        "      weigh(logits, walk, tile, place, total, offset, shrink);\n",
-        "      weigh(logits, walk, tile, place, total, offset, shrink);\n"
-        "      shrink_sums(sums, shrink);\n",
-        "",
+        "      products_wait<0>();\n      hold_in_place(sums);\n"
+        "      release(memory_.empty(held));\n      shrink_sums(sums, shrink);",
+        "      shrink_sums(sums, shrink);\n      products_wait<0>();\n"
+        "      release(memory_.empty(held));\n",
+        "a sum is wrong",
     ),
     "weights overwritten while they are multiplied": (
         "partial.cuh",

@@ -51,7 +51,7 @@ class TestHalfOnGpu(OnGpu, HalfRowsContract):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [48, 128])
+@pytest.mark.parametrize("dim", [48, 128, 256])
 def test_verification(rows: Rows, dtype: torch.dtype, dim: int) -> None:
     name = rows.keywords["backend"]
     if name in HALF_ONLY and dtype == torch.float32:
