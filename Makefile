@@ -13,8 +13,8 @@ OLDEST := .venv-oldest
 # The first that runs: a python3.12 on the PATH may be a version manager's stub.
 OLDEST_PYTHON ?= $(firstword $(foreach python,python3.12 python3.11 $(PYTHON),\
 	$(shell $(python) -c 'import ensurepip' 2>/dev/null && echo $(python))))
-OLDEST_TESTED := bank causes cpp cuda dispatch eager extension gluon gpu_loss loss ops overlap plan \
-	sm90 tiles triton upsampled verification
+OLDEST_TESTED := bank choice cpp cuda derivatives eager extension gluon gpu_loss loss ops overlap \
+	proven settled tiles triton upsampled verification
 
 .PHONY: setup demo test test-oldest lint clean
 setup: $(READY)

@@ -320,7 +320,8 @@ def compare(options: argparse.Namespace) -> int:
     commands, found = former_record(target, options)
     commands.append(command_line("bench/compare.py", options.command))
     record = {"command": " ; ".join(dict.fromkeys(commands)), **machine}
-    failures, hours = [], {}
+    hours: dict[str, float] = {}
+    failures = []
     scored_on = options.names[0].stem if options.names else "test" if options.test else "val"
 
     def ordered() -> list[dict]:
@@ -330,20 +331,15 @@ def compare(options: argparse.Namespace) -> int:
         )
         return [found[job] for job in order]
 
-    def write() -> list[dict]:
-        """The record and, with results, its table; the runs that have none yet."""
+    def write() -> None:
         results = ordered()
         others = [unfinished_run(job, options) for job in jobs if job not in found]
-        unfinished = [run for run in others if run]
-        if results or unfinished:
-            summary = summarize(results, options.title, scored_on) if results else []
-            content = {**record, "planned_hours_a_run": hours, "summary": summary}
-            write_json(
-                Path(f"{target}.json"), content | {"runs": results, "unfinished": unfinished}
-            )
+        record["unfinished"] = [run for run in others if run]
+        record["planned_hours_a_run"] = hours
         if results:
-            Path(f"{target}.md").write_text(report(results, summary) + "\n")
-        return unfinished
+            record["summary"] = summarize(results, options.title, scored_on)
+        if results or record["unfinished"]:
+            write_json(Path(f"{target}.json"), {**record, "runs": results})
 
     with programs.stopped_by_signals(), ThreadPoolExecutor(options.jobs) as pool:
         try:
@@ -360,13 +356,14 @@ def compare(options: argparse.Namespace) -> int:
                     failures.append(str(error))
                     continue
                 write()
+                Path(f"{target}.md").write_text(report(ordered(), record["summary"]) + "\n")
         finally:
             # After an interrupt no further run starts.
             pool.shutdown(wait=False, cancel_futures=True)
             # Before those that run have saved, as who stops them may not wait so long.
-            unfinished = write()
+            write()
             with contextlib.suppress(OSError):
-                for run in unfinished:
+                for run in record["unfinished"]:
                     name = f"{run['method']} {run['share']} seed {run['seed']}"
                     print(f"unfinished: {name} at iteration {run['iteration']}", flush=True)
     if found:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from cac_fast import dispatch
 from cac_fast.checks import check_operands
 from cac_fast.proven import proven_paths
+from cac_fast.tiles import needs_offset
 from cac_fast.verification import (
     QUICK,
     THOROUGH,
@@ -25,16 +26,17 @@ from cac_fast.verification import (
     make_case,
 )
 
-# What "auto" takes, by device, dtype and D.
-_chosen: dict[tuple[torch.device, torch.dtype, int], str] = {}
+# What "auto" takes, by device, dtype, D, and whether the temperature takes other kernels.
+_chosen: dict[tuple[torch.device, torch.dtype, int, bool], str] = {}
 _lock = Lock()
 
 
 def choose_backend(name: str, anchors: Tensor, temperature: float = 0.1) -> dispatch.Rows:
     """The function behind a name; for "auto" that of the fastest back end that is right here.
 
-    The first use of "auto" on a device, a dtype and a D compares a small case with float64, at this
-    temperature: see `settle_backend` for what it may take, and for how all ranks take the same.
+    The first use of "auto" on a device, a dtype and a D compares a small case with float64, and the
+    first use at a temperature that needs other kernels once more. `settle_backend` says what it may
+    take, and how all ranks take the same.
     CAC_FAST_CHECK=0 in the environment leaves the comparison out. It is also left out while a CUDA
     graph is captured and in tracing, where an earlier choice holds, or else the first candidate.
 
@@ -83,9 +85,15 @@ def settle_backend(
     Raises ValueError for bad choices, as the loss does, and VerificationError, on all ranks, where
     there is no such back end.
     """
-    given = make_case(THOROUGH, torch.device(device), dtype, dim)
-    check_operands(*given, temperature)
-    everyones = _all_gather(_candidates(given[0]), group)
+    given = problem = None
+    try:
+        given = make_case(THOROUGH, torch.device(device), dtype, dim)
+        check_operands(*given, temperature)
+    except Exception as error:  # told below, as the other ranks wait for this one
+        problem = error
+    everyones = _all_gather([] if problem else _candidates(given[0]), group)
+    if problem:
+        raise problem
     wrong = []
     for name in everyones[0]:
         if not all(name in candidates for candidates in everyones):
@@ -97,39 +105,44 @@ def settle_backend(
             error = str(problem)
         errors = [text for text in _all_gather(error, group) if text is not None]
         if not errors:
-            _chosen[_key(given[0])] = name
+            _chosen[_key(given[0], temperature)] = name
             if wrong and (len(everyones) == 1 or dist.get_rank(group) == 0):
                 _warn(name, wrong)
             return found
         wrong.append(errors[0])
-    raise VerificationError(f"no back end is right: {'; '.join(wrong)}")
+    reasons = wrong or ["no back end can be used on all ranks"]
+    raise VerificationError(f"no back end is right: {'; '.join(reasons)}")
 
 
 def _choose(name: str, anchors: Tensor, temperature: float) -> str:
     """The name, checked; for "auto" what it takes."""
     if name == "auto":
-        return _chosen.get(_key(anchors)) or _first_choice(anchors, temperature)
+        key = _key(anchors, temperature)
+        return _chosen.get(key) or _first_choice(key, anchors, temperature)
     dispatch.check_backend(name)
     if refusal := dispatch.BACKENDS[name].refuses(anchors):
         raise ValueError(f"backend {name!r} cannot be used: {refusal}")
     return name
 
 
-def _key(anchors: Tensor) -> tuple[torch.device, torch.dtype, int]:
-    return anchors.device, anchors.dtype, anchors.shape[1]
+def _key(anchors: Tensor, temperature: float) -> tuple[torch.device, torch.dtype, int, bool]:
+    dtype = anchors.dtype
+    return anchors.device, dtype, anchors.shape[1], needs_offset(dtype, temperature)
 
 
-def _first_choice(anchors: Tensor, temperature: float) -> str:
+def _first_choice(
+    key: tuple[torch.device, torch.dtype, int, bool], anchors: Tensor, temperature: float
+) -> str:
     """Find and remember what "auto" takes for such anchors, or what it takes this time."""
     candidates = _candidates(anchors)
     if _must_not_check(anchors):
         return candidates[0]
     wrong: list[str] = []
     with _lock:
-        if (name := _chosen.get(_key(anchors))) is not None:
+        if (name := _chosen.get(key)) is not None:
             return name  # another thread's
         name = _first_right(candidates, anchors, temperature, wrong)
-        _chosen[_key(anchors)] = name
+        _chosen[key] = name
     if wrong:
         _warn(name, wrong)
     return name
@@ -141,8 +154,8 @@ def _first_right(
     """The first candidate that agrees with float64; why not the others goes into `wrong`."""
     if os.environ.get("CAC_FAST_CHECK") == "0" or anchors.device.type not in QUICK:
         return candidates[0]
-    # Of few channels, and at temperatures far off, 16 bits leave too little of some gradients for a
-    # comparison. What is compiled here serves these too.
+    # With few channels, or at an extreme temperature, some gradients are too small to be compared
+    # in 16 bits. The kernels are the same at these values.
     dim, temperature = max(anchors.shape[1], 16), min(max(temperature, 0.01), 10)
     given = make_case(QUICK, anchors.device, anchors.dtype, dim)
     for name in candidates:
@@ -160,7 +173,7 @@ def _must_not_check(anchors: Tensor) -> bool:
         anchors.numel() == 0
         or torch.compiler.is_compiling()
         or isinstance(anchors, FakeTensor)
-        # A driver that is not there could not be asked.
+        # Asking about a capture needs a driver.
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,6 +75,14 @@ def runs_on(capability: tuple[int, int], archs: tuple[str, ...]) -> bool:
     return False
 
 
+@cache
+def _sizes(
+    device: torch.device, dtype: torch.dtype, padded: int, tf32: bool, sm_90a: bool
+) -> tiles.Sizes:
+    anchors = torch.empty(0, dtype=dtype, device=device)
+    return tiles.Sizes(*_operators().dc_loss_sizes_cuda(anchors, padded, tf32, sm_90a), padded)
+
+
 def _has_sm_90a() -> bool:
     return any(arch.startswith("9.0a") for arch in _extension.cuda_archs())
 
@@ -102,7 +111,7 @@ def dc_loss_rows(
     operators = _operators()
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     padded = next(size for size in _PADDED if size >= dim)
-    tile, block, programs = operators.dc_loss_sizes_cuda(anchors, padded, tf32, sm_90a)
+    sizes = _sizes(anchors.device, anchors.dtype, padded, tf32, sm_90a)
     with torch.cuda.device_of(anchors):
         order, plan, ordered_negatives, ordered_anchors = kernels.preparation(anchors.device)(
             anchors,
@@ -110,7 +119,7 @@ def dc_loss_rows(
             anchor_labels,
             negative_labels,
             active,
-            tiles.Sizes(tile, block, programs, padded),
+            sizes,
             classes,
             copy_anchors=True,
         )

@@ -51,7 +51,7 @@ def dc_loss_rows(
     rows = _Rows.apply if torch._C._are_functorch_transforms_active() else _operator
     return rows(
         anchors,
-        positives.detach(),
+        positives.detach() if positives.requires_grad else positives,
         negatives,
         anchor_labels,
         negative_labels,

@@ -102,6 +102,11 @@ _LARGEST_LOGIT = {torch.float32: 64.0, torch.bfloat16: 64.0, torch.float16: 10.5
 _HEADROOM = {torch.float32: 0, torch.bfloat16: 0, torch.float16: 15}
 
 
+def needs_offset(dtype: torch.dtype, temperature: float) -> bool:
+    """Whether rows take an offset from their logits, for which there are kernels of their own."""
+    return 1 / temperature > _LARGEST_LOGIT.get(dtype, math.inf)
+
+
 @cache
 def numbers(dtype: torch.dtype, temperature: float) -> Numbers:
     """For features of unit norm, of one of the dtypes that the GPU back ends take."""
@@ -109,7 +114,7 @@ def numbers(dtype: torch.dtype, temperature: float) -> Numbers:
     return Numbers(
         scale,
         1 / temperature,
-        1 / temperature > _LARGEST_LOGIT[dtype],
+        needs_offset(dtype, temperature),
         # Below every logit, but finite: the kernels take the difference of two offsets.
         -4 * scale,
         _HEADROOM[dtype],

@@ -331,7 +331,7 @@ def _add_blocks(
     return packed, sums, total, offset, count
 
 
-@gluon.jit(do_not_specialize=["tiles"])
+@gluon.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=["anchors_stride_d"])
 def dc_loss_partial(
     anchors_ptr,
     negatives,

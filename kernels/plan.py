@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cac_fast import tiles
-from cac_fast.kernels.plan_kernels import label_keys, plan_and_copy
+from cac_fast.kernels.plan_kernels import dc_loss_keys, dc_loss_plan
 
 _KEYS = 1024  # of one program
 _CHUNK = 128  # anchors that one program searches for, and tiles that are planned at a time
@@ -37,7 +37,7 @@ def _lay_out(count: int, others: int, sizes: tiles.Sizes, copy_anchors: bool) ->
     rows = _cdiv(others, sizes.block) * sizes.block
     # Where a part does not begin at a multiple of 16 bytes, Triton compiles the kernels again: none
     # depends on the number of anchors.
-    fixed = sizes.programs, sizes.programs, 2
+    fixed = sizes.programs, sizes.programs, 1, 1
     numbers = (*fixed, -sum(fixed) % 4, 4 * count_tiles, count, -count % 4, count)
     copied = _COPIED // sizes.padded
     programs = 1 + _cdiv(count, _CHUNK) + _cdiv(rows, copied)
@@ -63,7 +63,10 @@ def prepare(
     classes: int | None = None,
     copy_anchors: bool = False,
 ) -> tiles.Prepared:
-    """As `tiles.prepare`, to the last bit; on the current stream of the current device."""
+    """As `tiles.prepare`, to the last bit; on the current stream of the current device.
+
+    A view costs a call, so `active` and `admissible` are (1,) here, and `borders` is flat.
+    """
     count, dim = anchors.shape
     others = len(negatives)
     layout = _lay_out(count, others, sizes, copy_anchors)
@@ -71,7 +74,7 @@ def prepare(
     bits = key_dtype.itemsize * 8
 
     keys = active.new_empty(count + others, dtype=key_dtype)
-    label_keys[(layout.key_programs,)](
+    dc_loss_keys[(layout.key_programs,)](
         anchor_labels,
         negative_labels,
         active,
@@ -89,7 +92,7 @@ def prepare(
     negative_keys, negative_order = negative_keys.sort(stable=True)
 
     numbers = active.new_empty(sum(layout.numbers), dtype=torch.int32)
-    first_tile, last_tile, counts, _, borders, excluded_from, _, excluded_to = numbers.split(
+    first_tile, last_tile, *counts, _, borders, excluded_from, _, excluded_to = numbers.split(
         layout.numbers
     )
     ends = active.new_empty(layout.tiles, dtype=torch.int64)
@@ -97,7 +100,7 @@ def prepare(
     padded = sizes.padded
     ordered_negatives = negatives.new_empty((layout.negatives, padded))
     ordered_anchors = anchors.new_empty((layout.anchors, padded)) if copy_anchors else None
-    plan_and_copy[(layout.programs,)](
+    dc_loss_plan[(layout.programs,)](
         anchor_keys,
         negative_keys,
         anchor_order,
@@ -123,10 +126,8 @@ def prepare(
         ROWS=_COPIED // padded,
         COPY_ANCHORS=copy_anchors,
     )
-    order = tiles.LabelOrder(
-        anchor_order, negative_order, excluded_from, excluded_to, *counts.unbind()
-    )
-    plan = tiles.Plan(borders.view(-1, 4), ends, share, first_tile, last_tile)
+    order = tiles.LabelOrder(anchor_order, negative_order, excluded_from, excluded_to, *counts)
+    plan = tiles.Plan(borders, ends, share, first_tile, last_tile)
     return tiles.Prepared(order, plan, ordered_negatives, ordered_anchors)
 
 

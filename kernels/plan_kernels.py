@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["count", "negatives"])
-def label_keys(
+def dc_loss_keys(
     anchor_labels_ptr,
     negative_labels_ptr,
     active_ptr,
@@ -150,8 +150,12 @@ def _copy(
     tl.store(ordered, features, mask=(place < padded_count)[:, None])
 
 
-@triton.jit(do_not_specialize=["count", "negatives", "programs"])
-def plan_and_copy(
+# Features whose channels are not adjacent have the number of rows for a stride.
+@triton.jit(
+    do_not_specialize=["count", "negatives", "programs"],
+    do_not_specialize_on_alignment=["anchors_stride_d", "negatives_stride_d"],
+)
+def dc_loss_plan(
     anchor_keys_ptr,
     negative_keys_ptr,
     anchor_order_ptr,

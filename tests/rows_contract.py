@@ -6,6 +6,7 @@ A pytest plugin (see conftest.py): its fixtures can be used everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import hypothesis
 import pytest
@@ -172,6 +173,13 @@ def compare(rows: Rows, given: Given, temperature: float) -> tuple[Tensor, Tenso
     return loss, gradient
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every dtype that the class's back end takes."""
+    contract = metafunc.cls and issubclass(metafunc.cls, RowsContract)
+    if contract and "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", metafunc.cls.dtypes)
+
+
 @pytest.mark.usefixtures("poisoned")
 class RowsContract:
     """Subclasses live beside a fixture `rows`, the back end, and say how large a case may be.
@@ -179,9 +187,11 @@ class RowsContract:
     drawn: how many random cases, and their largest A and M.
     layout_sizes: (A, M, D) at which every layout of labels is tried, at all layout_temperatures.
     temperature_size: (A, M, D) at which every temperature is.
+    dtypes: those that the back end takes; the first serves where any will do.
     """
 
     device = "cpu"
+    dtypes: ClassVar = DTYPES
     drawn: tuple[int, int, int]
     layout_sizes: list[tuple[int, int, int]]
     layout_temperatures = (0.1, 0.01)
@@ -191,14 +201,12 @@ class RowsContract:
         return operands(labels, dtype, a, m, d, self.device)
 
     @pytest.mark.parametrize("labels", LAYOUTS)
-    @pytest.mark.parametrize("dtype", DTYPES)
     def test_any_label_layout(self, rows: Rows, dtype: torch.dtype, labels: str) -> None:
         for size in self.layout_sizes:
             for temperature in self.layout_temperatures:
                 compare(rows, self.operands(labels, dtype, *size), temperature)
 
     @pytest.mark.parametrize("temperature", TEMPERATURES)
-    @pytest.mark.parametrize("dtype", DTYPES)
     def test_any_temperature(self, rows: Rows, dtype: torch.dtype, temperature: float) -> None:
         compare(rows, self.operands("few", dtype, *self.temperature_size), temperature)
 
@@ -208,7 +216,7 @@ class RowsContract:
         @settings(max_examples=count)
         @hypothesis.given(
             labels=st.sampled_from(LAYOUTS),
-            dtype=st.sampled_from(DTYPES),
+            dtype=st.sampled_from(self.dtypes),
             a=st.integers(1, most_a),
             m=st.integers(2, most_m),
             d=st.integers(16, 256),
@@ -224,14 +232,15 @@ class RowsContract:
 
     @pytest.mark.parametrize("spread", [0.1, 0.01])
     def test_features_of_nearly_one_direction(self, rows: Rows, spread: float) -> None:
-        check_cancellation(rows, self.operands("few", torch.float32, 50, 120, 16), spread)
+        check_cancellation(rows, self.operands("few", self.dtypes[0], 50, 120, 16), spread)
 
     def test_one_channel(self, rows: Rows) -> None:
-        compare(rows, self.operands("voc", torch.float32, 40, 70, 1), 0.1)
+        given = self.operands("voc", self.dtypes[0], 40, 70, 1)
+        check_bounds(rows, given, 0.1, weights_rounded=self.dtypes[0].itemsize == 2)
 
     def test_empty_sides(self, rows: Rows) -> None:
         for a, m in ((0, 5), (5, 0), (0, 0)):
-            loss, gradient = rows(*self.operands("voc", torch.float32, a, m, 16), 0.1)
+            loss, gradient = rows(*self.operands("voc", self.dtypes[0], a, m, 16), 0.1)
             assert loss.shape == (a,)
             assert gradient.shape == (a, 16)
             assert not loss.any()
@@ -252,7 +261,7 @@ class RowsContract:
 
     def test_extreme_labels_stay_apart(self, rows: Rows) -> None:
         far = torch.tensor([-(2**63), -1, 0, 1, 2**60, 2**60 + 1, 2**62, 2**63 - 1])
-        *features, _, _, active = self.operands("few", torch.float32, 80, 160, 16)
+        *features, _, _, active = self.operands("few", self.dtypes[0], 80, 160, 16)
         y, z = far.repeat(10).to(active.device), far.repeat(20).to(active.device)
         for chosen in (torch.ones_like(active), torch.arange(80, device=active.device) % 3 > 0):
             compare(rows, (*features, y, z, chosen), 0.1)
@@ -272,7 +281,7 @@ class RowsContract:
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
     def test_views_of_any_layout(self, rows: Rows) -> None:
-        a, p, n, *labels = self.operands("voc", torch.float32, 90, 120, 16)
+        a, p, n, *labels = self.operands("voc", self.dtypes[0], 90, 120, 16)
         plain = rows(a, p, n, *labels, 0.1)
         wide = torch.stack((p, p), dim=1).flatten(0, 1)
         turned = [features.T.contiguous().T for features in (a, p, n)]
@@ -281,7 +290,7 @@ class RowsContract:
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, plain, strict=True))
 
     def test_a_small_loss_is_exact(self, rows: Rows) -> None:
-        *features, y, z, active = self.operands("voc", torch.float32, 40, 50, 16)
+        *features, y, z, active = self.operands("voc", self.dtypes[0], 40, 50, 16)
         anchors = features[0]
         given = (anchors, anchors, -anchors[:1].expand(50, 16).contiguous(), y, z + 30, active)
         chosen = active & ((anchors @ anchors[0]) > 0.5)
@@ -294,7 +303,7 @@ class RowsContract:
 
     @pytest.mark.parametrize("temperature", [0.1, 0.005])
     def test_nan_is_not_hidden(self, rows: Rows, temperature: float) -> None:
-        *features, y, z, active = self.operands("few", torch.float32, 50, 200, 16)
+        *features, y, z, active = self.operands("few", self.dtypes[0], 50, 200, 16)
         features[2][z == 2] = torch.nan
         assert (z == 2).any()
         for mine in rows(*features, y, z, active, temperature):

@@ -26,6 +26,7 @@ SECONDS = {"loss": 420, "bench": 550, "train": 590}
 ASKING = 20
 # For a command that must be killed.
 RESERVE = 10
+NAMES = ["triton", "triton:gluon", "cuda", "cuda:sm_90a"]
 
 # In place of Python: says which GPU there is, writes down what else it is asked for, and fails
 # where FAILS, a pattern, fits the command; `CAC_FAST_CUDA=...` comes before it.
@@ -33,8 +34,8 @@ PYTHON = """#!/usr/bin/env bash
 command="CAC_FAST_CUDA=${CAC_FAST_CUDA-} $*"
 if [[ $command == *get_device_name* ]]; then
     echo "$GPU"
-    printf '%s\\n' 'versions 3.12.3 2.11.0' 'xdist True' 'backend triton'
-    printf '%s\\n' "backend cuda $WITHOUT" 'installed True'
+    printf '%s\\n' 'versions 3.12.3 2.11.0' 'xdist True' 'backend triton' 'backend triton:gluon'
+    printf '%s\\n' "backend cuda $WITHOUT" "backend cuda:sm_90a $WITHOUT" 'installed True'
     exit
 fi
 echo "${command//$'\\n'/ }" >> "$CALLS"
@@ -161,17 +162,19 @@ def test_the_plan_fits(gpu_round: Round, part: str) -> None:
 def test_the_plan_has_everything(gpu_round: Round) -> None:
     plans = {part: {each.name: each.command for each in gpu_round.plan(part)} for part in SECONDS}
     loss, bench, train = plans.values()
-    names = ["triton", "cuda"]
     dtypes = ["bfloat16", "float16", "float32"]
     assert list(loss) == [
         "build",
-        *(f"verify {name} {dtype}" for name in names for dtype in dtypes),
+        *(f"verify {name} {dtype}" for name in NAMES for dtype in dtypes),
         *("loss, fast ones", "tiles", "ncu"),
-        *(f"tests {name}" for name in names),
+        *(f"tests {name}" for name in NAMES),
         "tests of the operator",
     ]
-    assert "--providers triton,cuda,eager " in loss["loss, fast ones"]
-    assert "--clock-control none --set full -k regex:dc_loss_partial -c 2" in loss["ncu"]
+    assert f"--providers {','.join(NAMES)},eager " in loss["loss, fast ones"]
+    # By itself, since a name is a part of its path's.
+    assert "-k triton and not triton:gluon " in loss["tests triton"]
+    assert "-k cuda:sm_90a " in loss["tests cuda:sm_90a"]
+    assert "--clock-control none --set full -k regex:dc_loss_partial -c 4" in loss["ncu"]
     assert list(bench) == ["loss, all", "step", "memcheck"]
     assert "dense,compiled,chunked,flex" in bench["loss, all"]
     assert "--baseline --sweep-negatives 500,25.6k,1M" in bench["step"]
@@ -186,7 +189,7 @@ def test_every_option_is_one_of_its_program(gpu_round: Round) -> None:
         for each in gpu_round.plan(part)
         if ".py " in each.command
     }
-    assert dc_loss.parse(words["loss, fast ones"]).providers == ["triton", "cuda", "eager"]
+    assert dc_loss.parse(words["loss, fast ones"]).providers == [*NAMES, "eager"]
     assert dc_loss.parse([word.replace(",flex", "") for word in words["loss, all"]])
     assert train_step.parse(words["step"]).sweep_negatives == [500, 25_600, 1_000_000]
     training = compare.parse(words["training"])
@@ -202,7 +205,7 @@ def test_all_is_run_within_limits_and_written_down(gpu_round: Round) -> None:
     scripts = re.findall(r"(?:bench|train)/\w+\.py", "\n".join(done.calls))
     expected = "bench/dc_loss bench/tiles bench/dc_loss bench/train_step bench/compare train/main"
     assert scripts == [f"{name}.py" for name in expected.split()]
-    assert sum("-m pytest" in call for call in done.calls) == 3 + 1 + 1  # per part
+    assert sum("-m pytest" in call for call in done.calls) == 5 + 1 + 1  # per part
     # Every command, and the two questions about the GPU.
     assert len(gpu_round.limits) == len(done.calls) + 2
     assert sum(call.startswith(("ncu ", "compute-sanitizer ")) for call in done.calls) == 2
@@ -224,11 +227,12 @@ def test_a_failed_build_costs_the_cuda_back_end_alone(gpu_round: Round) -> None:
         assert done.code == 1
         builds = [call.split()[0] for call in done.calls if "pip install" in call]
         assert builds == ([] if again else ["CAC_FAST_CUDA=", "CAC_FAST_CUDA=0"])
-        assert done.text.splitlines()[-2:] == [
+        assert done.text.splitlines()[-3:] == [
             "failed: build: exit code 3",
             "failed: back end cuda: the extension is not built: a.cu: error: no",
+            "failed: back end cuda:sm_90a: the extension is not built: a.cu: error: no",
         ]
-        assert any("--providers triton,eager " in call for call in done.calls)
+        assert any("--providers triton,triton:gluon,eager " in call for call in done.calls)
         assert any("train_step.py" in call for call in done.calls)
         assert not any("verify" in call and " cuda " in call for call in done.calls)
 
@@ -254,7 +258,7 @@ def test_built_where_sources_differ_and_not_where_their_times_do(gpu_round: Roun
     [
         ("*tiles.py*", 3, "tiles: exit code 3"),
         ("*bench/train_step.py*", 124, "step: over its time"),
-        ("*pytest*-k triton*", 1, "tests triton: exit code 1"),
+        ("*pytest*-k triton:gluon*", 1, "tests triton:gluon: exit code 1"),
         ("*verify*cuda float32*", 137, "verify cuda float32: over its time"),
     ],
 )
@@ -274,7 +278,7 @@ def test_a_back_end_that_fails_its_check_is_left_out_of_the_benches(gpu_round: R
     gpu_round("loss", FAILS="*verify*triton bfloat16*", CODE="124")
     done = gpu_round("bench")
     assert done.code == 1
-    assert any("--providers cuda,eager," in call for call in done.calls)
+    assert any("--providers triton:gluon,cuda,cuda:sm_90a,eager," in call for call in done.calls)
     left_out = "failed: back end triton: left out of the benches, as it failed its check"
     assert done.text.splitlines()[-1] == left_out
     assert gpu_round("loss").code == gpu_round("bench").code == 0
@@ -294,3 +298,9 @@ def test_what_cannot_be_is_said_in_one_line(
     assert (done.code, done.calls) == (code, [])
     assert done.text.startswith(said)
     assert done.text.count("\n") == 1
+
+
+def test_a_path_for_another_architecture_is_no_failure(gpu_round: Round) -> None:
+    done = gpu_round("bench", WITHOUT="needs a GPU of compute capability 9.0")
+    assert done.code == 0, done.text
+    assert "without the back end cuda:sm_90a: needs a GPU of compute capability 9.0" in done.text

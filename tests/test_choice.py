@@ -217,13 +217,20 @@ def test_fake_tensors(table: Table) -> None:
     assert not choice._chosen
 
 
+def test_a_temperature_that_needs_other_kernels_is_checked_by_itself(table: Table) -> None:
+    given = operands()
+    for temperature in (0.1, 0.5, 0.01, 0.005):
+        choice.choose_backend("auto", given["anchors"], temperature)
+    assert sorted(offset for *_, offset in choice._chosen) == [False, True]
+
+
 # ---- candidates
 
 
 @pytest.fixture
 def gpu(table: Table, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Anchors as on an sm_90."""
-    for name in ("triton", "cuda", "gluon"):
+    for name in ("triton", "cuda", "triton:gluon"):
         table.put(name)
     monkeypatch.setattr(proven, "architecture", lambda _: "sm_90")
     with FakeTensorMode():
@@ -239,12 +246,12 @@ def test_triton_then_plain_pytorch_until_a_path_is_proven(
 
 
 def test_proven_paths_come_first(gpu: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [("sm_80", "triton"), ("sm_90", "gluon"), ("sm_90", "triton"), ("sm_90", "cuda")]
+    lines = [("sm_80", "triton"), ("sm_90", "triton:gluon"), ("sm_90", "triton"), ("sm_90", "cuda")]
     proofs = tuple(proven.Proof(*line, "a.json") for line in lines)
     monkeypatch.setattr(proven, "PROOFS", proofs)
-    assert choice._candidates(gpu) == ["gluon", "triton", "cuda", "eager"]
+    assert choice._candidates(gpu) == ["triton:gluon", "triton", "cuda", "eager"]
     monkeypatch.setattr(proven, "PROOFS", proofs[1:2])
-    assert choice._candidates(gpu) == ["gluon", "triton", "eager"]
+    assert choice._candidates(gpu) == ["triton:gluon", "triton", "eager"]
 
 
 def test_other_devices_have_plain_pytorch(table: Table) -> None:

@@ -191,11 +191,6 @@ def test_knows_the_gpus_it_has_code_for(archs: str, runs: list[str], does_not: l
             assert cuda.runs_on(capability, tuple(archs.split())) is expected, gpu
 
 
-def test_auto_stays_on_triton() -> None:
-    preferred = {name for names in dispatch._PREFERRED.values() for name in names}
-    assert not preferred & {"cuda", "cuda:sm_90a"}
-
-
 def run_setup(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name != "CAC_FAST_CUDA"}
     return subprocess.run(

@@ -79,12 +79,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> None:
 def setting(library: None, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulation in the place of the GPU, three programs."""
     monkeypatch.setattr(cuda, "_operators", lambda: torch.ops.cac_fast_emulated)
-    torch.ops.cac_fast_emulated.set(3, 0)
+    set_emulation(3, 0)
 
 
 @pytest.fixture
 def rows() -> Rows:
     return cuda.dc_loss_rows
+
+
+def set_emulation(programs: int, seed: int) -> None:
+    """So many programs at a time; the seed of the order of threads and copies."""
+    torch.ops.cac_fast_emulated.set(programs, seed)
+    cuda._sizes.cache_clear()
 
 
 class TestEmulated(RowsContract):
@@ -140,7 +146,7 @@ def test_sizes_that_divide_nothing(rows: Rows, a: int, m: int) -> None:
 @both
 @pytest.mark.parametrize("programs", [1, 2, 7, 40])
 def test_any_number_of_programs(rows: Rows, programs: int) -> None:
-    torch.ops.cac_fast_emulated.set(programs, 0)
+    set_emulation(programs, 0)
     for temperature in (0.1, 0.01):
         compare(rows, operands("voc", torch.bfloat16, 700, 500, 64), temperature)
 
@@ -148,7 +154,7 @@ def test_any_number_of_programs(rows: Rows, programs: int) -> None:
 @both
 def test_a_tile_between_others_that_meets_nothing(rows: Rows) -> None:
     *features, _, z, active = operands("voc", torch.bfloat16, 384, 192, 64)
-    torch.ops.cac_fast_emulated.set(1, 0)
+    set_emulation(1, 0)
     labels = torch.arange(384) // 128
     compare(rows, (*features, labels, torch.ones_like(z), torch.ones_like(active)), 0.1)
 
@@ -167,7 +173,7 @@ def check_same_bits(rows: Rows, dtype: torch.dtype) -> None:
     for temperature in (0.1, 0.005):
         found = []
         for seed in range(3):
-            torch.ops.cac_fast_emulated.set(3, seed)
+            set_emulation(3, seed)
             found.append(rows(*given, temperature))
         for loss, gradient in found[1:]:
             assert torch.equal(loss, found[0][0])

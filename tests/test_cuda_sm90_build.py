@@ -42,14 +42,14 @@ def kernels() -> dict[str, list[tuple[int, str, str]]]:
     return found
 
 
-def innermost_loop(code: list[tuple[int, str, str]]) -> list[str]:
-    """Operations of the shortest loop that has products."""
+def loop_over_blocks(code: list[tuple[int, str, str]], products: int) -> list[str]:
+    """Operations of the shortest loop that has so many products; waits jump back too."""
     loops = []
     for at, operation, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands)
         if operation.startswith("BRA") and target and int(target[1], 16) < at:
             inside = [op for place, op, _ in code if int(target[1], 16) <= place <= at]
-            if any(op.startswith("HGMMA") for op in inside):
+            if sum(op.startswith("HGMMA") for op in inside) == products:
                 loops.append(inside)
     return min(loops, key=len)
 
@@ -67,14 +67,26 @@ def test_there_is_a_kernel_for_each_case() -> None:
 def test_its_loop_has_the_products_and_waits_it_must_have() -> None:
     for name, code in kernels().items():
         kind = ".F32.BF16" if "BFloat16" in name else ".F32"
-        loop = innermost_loop(code)
-        products = [operation for operation in loop if operation.startswith("HGMMA")]
         expected = [f"HGMMA.{shape}{kind}" for shape in PRODUCTS[channels(name)]]
+        loop = loop_over_blocks(code, len(expected))
+        products = [operation for operation in loop if operation.startswith("HGMMA")]
         assert sorted(products) == sorted(expected), name
         # More, and the compiler runs them one after the other.
         assert sum(operation.startswith("WARPGROUP") for operation in loop) <= 5, name
         assert sum(operation.startswith("BAR.SYNC") for operation in loop) == 1, name
         assert sum(operation.startswith("BAR.ARV") for operation in loop) == 1, name
+
+
+@built
+def test_weights_overlap_with_the_sums_products() -> None:
+    """They are computed between the wait for the logits and the wait for all."""
+    for name, code in kernels().items():
+        loop = loop_over_blocks(code, len(PRODUCTS[channels(name)]))
+        waits = [place for place, op in enumerate(loop) if op.startswith("WARPGROUP.DEPBAR")]
+        exponentials = [place for place, op in enumerate(loop) if op.startswith("MUFU.EX2")]
+        assert len(waits) == 2, name
+        between = [place for place in exponentials if waits[0] < place < waits[1]]
+        assert len(between) > 0.9 * len(exponentials), name
 
 
 @built

@@ -11,7 +11,7 @@ import torch
 from rows_contract import HalfRowsContract, Rows, RowsContract, compare, error, operands
 
 import cac_fast
-from cac_fast import ops
+from cac_fast import kernels, ops, tiles
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
@@ -48,6 +48,29 @@ class TestOnGpu(OnGpu, RowsContract):
 @TAKES_HALF_ONLY
 class TestHalfOnGpu(OnGpu, HalfRowsContract):
     """In bfloat16 and float16."""
+
+
+@pytest.mark.parametrize("labels", ["voc", "ids", "few", "one label", "none admitted"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
+def test_plan_by_triton_is_that_of_pytorch(labels: str, dtype: torch.dtype) -> None:
+    """All paths stand on it."""
+    prepare = kernels.preparation(torch.device("cuda"))
+    if prepare is tiles.prepare:
+        pytest.skip(f"triton: {cac_fast.backends()['triton']}")
+    for a, m in ((1, 1), (1500, 5000), (40_000, 700)):
+        anchors, _, negatives, y, z, active = operands(
+            labels, torch.bfloat16, a, m, 100, device="cuda"
+        )
+        sizes = tiles.Sizes(128, 64, 132, 128)
+        given = anchors, negatives, (y % 100).to(dtype), (z % 100).to(dtype), active, sizes, None
+        found, expected = (make(*given, copy_anchors=True) for make in (prepare, tiles.prepare))
+        for mine, theirs in (
+            (found.order, expected.order),
+            (found.plan, expected.plan),
+            (found[2:], expected[2:]),
+        ):
+            for one, other in zip(mine, theirs, strict=True):
+                assert torch.equal(one, other.view(one.shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

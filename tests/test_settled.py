@@ -116,7 +116,7 @@ def as_rank(rank: int, folder: Path) -> None:
         found["one each"] = settle_backend(dim=16).backend
         loss()
         found["warnings"] = [str(warning.message) for warning in caught]
-        found["later"] = choice._chosen[torch.device("cpu"), torch.float32, 16]
+        found["later"] = choice._chosen[torch.device("cpu"), torch.float32, 16, False]
 
         world = World(rank, 2, torch.device("cpu"))
         found["training"] = build(world).dc_loss.backend

@@ -13,18 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from rows_contract import operands
+from rows_contract import Rows, operands
 from test_triton_compile import compile_for, registers_and_stack
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cac_fast import cuda, kernels, tiles
-from cac_fast.kernels import configs
+from cac_fast.kernels import configs, gluon
 
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-MOST_CALLS = 15
+# From the operator on, which is one call itself.
+MOST_CALLS = 15 - 1
+OPERATOR = Path(cuda.__file__).parents[1] / "csrc" / "cuda" / "operator.cpp"
 
 
 def test_under_the_interpreter() -> None:
@@ -45,7 +47,7 @@ def test_under_the_interpreter() -> None:
 @pytest.mark.parametrize("family", ["sm_90", "sm_80", "gfx"])
 def test_both_kernels_compile(family: str, dtype: str, keys: str, tmp_path: Path) -> None:
     from cac_fast.kernels import plan
-    from cac_fast.kernels.plan_kernels import label_keys, plan_and_copy
+    from cac_fast.kernels.plan_kernels import dc_loss_keys, dc_loss_plan
 
     keys_of = {"BITS": int(keys[1:])}
     types = dict.fromkeys(("count", "negatives", "programs"), "i32")
@@ -53,7 +55,7 @@ def test_both_kernels_compile(family: str, dtype: str, keys: str, tmp_path: Path
     strides = ("anchor_labels_stride", "negative_labels_stride", "active_stride")
     first = compile_for(
         family,
-        label_keys,
+        dc_loss_keys,
         types | labels | {"active_ptr": "*i1", "keys_ptr": f"*{keys}"},
         dict.fromkeys(strides, 1) | keys_of | {"CHUNK": plan._KEYS},
         4,
@@ -68,7 +70,7 @@ def test_both_kernels_compile(family: str, dtype: str, keys: str, tmp_path: Path
     constants = dict.fromkeys(("anchors_stride_d", "negatives_stride_d"), 1) | keys_of
     constants |= {"D": 128, "D_PAD": 128, "TILE": 128, "BLOCK": 128, "CHUNK": plan._CHUNK}
     constants |= {"ROWS": plan._COPIED // 128, "COPY_ANCHORS": True}
-    second = compile_for(family, plan_and_copy, types, constants, 4)
+    second = compile_for(family, dc_loss_plan, types, constants, 4)
     for kernel in (first, second):
         if family == "gfx":
             assert re.findall(r"vgpr_spill_count: +(\d+)", kernel.asm["amdgcn"]) == ["0"]
@@ -107,13 +109,14 @@ class Calls(TorchDispatchMode):
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Counts what it is entered for; the kernels are not launched."""
-    from cac_fast.kernels import dc_loss, plan
+    from cac_fast.kernels import dc_loss, dc_loss_gluon, plan
 
     calls = Calls()
     for module, name in (
-        (plan, "label_keys"),
-        (plan, "plan_and_copy"),
+        (plan, "dc_loss_keys"),
+        (plan, "dc_loss_plan"),
         (dc_loss, "dc_loss_partial"),
+        (dc_loss_gluon, "dc_loss_partial"),
         (dc_loss, "dc_loss_combine"),
     ):
         monkeypatch.setattr(module, name, calls.kernel(name))
@@ -126,8 +129,9 @@ def given(dim: int) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("family", ["sm_90", "sm_80", "gfx"])
 @pytest.mark.parametrize("dim", [64, 100])
+@pytest.mark.parametrize("rows", [kernels.dc_loss_rows, gluon.dc_loss_rows])
 def test_aten_calls_of_the_triton_back_end(
-    calls: Calls, monkeypatch: pytest.MonkeyPatch, family: str, dim: int
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, family: str, dim: int, rows: Rows
 ) -> None:
     monkeypatch.setattr(configs, "describe", lambda _: configs.Gpu(family, 132))
     for classes in (None, 21):
@@ -135,27 +139,29 @@ def test_aten_calls_of_the_triton_back_end(
         calls.launches.clear()
         arguments = given(dim)
         with calls:
-            kernels.dc_loss_rows(*arguments, 0.1, classes)
+            rows(*arguments, 0.1, classes)
         assert calls.names
         assert len(calls.names) <= MOST_CALLS, calls.names
-        plan = ["label_keys", "plan_and_copy"]
+        plan = ["dc_loss_keys", "dc_loss_plan"]
         assert calls.launches == [*plan, "dc_loss_partial", "dc_loss_combine"]
 
 
 def test_aten_calls_of_the_cuda_back_end(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     from cac_fast.kernels import plan
 
-    # What they allocate below Python is not counted.
+    allocations = re.findall(r"at::empty\(", OPERATOR.read_text())
     operators = SimpleNamespace(
-        dc_loss_sizes_cuda=lambda *_: calls.names.append("sizes") or (128, 48, 132),
-        dc_loss_rows_cuda=lambda *_: calls.names.append("rows"),
+        dc_loss_rows_cuda=lambda *_: calls.names.extend(["rows", *allocations])
     )
     monkeypatch.setattr(cuda, "_operators", lambda: operators)
+    # Asked for once a device.
+    monkeypatch.setattr(cuda, "_sizes", lambda *_: tiles.Sizes(128, 48, 132, 128))
     monkeypatch.setattr(kernels, "preparation", lambda _: plan.prepare)
     arguments = given(100)
     with calls:
         cuda.dc_loss_rows(*arguments, 0.1)
-    assert calls.launches == ["label_keys", "plan_and_copy"]
+    assert calls.launches == ["dc_loss_keys", "dc_loss_plan"]
+    assert len(allocations) == 3
     assert len(calls.names) <= MOST_CALLS, calls.names
 
 

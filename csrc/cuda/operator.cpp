@@ -97,8 +97,7 @@ std::tuple<Tensor, Tensor> dc_loss_rows(
   const int64_t slots = sizes.tile * (tiles + programs);
 
   const auto floats = anchors.options().dtype(at::kFloat);
-  const Tensor weighted = at::empty({slots, padded}, floats);
-  const Tensor total = at::empty({slots}, floats), offset = at::empty({slots}, floats);
+  const Tensor sums = at::empty({slots * (padded + 2)}, floats);
   const Tensor loss = at::empty({count}, floats);
   const Tensor gradient = at::empty(positives.sizes(), anchors.options());
 
@@ -118,9 +117,9 @@ std::tuple<Tensor, Tensor> dc_loss_rows(
   given.share = data<int64_t>(share, anchors, 1);
   given.first_tile = data<int32_t>(first_tile, anchors, programs);
   given.last_tile = data<int32_t>(last_tile, anchors, programs);
-  given.weighted = weighted.mutable_data_ptr<float>();
-  given.total = total.mutable_data_ptr<float>();
-  given.offset = offset.mutable_data_ptr<float>();
+  given.weighted = sums.mutable_data_ptr<float>();
+  given.total = given.weighted + slots * padded;
+  given.offset = given.total + slots;
   given.loss = loss.mutable_data_ptr<float>();
   given.gradient = gradient.mutable_data_ptr();
   given.count = count;

@@ -169,6 +169,9 @@ class Consumer {
       products_wait<1>();
       hold_in_place(logits);
       weigh(logits, walk, tile, place, total, offset, shrink);
+      // It is over already. But without something that it must not cross, the compiler moves most
+      // of the weights behind the wait for the sums, where nothing is left to overlap with.
+      barrier_wait(memory_.full(ring_.stage), ring_.parity);
       products_wait<0>();
       hold_in_place(sums);
       release(memory_.empty(held));
