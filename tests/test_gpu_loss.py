@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from rows_contract import HalfRowsContract, Rows, RowsContract, compare, error, operands
+from rows_contract import LAYOUTS, HalfRowsContract, Rows, RowsContract, compare, error, operands
 
 import cac_fast
 from cac_fast import kernels, ops, tiles
@@ -50,7 +50,7 @@ class TestHalfOnGpu(OnGpu, HalfRowsContract):
     """In bfloat16 and float16."""
 
 
-@pytest.mark.parametrize("labels", ["voc", "ids", "few", "one label", "none admitted"])
+@pytest.mark.parametrize("labels", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
 def test_plan_by_triton_is_that_of_pytorch(labels: str, dtype: torch.dtype) -> None:
     """All paths stand on it."""
@@ -62,7 +62,8 @@ def test_plan_by_triton_is_that_of_pytorch(labels: str, dtype: torch.dtype) -> N
             labels, torch.bfloat16, a, m, 100, device="cuda"
         )
         sizes = tiles.Sizes(128, 64, 132, 128)
-        given = anchors, negatives, (y % 100).to(dtype), (z % 100).to(dtype), active, sizes, None
+        of_dtype = (each.clamp_max(100).to(dtype) for each in (y, z))
+        given = anchors, negatives, *of_dtype, active, sizes, None
         found, expected = (make(*given, copy_anchors=True) for make in (prepare, tiles.prepare))
         for mine, theirs in (
             (found.order, expected.order),
