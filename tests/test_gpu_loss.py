@@ -57,7 +57,7 @@ def test_plan_by_triton_is_that_of_pytorch(labels: str, dtype: torch.dtype) -> N
     prepare = kernels.preparation(torch.device("cuda"))
     if prepare is tiles.prepare:
         pytest.skip(f"triton: {cac_fast.backends()['triton']}")
-    for a, m in ((1, 1), (1500, 5000), (40_000, 700)):
+    for a, m in ((1, 2), (1500, 5000), (40_000, 700)):
         anchors, _, negatives, y, z, active = operands(
             labels, torch.bfloat16, a, m, 100, device="cuda"
         )
