@@ -14,8 +14,9 @@ import torch
 from data_folders import one_line, write_folder, write_image
 from test_loaders import equal, labeled_of, rows, take
 
-from cac_fast.train import config, distributed, engine
+from cac_fast.train import config, distributed
 from cac_fast.train.data import cache as cache_module
+from cac_fast.train.data import opening
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.layouts import Sample, open_data
 from cac_fast.train.data.loaders import check_samples
@@ -263,7 +264,7 @@ def test_a_run_fills_its_cache_and_reads_the_same(folder_data, tmp_path, method,
             "folder", str(folder_data), method=method, batch_size=2, crop_size=32, workers=0
         )
         settings = replace(settings, cache=cache)
-        read = engine._open_data(settings)
+        read = opening.open_lists(settings)
         if cache is not None:
             fill_cache(settings, *read)
         world = World(0, 1, torch.device("cpu"))

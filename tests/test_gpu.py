@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cac_fast.train import config, engine
+from cac_fast.train.data import opening
 from cac_fast.train.data.stream import Stream, fill_cache
 from cac_fast.train.distributed import World
 from cac_fast.train.log import read_metrics
@@ -61,7 +62,7 @@ def test_batches_of_the_cpu_without_waiting(folder_data, tmp_path):
             "folder", str(folder_data), batch_size=4, crop_size=32, workers=1, jitter_labeled=True
         )
         settings = replace(settings, cache=str(tmp_path / "cache"))
-        read = engine._open_data(settings)
+        read = opening.open_lists(settings)
         fill_cache(settings, *read)
         stream = Stream(settings, World(0, 1, device), *read)
         move, modes = stream.to_device, []

@@ -15,6 +15,7 @@ from small_training import CPU, assert_same_bits, run, weights
 
 import cac_fast.train
 from cac_fast.train import config, engine
+from cac_fast.train.data import opening
 from cac_fast.train.data.stream import Stream
 from cac_fast.train.networks import build_network
 from cac_fast.train.networks.lraspp import LRASPPHead
@@ -121,7 +122,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 def test_mobile_nets_train_in_channels_last_on_a_cpu(options, expected, folder_data):
     arguments = ["--dataset", "folder", "--data-dir", str(folder_data), *options.split()]
     settings = config.parse([*arguments, "--batch-size", "2", "--crop-size", "32", "--workers=0"])
-    stream = Stream(settings, CPU, *engine._open_data(settings))
+    stream = Stream(settings, CPU, *opening.open_lists(settings))
     (step,) = stream.steps(0, 1, True)
     for image in (step.labeled["image"], step.unlabeled["image1"]):
         assert image.is_contiguous(memory_format=torch.channels_last) == expected

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cac_fast.train import config, engine, profiling
+from cac_fast.train import config, profiling
+from cac_fast.train.data import opening
 from cac_fast.train.data.stream import Step, Stream
 from cac_fast.train.distributed import World
 from cac_fast.train.methods import CAC
@@ -184,7 +185,7 @@ def test_profile(tmp_path) -> None:
 
 def test_waiting_for_data_and_moving_it_are_two_phases(folder_data) -> None:
     settings = config.Config("folder", str(folder_data), batch_size=2, crop_size=32, workers=0)
-    stream = Stream(settings, CPU, *engine._open_data(settings))
+    stream = Stream(settings, CPU, *opening.open_lists(settings))
     spans, move = [], stream.to_device
 
     def watched(batch):

@@ -19,11 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cac_fast.train import checkpoint
 from cac_fast.train.config import Config
-from cac_fast.train.data.cache import PixelReader
-from cac_fast.train.data.inventory import Inventory, Part
-from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
-from cac_fast.train.data.loaders import check_samples
-from cac_fast.train.data.splits import select
+from cac_fast.train.data.layouts import Sample
+from cac_fast.train.data.opening import look_at, open_lists
 from cac_fast.train.data.stream import Step, Stream, fill_cache
 from cac_fast.train.data.workers import lost_workers
 from cac_fast.train.distributed import World
@@ -39,7 +36,7 @@ from cac_fast.train.networks import (
 )
 from cac_fast.train.optimizer import base_rates, build_optimizer, poly, start_momentum
 from cac_fast.train.profiling import StepProfile, phase
-from cac_fast.train.progress import show_progress, warn
+from cac_fast.train.progress import warn
 from cac_fast.train.run_folder import RunFolder
 from cac_fast.train.samples import SampleSheet
 
@@ -104,8 +101,8 @@ class Trainer:
         _set_determinism(config, world)
 
         def open_and_look() -> tuple[Any, ...]:
-            data, labeled, unlabeled = _open_data(config)
-            return data, labeled, unlabeled, _look_at_data(config, data, labeled)
+            data, labeled, unlabeled = open_lists(config)
+            return data, labeled, unlabeled, look_at(config, data, labeled)
 
         self.data, labeled, unlabeled, self.found = world.on_main(open_and_look)
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}
@@ -451,34 +448,6 @@ class Trainer:
         )
         if not self.data.splits["val"]:
             say("no validation images: best.pt will be the last state")
-
-
-def _open_data(config: Config) -> tuple[SegmentationData, list[Sample], list[Sample]]:
-    """The data, its labeled and its unlabeled images."""
-    data = open_data(config.dataset, _path(config.data_dir))
-    lists = _path(config.labeled), _path(config.unlabeled)
-    return data, *select(data, *lists, config.labeled_share, config.data_list)
-
-
-def _look_at_data(
-    config: Config, data: SegmentationData, labeled: list[Sample]
-) -> tuple[str, list[str]]:
-    """Check every image and mask now, so that no run dies of one in the night.
-
-    Returns a table of what is in the masks, and what looks wrong with them.
-    """
-    reader = PixelReader(data, _path(config.cache))
-    samples = [*labeled, *data.splits["val"]]
-    seen = check_samples(samples, reader, show_progress("checking images"))
-    parts = [Part("labeled", seen[: len(labeled)]), Part("validation", seen[len(labeled) :])]
-    inventory = Inventory(data, parts)
-    if (reason := inventory.refusal()) is not None:
-        raise InputError(f"{reason} (python train/check.py shows all masks)")
-    return inventory.table(), inventory.warnings()
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
 
 
 def _digest(samples: list[Sample]) -> str:
