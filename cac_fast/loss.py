@@ -77,7 +77,7 @@ def directional_contrastive_loss(
         return loss.sum()
     if reduction == "active_mean":
         return loss.sum() / active.sum().clamp_min(1)
-    return loss.sum() / torch.sym_max(loss.shape[0], 1)
+    return loss.sum() / max(1, loss.shape[0])
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 # From the operator on, which is one call itself.
 MOST_CALLS = 15 - 1
-OPERATOR = Path(cuda.__file__).parents[1] / "csrc" / "cuda" / "operator.cpp"
+OPERATOR = Path(__file__).parent.parent / "csrc" / "cuda" / "operator.cpp"
 
 
 def test_under_the_interpreter() -> None:
