@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from small_training import CPU, arguments, losses, run
@@ -88,3 +90,15 @@ def test_a_run_folder_is_loaded_from_its_best_state(folder_data, tmp_path):
     (tmp_path / "run" / "last.pt").unlink()
     with pytest.raises(InputError, match=r"best.pt does not exist"):
         load(tmp_path / "run")
+
+
+def test_weights_of_another_run_are_another_setting(folder_data, tmp_path):
+    def parse(weights: str) -> config.Config:
+        return config.parse(arguments(folder_data, tmp_path, "--weights", weights))
+
+    def differ(one: str, other: str) -> bool:
+        return bool(config.differences(parse(one), dataclasses.asdict(parse(other))))
+
+    assert differ("runs/a/best.pt", "runs/b/best.pt")
+    assert not differ("runs/a/best.pt", "/elsewhere/runs/a/best.pt")
+    assert not differ("resnet50.pth", "elsewhere/resnet50.pth")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 from small_training import CPU, arguments, losses, run
 from torch.utils.data import DataLoader, Dataset
 
-from cac_fast.train import board, checkpoint, config, engine, main
+from cac_fast.train import board, checkpoint, config, distributed, engine, main
 from cac_fast.train.data import workers
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import RunLog, read_metrics
@@ -127,6 +130,55 @@ def test_a_step_that_does_not_fit_names_the_remedies(monkeypatch, folder_data, t
     monkeypatch.undo()
     lines = run(folder_data, tmp_path / "run", "--save-every", "2", "--checkpoint-activations")
     assert len(losses(lines)) == 10
+
+
+def test_a_loader_killed_during_a_step_costs_nothing(monkeypatch, folder_data, tmp_path):
+    optimize = engine.Trainer.optimize
+
+    def killing(self: engine.Trainer, step: engine.Step) -> dict[str, torch.Tensor]:
+        if self.iteration == 4:
+            for process in multiprocessing.active_children():
+                process.kill()
+            time.sleep(1)
+        return optimize(self, step)
+
+    options = "--workers", "1", "--save-every", "100"
+    monkeypatch.setattr(engine.Trainer, "optimize", killing)
+    with pytest.raises(InputError, match=r"a loader's process has ended"):
+        run(folder_data, tmp_path / "run", *options)
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == 5
+    monkeypatch.undo()
+    assert len(losses(run(folder_data, tmp_path / "run", *options))) == 10
+
+
+def test_a_save_does_not_hide_a_killed_loader(monkeypatch, tmp_path):
+    def killed(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker"):
+        checkpoint.write(tmp_path / "last.pt", {})
+
+
+def test_the_lock_holds_on_a_full_disk(folder_data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to("/dev/full")
+    folder = RunFolder(config.parse(arguments(folder_data, tmp_path / "run")), CPU)
+    folder.prepare(new=True)
+    assert folder.lock is not None
+
+
+def test_a_port_in_use_is_one_line(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        known = {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in known.items():
+            monkeypatch.setenv(name, str(value))
+        told = rf"cannot meet at 127.0.0.1:{port}.*--master-port"
+        with pytest.raises(InputError, match=told), distributed.world("cpu"):
+            pass
 
 
 def test_another_error_in_a_step_is_not_hidden(monkeypatch, folder_data, tmp_path):

@@ -57,6 +57,10 @@ FORMS = {
     "old names": old_names,
     "DDP": lambda state: {f"module.{name}": value for name, value in state.items()},
     "state_dict": lambda state: {"epoch": 90, "arch": "any", "state_dict": state},
+    "empty average": lambda state: {"ema": {"decay": 0.9, "of": {}}, "state_dict": state},
+    "model_state_dict": lambda state: {
+        "model_state_dict": {f"_orig_mod.backbone.{name}": value for name, value in state.items()}
+    },
     "model": lambda state: {"model": {f"module.{name}": v for name, v in state.items()}},
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cac_fast.train.data.workers import is_lost_worker
 from cac_fast.train.errors import InputError
 
 FORMAT = 1
@@ -28,6 +29,8 @@ def write(path: Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # the latter is what PyTorch makes of the former
         temporary.unlink(missing_ok=True)
+        if is_lost_worker(error):
+            raise
         raise InputError(
             f"{path} cannot be written ({error}): make room, then give the same command again"
         ) from error

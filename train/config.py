@@ -51,7 +51,8 @@ class Config:
         ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101"),
     )
     weights: str | None = setting(
-        None, "torchvision checkpoint for the backbone (default: random weights)"
+        None,
+        "torchvision's checkpoint for the backbone, or a run of this program (default: random)",
     )
     dropout: bool = setting(True, "the networks' dropout")
 
@@ -277,7 +278,9 @@ def differences(config: Config, former: dict[str, Any]) -> list[str]:
 
 def _compared(name: str, value: Any) -> Any:
     if name == "weights" and value is not None:
-        return Path(value).name  # wherever it lies now: only the first start has read it
+        # Wherever it lies now, as only the first start has read it; but all runs have a best.pt.
+        path = Path(value)
+        return path.parts[-2:] if path.name in ("best.pt", "last.pt") else path.name
     return list(value) if isinstance(value, tuple) else value
 
 

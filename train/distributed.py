@@ -135,10 +135,18 @@ def world(device_name: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, device)
         return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    try:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:  # a port in use, a host that is not there
+        place = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
+        reason = f"{error}".strip().partition("\n")[0]
+        raise InputError(
+            f"the {size} processes cannot meet at {place} ({reason}): start them with "
+            "torchrun --standalone, or give another --master-port"
+        ) from error
     yield World(dist.get_rank(), size, device)
     # Not after an error: leaving in order would wait for ranks that know nothing of it.
     dist.destroy_process_group()

@@ -22,7 +22,7 @@ from cac_fast.train.config import Config
 from cac_fast.train.data.layouts import Sample
 from cac_fast.train.data.opening import look_at, open_lists
 from cac_fast.train.data.stream import Step, Stream, fill_cache
-from cac_fast.train.data.workers import lost_workers
+from cac_fast.train.data.workers import lost_workers, undisturbed
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError, RankInputError
 from cac_fast.train.evaluation import evaluate
@@ -244,21 +244,22 @@ class Trainer:
         return profile.watch(steps, contrastive=config.method != "supervised")
 
     def _train_step(self, step: Step) -> None:
-        self.in_step = True
-        try:
-            losses = self.optimize(step)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise RankInputError(
-                f"a step does not fit in the memory of {self.world.device}: go on with "
-                "--checkpoint-activations, or start over with --accumulate, a smaller --crop-size "
-                "or a smaller --batch-size"
-            ) from error
-        self.iteration += 1
-        self.in_step = False
-        self.meters.add(self.iteration, losses, step.waited)
-        self.log.step()
+        with undisturbed():
+            self.in_step = True
+            try:
+                losses = self.optimize(step)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise RankInputError(
+                    f"a step does not fit in the memory of {self.world.device}: go on with "
+                    "--checkpoint-activations, or start over with --accumulate, a smaller "
+                    "--crop-size or a smaller --batch-size"
+                ) from error
+            self.iteration += 1
+            self.in_step = False
+            self.meters.add(self.iteration, losses, step.waited)
+            self.log.step()
 
     def optimize(self, step: Step) -> dict[str, torch.Tensor]:
         """One optimizer step on the batches of ``step``; return the method's named scalars."""

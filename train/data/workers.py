@@ -68,6 +68,11 @@ def share(item: Any) -> Any:
     return item
 
 
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether an exception is PyTorch's word about a loader's process that has ended."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
 @contextmanager
 def lost_workers() -> Iterator[None]:
     """Turn PyTorch's word about a loader's process that was killed into one line.
@@ -77,7 +82,7 @@ def lost_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not is_lost_worker(error):
             raise
         # Each process that ends from here on would raise the same once more.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -85,6 +90,23 @@ def lost_workers() -> Iterator[None]:
             f"a loader's process has ended ({str(error).partition('. ')[0]}), as a rule for want "
             "of memory: use fewer --workers, or 0"
         ) from error
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put off PyTorch's word about a lost process to the end of what must be done as a whole."""
+    former = signal.getsignal(signal.SIGCHLD)
+    if not callable(former):  # no loader has processes
+        yield
+        return
+    noted: list[int] = []
+    signal.signal(signal.SIGCHLD, lambda number, _: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, former)
+    if noted:
+        former(signal.SIGCHLD, None)
 
 
 @dataclass(frozen=True)

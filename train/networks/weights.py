@@ -114,13 +114,19 @@ def _bare(state: dict[str, object], expected: dict[str, Tensor]) -> dict[str, Te
 def _unwrapped(content: dict[str, object]) -> dict[str, object]:
     """The state_dict in a file's content: the innermost under one of the usual names."""
     for _ in range(3):
-        inner = next(
-            (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None
-        )
+        inner = next((content[key] for key in _WRAPPERS if _has_tensors(content.get(key))), None)
         if inner is None:
             break
         content = inner
     return content
+
+
+def _has_tensors(content: object, depth: int = 2) -> bool:
+    """Whether there are tensors in a dict, or in those that it holds."""
+    return isinstance(content, dict) and any(
+        isinstance(value, Tensor) or (depth > 0 and _has_tensors(value, depth - 1))
+        for value in content.values()
+    )
 
 
 def _read(path: Path) -> dict[str, object]:
