@@ -3,6 +3,7 @@
 # make test    check the style, run the tests
 # make lint    check the style alone
 # make clean   remove what builds and tests leave; .venv, .venv-oldest, data/ and runs/ stay
+# make test-faults   kill trainings and fill their disk at random moments (FAULTS=50 of them)
 # make test-oldest   run the tests of loss, kernels and build with the oldest PyTorch, in .venv-oldest
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ OLDEST_PYTHON ?= $(firstword $(foreach python,python3.12 python3.11 $(PYTHON),\
 OLDEST_TESTED := bank choice cpp cuda derivatives eager extension gluon gpu_loss loss ops overlap \
 	proven settled tiles triton upsampled verification
 
-.PHONY: setup demo test test-oldest lint clean
+.PHONY: setup demo test test-faults test-oldest lint clean
 setup: $(READY)
 
 demo: $(READY)
@@ -25,6 +26,9 @@ demo: $(READY)
 # A process a core, each with one thread.
 test: lint
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-faults: $(READY)
+	$(VENV)/bin/python -m pytest -q -s tests/fault_round.py
 
 # Installed, not editable: an extension built in place would take that of $(VENV) away, or be loaded
 # there. Run in tests, since in this folder Python would import the cac_fast that lies here.

@@ -27,6 +27,11 @@ LAYOUTS = ["voc", "ids", "few", "one"]
 TEMPERATURES = [1.0, 0.1, 0.09, 0.016, 0.015, 0.0005]
 
 
+def draws(count: int) -> settings:
+    """So many random cases; as many more as the profile has more than 100."""
+    return settings(max_examples=count * settings().max_examples // 100)
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """NaN in every buffer that is not initialized."""
@@ -213,7 +218,7 @@ class RowsContract:
     def test_any_drawn_case(self, rows: Rows) -> None:
         count, most_a, most_m = self.drawn
 
-        @settings(max_examples=count)
+        @draws(count)
         @hypothesis.given(
             labels=st.sampled_from(LAYOUTS),
             dtype=st.sampled_from(self.dtypes),

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from rows_contract import check_bounds, check_cancellation, distance, exact
+from rows_contract import check_bounds, check_cancellation, distance, draws, exact
 from torch import Tensor
 
 from cac_fast import _extension, build_info, directional_contrastive_loss, reference
@@ -90,7 +90,7 @@ def test_equals_float64_in_any_dimension(dtype: torch.dtype, d: int, temperature
     check(operands("voc", dtype, 700, 3000, d), temperature)
 
 
-@settings(max_examples=40)
+@draws(40)
 @given(
     a=st.integers(1, 700),
     m=st.integers(1, 5000),
