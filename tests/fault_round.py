@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -221,8 +221,8 @@ def test_full_disk(faults: Round, disk: tuple[Server, Place], number: int) -> No
             training = faults.start(place, server=server)
             seconds = rng.uniform(0, spent / tried)
             if next(meet(training, place, wanted, seconds), "ended") is None:
-                # Few or no bytes are left more often than many: the small files must meet it too.
-                ballast = fill(place.seen, int(4e6 * rng.random() ** 4))
+                # No byte is left half of the time: the small files must meet it too.
+                ballast = fill(place.seen, rng.choice((0, int(4e6 * rng.random() ** 2))))
                 if training.wait() != 0:
                     break
                 ballast.unlink()
@@ -242,11 +242,11 @@ def fill(folder: Path, left: int) -> Path:
     """Leave so many bytes of room on the folder's disk; return the file to delete."""
     ballast = folder / "ballast"
     with open(ballast, "wb") as file:
-        while (size := _room(folder) - left) > 0:
-            try:
+        for _ in range(1000):
+            if (size := _room(folder) - left) <= 0:
+                break
+            with suppress(OSError):  # the training has written meanwhile
                 os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
-            except OSError:  # the training has written meanwhile
-                continue
     return ballast
 
 

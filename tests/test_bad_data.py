@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from data_folders import write_folder, write_image, write_mask
 from PIL import Image
 
-from cac_fast.train import check, main, predict, split
+from cac_fast.train import check, evaluate, main, predict, split
 
-QUICK = "--backbone mobilenet_v2 --batch-size 2 --crop-size 32 --iterations 2 --workers 0".split()
+QUICK = (
+    "--network lraspp --backbone mobilenet_v2 --batch-size 2 --crop-size 32 --iterations 2 "
+    "--workers 0 --device cpu"
+).split()
 
-Case = tuple[str, Callable[[Path], list[str] | None], tuple[str, ...]]
+Command = tuple[ModuleType, str]
+"""Another command than train/main.py, and its arguments; {0} is the data folder."""
+Case = tuple[str, Callable[[Path], list[str] | Command | None], tuple[str, ...]]
 """What it is; how it is made of a good data folder, with more arguments; words of the answer."""
+
+
+def train_on(root: Path) -> list[str]:
+    return ["--dataset", "folder", "--data-dir", str(root), "--output", str(run_of(root)), *QUICK]
+
+
+def run_of(root: Path) -> Path:
+    """The run folder; in it lies a run of the good data if the case is one of FORMER."""
+    return root.parent / "run"
+
+
+# ---- data
 
 
 def ids(root: Path, values: np.ndarray, name: str = "train/t00.png", **more) -> None:
@@ -52,8 +73,8 @@ def voc(root: Path, line: str) -> list[str]:
     return ["--dataset", "voc"]
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:60])
+def cut(path: Path, size: int = 60) -> None:
+    path.write_bytes(path.read_bytes()[:size])
 
 
 def turned(root: Path) -> None:
@@ -75,122 +96,498 @@ def one_class(root: Path) -> None:
     Image.fromarray(pattern(0)).save(root / "masks/val/v00.png")
 
 
-CASES: list[Case] = [
-    # Masks
-    (
-        "jpeg mask",
-        lambda r: ids(r, pattern(0, 1, 2), "train/t00.jpg"),
-        ("t00.jpg", "JPEG", "write it anew as PNG"),
-    ),
-    (
-        "jpeg mask called png",
-        lambda r: ids(r, pattern(0, 1, 2), format="jpeg"),
-        ("t00.png", "JPEG"),
-    ),
-    (
-        "float mask",
-        lambda r: ids(r, pattern(0, 1, 2).astype(np.float32), "train/t00.tif"),
-        ("t00.tif", "floating-point", "8-bit gray PNG"),
-    ),
-    (
-        "mask with an unknown color",
-        lambda r: ids(r, np.repeat(pattern(1, 1, 9)[..., None], 3, 2)),
-        ("t00.png", "(1, 1, 1) at x 0, y 0", "correct the class list"),
-    ),
-    (
-        "transparent mask",
-        lambda r: ids(r, np.zeros((24, 32, 4), np.uint8)),
-        ("t00.png", "transparent pixel at x 0, y 0", "save it"),
-    ),
-    ("mask half as large", lambda r: ids(r, np.zeros((12, 16), np.uint8)), ("2 times the mask",)),
-    ("mask turned", lambda r: ids(r, np.zeros((32, 24), np.uint8)), ("turn the mask",)),
-    ("image that exif turns", turned, ("t00.jpg", "EXIF orientation", "turn the mask")),
-    ("mask of 16 bits", lambda r: ids(r, pattern(0).astype(np.uint16) + 300), ("id 300",)),
-    ("instance ids", lambda r: ids(r, pattern(0, 1, 2, 3)), ("t00.png holds the id 3", "0 to 2")),
-    ("empty mask", lambda r: (r / "masks/train/t00.png").write_bytes(b"") and None, ("t00.png",)),
-    ("cut mask", lambda r: cut(r / "masks/train/t01.png"), ("t01.png", "replace or remove")),
-    # What is in them
-    ("all ignored", lambda r: all_masks(r, 255), ("every pixel of all 4 labeled", "write the ids")),
-    ("one class", lambda r: all_masks(r, 1), ("hold the id 1 ('wet road') alone",)),
-    ("0 and 255", two_classes, ("255, which is ignored: write the object as 1", "'road'")),
-    ("one class listed", one_class, ("'sky' is the only class", "list the background")),
-    (
-        "validation ignored",
-        lambda r: write_mask(r / "masks/val/v00.png", value=255) and None,
-        ("1 validation masks is 255",),
-    ),
-    ("no masks", lambda r: [p.unlink() for p in (r / "masks/train").iterdir()] and None, ("mask",)),
-    # Names
-    (
-        "two masks of a name",
-        lambda r: write_mask(r / "masks/train/t00.tif") and None,
-        ("t00.png", "t00.tif", "rename one"),
-    ),
-    (
-        "two images of a name",
-        lambda r: write_image(r / "images/train/t00.gif") and None,
-        ("t00.gif", "t00.png", "rename one"),
-    ),
-    # Lists
-    ("misspelled name", lambda r: listed(r, "t01\nt0l\n"), ("line 2", "t0l", "nearest is t0")),
-    (
-        "path that is not there",
-        lambda r: listed(r, "images\\train\\t44.png"),
-        ("line 1", f"images{os.sep}train{os.sep}t44.png was looked for", "the nearest is images"),
-    ),
-    (
-        "mask that is not there",
-        lambda r: listed(r, "images/train/t00.png masks/t00.png"),
-        ("line 1", "masks/t00.png does not exist", "correct the line"),
-    ),
-    ("unlabeled image", lambda r: listed(r, "t00\nt07\n"), ("line 2: t07 has no mask", "move")),
-    ("three columns", lambda r: listed(r, "a.png b.png c.png\n"), ("more than two columns", "tab")),
-    ("utf-16 unmarked", lambda r: listed(r, "t00".encode("utf-16-le")), ("UTF-16", "text file")),
-    ("list of nothing", lambda r: listed(r, b"\xff\xfe"), ("labeled.txt is empty",)),
-    ("pickled list", lambda r: listed(r, b"\x80\x04\x00\x00"), ("labeled.txt", "text file")),
-    ("list that is a folder", lambda r: ["--labeled", str(r)], ("cannot be read", "text file")),
-    ("voc list", lambda r: voc(r, "JPEGImages/b.jpg\n"), ("train.txt line 1", "no image b")),
-    # Classes
-    ("name without color", lambda r: classes(r, "0 sky\n1 road\n"), ("line 1", "id name R G B")),
-    ("ids from 1", lambda r: classes(r, "1 sky 1 2 3\n2 road 4 5 6\n"), ("without gaps", "1, 2")),
-    ("id twice", lambda r: classes(r, "0 sky 1 2 3\n0 road 4 5 6\n"), ("line 2", "renumber")),
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---- weights and checkpoints
+
+
+class Code:
+    """What a file must not have done by being read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("code-was-run",)
+
+
+def weights(root: Path, content: Any) -> list[str]:
+    """--weights of a file of these bytes, or with this saved in it."""
+    path = root / "w.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return ["--weights", str(path)]
+
+
+def cut_weights(root: Path) -> list[str]:
+    more = weights(root, {"conv1.weight": torch.zeros(64, 3, 7, 7)})
+    cut(root / "w.pth", 20_000)
+    return more
+
+
+def asked(path: str, command: ModuleType = predict) -> Command:
+    """Predict, or evaluate, with a checkpoint."""
+    rest = "--images {0}/images --output {0}/out --device cpu"
+    if command is evaluate:
+        rest = "--dataset folder --data-dir {0} --device cpu"
+    return command, f"--checkpoint {path} {rest}"
+
+
+def checkpoint_of(root: Path, content: Any) -> Command:
+    weights(root, content)
+    return asked("{0}/w.pth")
+
+
+def altered(root: Path, change: Callable[[dict[str, Any]], Any]) -> Command:
+    state = torch.load(run_of(root) / "best.pt", weights_only=True)
+    change(state)
+    return checkpoint_of(root, state)
+
+
+def another_class(root: Path) -> Command:
+    classes(root, "0 sky 1 2 3\n1 wet road 4 5 6\n2 car 7 8 9\n3 tree 9 9 9\n")
+    return asked("{0}/../run", evaluate)
+
+
+def best_as_last(root: Path) -> None:
+    shutil.copy(run_of(root) / "best.pt", run_of(root) / "last.pt")
+
+
+def foreign_last(root: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, run_of(root) / "last.pt")
+
+
+def no_image(root: Path) -> Command:
+    (root / "lists").mkdir()
+    (root / "lists/a.npy").write_text("")
+    return predict, "--checkpoint x --images {0}/lists --output {0}/o"
+
+
+def settings_file(root: Path, text: str) -> list[str]:
+    (root / "a.toml").write_text(text)
+    return ["--config", str(root / "a.toml")]
+
+
+KINDS: dict[str, dict[str, list[Case]]] = {
+    "data": {
+        "format of a mask": [
+            (
+                "jpeg mask",
+                lambda r: ids(r, pattern(0, 1, 2), "train/t00.jpg"),
+                ("t00.jpg", "JPEG", "write it anew as PNG"),
+            ),
+            (
+                "jpeg mask called png",
+                lambda r: ids(r, pattern(0, 1, 2), format="jpeg"),
+                ("t00.png", "JPEG"),
+            ),
+            (
+                "float mask",
+                lambda r: ids(r, pattern(0, 1, 2).astype(np.float32), "train/t00.tif"),
+                ("t00.tif", "floating-point", "8-bit gray PNG"),
+            ),
+        ],
+        "values of a mask": [
+            (
+                "mask of 16 bits",
+                lambda r: ids(r, pattern(0).astype(np.uint16) + 300),
+                ("id 300",),
+            ),
+            (
+                "instance ids",
+                lambda r: ids(r, pattern(0, 1, 2, 3)),
+                ("t00.png holds the id 3", "0 to 2"),
+            ),
+            (
+                "id of a validation mask",
+                lambda r: write_mask(r / "masks/val/v00.png", value=77) and None,
+                ("v00.png", "77"),
+            ),
+        ],
+        "colors of a mask": [
+            (
+                "mask with an unknown color",
+                lambda r: ids(r, np.repeat(pattern(1, 1, 9)[..., None], 3, 2)),
+                ("t00.png", "(1, 1, 1) at x 0, y 0", "correct the class list"),
+            ),
+            (
+                "transparent mask",
+                lambda r: ids(r, np.zeros((24, 32, 4), np.uint8)),
+                ("t00.png", "transparent pixel at x 0, y 0", "save it"),
+            ),
+        ],
+        "size of a mask": [
+            (
+                "mask half as large",
+                lambda r: ids(r, np.zeros((12, 16), np.uint8)),
+                ("2 times the mask",),
+            ),
+            (
+                "mask turned",
+                lambda r: ids(r, np.zeros((32, 24), np.uint8)),
+                ("turn the mask",),
+            ),
+            ("image that exif turns", turned, ("t00.jpg", "EXIF orientation", "turn the mask")),
+        ],
+        "broken mask": [
+            ("empty mask", lambda r: cut(r / "masks/train/t00.png", 0), ("t00.png",)),
+            (
+                "cut mask",
+                lambda r: cut(r / "masks/train/t01.png"),
+                ("t01.png", "replace or remove"),
+            ),
+        ],
+        "broken image": [
+            (
+                "cut image",
+                lambda r: cut(r / "images/train/t01.png"),
+                ("images/train/t01.png", "replace or remove"),
+            ),
+            (
+                "empty image",
+                lambda r: cut(r / "images/val/v00.png", 0),
+                ("images/val/v00.png", "replace or remove"),
+            ),
+            (
+                "text called png",
+                lambda r: (r / "images/train/t00.png").write_text("<html>") and None,
+                ("images/train/t00.png", "replace or remove"),
+            ),
+        ],
+        "what the masks hold": [
+            (
+                "all ignored",
+                lambda r: all_masks(r, 255),
+                ("every pixel of all 4 labeled", "write the ids"),
+            ),
+            ("one class", lambda r: all_masks(r, 1), ("hold the id 1 ('wet road') alone",)),
+            ("0 and 255", two_classes, ("255, which is ignored: write the object as 1", "'road'")),
+        ],
+        "validation": [
+            (
+                "validation ignored",
+                lambda r: write_mask(r / "masks/val/v00.png", value=255) and None,
+                ("1 validation masks is 255",),
+            ),
+            (
+                "validation image without a mask",
+                lambda r: remove(r / "masks/val/v00.png"),
+                ("val/v00.png has no mask",),
+            ),
+        ],
+        "names": [
+            (
+                "two masks of a name",
+                lambda r: write_mask(r / "masks/train/t00.tif") and None,
+                ("t00.png", "t00.tif", "rename one"),
+            ),
+            (
+                "two images of a name",
+                lambda r: write_image(r / "images/train/t00.gif") and None,
+                ("t00.gif", "t00.png", "rename one"),
+            ),
+        ],
+        "folders": [
+            ("no data folder", lambda r: ["--data-dir", str(r / "none")], ("none",)),
+            ("no images folder", lambda r: remove(r / "images"), ("images",)),
+            ("no masks", lambda r: remove(r / "masks/train"), ("mask",)),
+        ],
+        "class list": [
+            ("no class list", lambda r: remove(r / "classes.txt"), ("classes.txt",)),
+            ("name without color", lambda r: classes(r, "0 sky\n1 road\n"), ("id name R G B",)),
+            ("one class listed", one_class, ("'sky' is the only class", "list the background")),
+        ],
+        "ids of the class list": [
+            (
+                "ids from 1",
+                lambda r: classes(r, "1 sky 1 2 3\n2 road 4 5 6\n"),
+                ("without gaps", "1, 2"),
+            ),
+            (
+                "id twice",
+                lambda r: classes(r, "0 sky 1 2 3\n0 road 4 5 6\n"),
+                ("line 2", "renumber"),
+            ),
+        ],
+    },
+    "lists": {
+        "name in a list": [
+            (
+                "misspelled name",
+                lambda r: listed(r, "t01\nt0l\n"),
+                ("line 2", "t0l", "nearest is t0"),
+            ),
+            ("unlabeled image", lambda r: listed(r, "t00\nt07\n"), ("line 2: t07 has no mask",)),
+            (
+                "voc list",
+                lambda r: voc(r, "JPEGImages/b.jpg\n"),
+                ("train.txt line 1", "image b"),
+            ),
+        ],
+        "path in a list": [
+            (
+                "path that is not there",
+                lambda r: listed(r, "images\\train\\t44.png"),
+                (
+                    "line 1",
+                    f"images{os.sep}train{os.sep}t44.png was looked for",
+                    "the nearest is images",
+                ),
+            ),
+            (
+                "mask that is not there",
+                lambda r: listed(r, "images/train/t00.png masks/t00.png"),
+                ("line 1", "masks/t00.png does not exist", "correct the line"),
+            ),
+        ],
+        "form of a list": [
+            (
+                "three columns",
+                lambda r: listed(r, "a.png b.png c.png\n"),
+                ("more than two columns", "tab"),
+            ),
+            (
+                "utf-16 unmarked",
+                lambda r: listed(r, "t00".encode("utf-16-le")),
+                ("UTF-16", "text file"),
+            ),
+            (
+                "pickled list",
+                lambda r: listed(r, b"\x80\x04\x00\x00"),
+                ("labeled.txt", "text file"),
+            ),
+        ],
+        "list without lines": [
+            ("empty list", lambda r: listed(r, "\n"), ("labeled.txt is empty",)),
+            ("list of nothing", lambda r: listed(r, b"\xff\xfe"), ("labeled.txt is empty",)),
+            (
+                "list that is a folder",
+                lambda r: ["--labeled", str(r)],
+                ("cannot be read", "text file"),
+            ),
+        ],
+        "other lists": [
+            (
+                "no list",
+                lambda r: [*listed(r, "t00\n"), "--unlabeled", str(r / "none.txt")],
+                ("none.txt",),
+            ),
+            (
+                "names of another split",
+                lambda r: (
+                    listed(r, "v99\n")
+                    and (evaluate, asked("{0}/../run", evaluate)[1] + " --names {0}/labeled.txt")
+                ),
+                ("v99",),
+            ),
+        ],
+    },
+    "weights": {
+        "no weights file": [
+            ("no weights", lambda r: ["--weights", str(r / "none.pth")], ("none.pth",)),
+            ("folder without a run", lambda r: ["--weights", str(r)], ("best.pt", "not found")),
+        ],
+        "broken weights": [
+            ("empty weights", lambda r: weights(r, b""), ("w.pth", "download it again")),
+            ("cut weights", cut_weights, ("w.pth", "truncated")),
+            ("page called weights", lambda r: weights(r, b"<html>no</html>"), ("download it",)),
+        ],
+        "more than tensors": [
+            ("weights with code", lambda r: weights(r, {"a": Code()}), ("more than tensors",)),
+            ("whole module", lambda r: weights(r, torch.nn.Linear(2, 2)), ("save its state_dict",)),
+            ("list of tensors", lambda r: weights(r, [torch.ones(2)]), ("list", "state_dict")),
+        ],
+        "other weights": [
+            (
+                "weights of another architecture",
+                lambda r: weights(r, {"conv1.weight": torch.zeros(64, 3, 7, 7)}),
+                ("another architecture", "for this backbone"),
+            ),
+            ("no tensors", lambda r: weights(r, {"epoch": 3}), ("another architecture",)),
+        ],
+    },
+    "checkpoints": {
+        "no checkpoint": [
+            ("no file", lambda r: asked("{0}/none.pt"), ("none.pt does not exist",)),
+            ("folder without best.pt", lambda r: asked("{0}"), ("best.pt does not exist",)),
+        ],
+        "broken checkpoint": [
+            ("empty checkpoint", lambda r: checkpoint_of(r, b""), ("w.pth", "truncated")),
+            ("text", lambda r: checkpoint_of(r, b"a text\n"), ("w.pth", "no checkpoint")),
+            (
+                "checkpoint with code",
+                lambda r: checkpoint_of(r, {"a": Code()}),
+                ("cannot be read",),
+            ),
+        ],
+        "no checkpoint of this program": [
+            (
+                "plain weights",
+                lambda r: checkpoint_of(r, {"conv1.weight": torch.ones(1)}),
+                ("not a checkpoint of this program",),
+            ),
+            ("a list", lambda r: checkpoint_of(r, [1, 2]), ("not a checkpoint",)),
+            (
+                "whole network",
+                lambda r: checkpoint_of(r, torch.nn.Linear(2, 2)),
+                ("cannot be read",),
+            ),
+        ],
+        "another checkpoint": [
+            (
+                "of a newer format",
+                lambda r: altered(r, lambda s: s.update(format=s["format"] + 1)),
+                ("w.pth", "newer"),
+            ),
+            (
+                "without its config",
+                lambda r: altered(r, lambda s: s.pop("config")),
+                ("w.pth", "config"),
+            ),
+            (
+                "of another network",
+                lambda r: altered(r, lambda s: s["config"].update(backbone="resnet18")),
+                ("another architecture",),
+            ),
+        ],
+        "classes of a checkpoint": [("another class", another_class, ("3 classes", "has 4"))],
+        "broken run folder": [
+            (
+                "cut last.pt",
+                lambda r: cut(run_of(r) / "last.pt", 10**6),
+                ("last.pt cannot be read", "--restart"),
+            ),
+            ("best.pt as last.pt", best_as_last, ("copy of best.pt", "--restart")),
+            ("last.pt gone", lambda r: remove(run_of(r) / "last.pt"), ("best.pt", "--restart")),
+        ],
+        "another run in the folder": [
+            (
+                "fewer iterations",
+                lambda r: ["--iterations", "1"],
+                ("iterations: 2 there, 1 here", "--restart"),
+            ),
+            ("other crops", lambda r: ["--crop-size", "40"], ("crop_size: 32 there, 40 here",)),
+            ("other images", lambda r: listed(r, "t00\nt01\n"), ("other labeled images",)),
+        ],
+        "another file in the run folder": [
+            ("foreign last.pt", foreign_last, ("last.pt is not a checkpoint", "--restart")),
+        ],
+    },
+    "settings": {
+        "options": [
+            ("unknown option", lambda r: ["--batchsize", "4"], ("did you mean --batch-size?",)),
+            ("no number", lambda r: ["--iterations", "many"], ("--iterations",)),
+            ("unknown backbone", lambda r: ["--backbone", "resnet"], ("--backbone",)),
+        ],
+        "numbers": [
+            ("crop", lambda r: ["--crop-size", "36"], ("use 32 or 40",)),
+            ("one image", lambda r: ["--batch-size", "1"], ("--freeze-bn",)),
+            ("share of no image", lambda r: ["--labeled-share", "1/100"], ("1/100",)),
+        ],
+        "files of settings": [
+            ("no file", lambda r: ["--config", str(r / "none.toml")], ("none.toml: no such file",)),
+            ("no TOML", lambda r: settings_file(r, "crop: 3\n"), ("a.toml",)),
+            ("unknown key", lambda r: settings_file(r, "batchsize = 3\n"), ("batch_size",)),
+        ],
+        "output": [
+            ("a file", lambda r: ["--output", str(r / "classes.txt")], ("--output",)),
+            ("below a file", lambda r: ["--output", str(r / "classes.txt/run")], ("--output",)),
+        ],
+        "other commands": [
+            ("check nothing", lambda r: (check, "--dataset folder"), ("--data-dir",)),
+            (
+                "check no folder",
+                lambda r: (check, "--dataset folder --data-dir {0}/none"),
+                ("none does not exist", "--data-dir"),
+            ),
+            (
+                "split a wrong share",
+                lambda r: (
+                    split,
+                    "--dataset folder --data-dir {0} --labeled-share 1/9 --output {0}/l",
+                ),
+                ("1/9",),
+            ),
+        ],
+        "files to write": [
+            (
+                "json is a folder",
+                lambda r: (check, "--dataset folder --data-dir {0} --json {0}"),
+                ("--json", "folder that exists"),
+            ),
+            (
+                "sheet of no picture",
+                lambda r: (check, "--dataset folder --data-dir {0} --sheet {0}/a.doc"),
+                ("a.doc", ".png"),
+            ),
+        ],
+        "images to predict": [
+            (
+                "pattern of none",
+                lambda r: (predict, "--checkpoint x --images {0}/*.xyz --output {0}/o"),
+                ("no pattern", "*.xyz"),
+            ),
+            (
+                "no such folder",
+                lambda r: (predict, "--checkpoint x --images {0}/masks/none --output {0}/o"),
+                ("masks/none",),
+            ),
+            (
+                "no image",
+                no_image,
+                ("no image", ".npy 1"),
+            ),
+        ],
+    },
+}
+FORMER = {"checkpoints", "lists"}
+CASES = [
+    pytest.param(group, make, words, id=f"{kind}-{what}")
+    for group, kinds in KINDS.items()
+    for kind, cases in kinds.items()
+    for what, make, words in cases
 ]
 
 
-@pytest.mark.parametrize(
-    ("make", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
-)
-def test_data_that_cannot_be_trained_on(tmp_path, capfd, make, words):
+def test_they_are_many_and_of_many_kinds():
+    kinds = [len(cases) for kinds in KINDS.values() for cases in kinds.values()]
+    assert max(kinds) <= 3 and sum(kinds) >= 60
+    assert sum(case.values[0] != "settings" for case in CASES) >= 40
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two iterations on good data."""
+    root = write_folder(tmp_path_factory.mktemp("finished") / "data")
+    assert main.main(train_on(root)) == 0
+    return run_of(root)
+
+
+@pytest.mark.parametrize(("group", "make", "words"), CASES)
+def test_bad_input(tmp_path, capfd, monkeypatch, finished, group, make, words):
+    monkeypatch.chdir(tmp_path)
     root = write_folder(tmp_path / "data")
-    more = make(root) or []
-    run = ["--dataset", "folder", "--data-dir", str(root), "--output", str(tmp_path / "run")]
-    answered(main.main, [*run, *QUICK, "--device", "cpu", *more], words, capfd)
-    assert not (tmp_path / "run").exists()
-
-
-def answered(command, arguments: list[str], words: tuple[str, ...], capfd) -> None:
-    assert command(arguments) == 2
+    if group in FORMER:
+        shutil.copytree(finished, run_of(root))
+    made = make(root)
+    command, arguments = main, [*train_on(root), *(made or [])]
+    if isinstance(made, tuple):
+        command, arguments = made[0], made[1].format(root).split()
+    before = files(tmp_path)
+    capfd.readouterr()
+    assert command.main(arguments) == 2
     out, err = capfd.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
     for word in words:
         assert word in err, err
+    assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("command", "arguments", "words"),
-    [
-        (check, "--dataset folder", ("--data-dir",)),
-        (check, "--dataset folder --data-dir {0}/none", ("none does not exist", "--data-dir")),
-        (check, "--dataset folder --data-dir {0} --json {0}", ("--json", "folder that exists")),
-        (check, "--dataset folder --data-dir {0} --sheet {0}/a.doc", ("a.doc", ".png")),
-        (split, "--dataset folder --data-dir {0} --labeled-share 1/9 --output {0}/l", ("1/9",)),
-        (predict, "--checkpoint x --images {0}/*.xyz --output {0}/o", ("no pattern", "*.xyz")),
-        (predict, "--checkpoint x --images {0}/masks/none --output {0}/o", ("masks/none",)),
-        (predict, "--checkpoint x --images {0}/lists --output {0}/o", ("no image", ".npy 1")),
-    ],
-)
-def test_other_commands(tmp_path, capfd, command, arguments, words):
-    root = write_folder(tmp_path / "data")
-    (root / "lists").mkdir()
-    (root / "lists/a.npy").write_text("")
-    answered(command.main, arguments.format(root).split(), words, capfd)
+def files(folder: Path) -> dict[Path, bytes]:
+    """All files but the lock, with their content: none is lost, none is left behind."""
+    return {
+        path: b"" if path.is_dir() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.name != "lock"
+    }

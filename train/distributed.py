@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,20 +138,52 @@ def world(device_name: str) -> Iterator[World]:
         yield World(0, 1, device)
         return
     try:
+        store, rank, size = next(dist.rendezvous("env://"))
+        place = {"store": unused(store, rank, size), "rank": rank, "world_size": size}
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, **place)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", **place)
     except (RuntimeError, ValueError) as error:  # a port in use, a host that is not there
-        place = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
-        reason = f"{error}".strip().partition("\n")[0]
+        address = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
+        reason = f"{error}".strip().partition("
+")[0]
         raise InputError(
-            f"the {size} processes cannot meet at {place} ({reason}): start them with "
+            f"the {size} processes cannot meet at {address} ({reason}): start them with "
             "torchrun --standalone, or give another --master-port"
         ) from error
     yield World(dist.get_rank(), size, device)
     # Not after an error: leaving in order would wait for ranks that know nothing of it.
     dist.destroy_process_group()
+
+
+def unused(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of ``store``, the same on all ranks, in which no earlier try has left anything.
+
+    After a failure torchrun hands the new processes the store of the former ones, with their
+    addresses in it: ranks that find those wait for processes that have ended.
+    """
+    if rank:
+        asked = uuid.uuid4().hex  # no other process waits for this answer
+        store.set(f"asked/{rank}", asked)
+        name = store.get(f"answer/{asked}").decode()
+        store.add(f"heard/{name}", 1)
+        return dist.PrefixStore(name, store)
+    name = uuid.uuid4().hex
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    answered: set[str] = set()  # former processes too: which ones wait cannot be told
+    while store.add(f"heard/{name}", 0) < size - 1:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all of {size} processes have come within {store.timeout}")
+        for other in range(1, size):
+            if not store.check([f"asked/{other}"]):
+                continue
+            asked = store.get(f"asked/{other}").decode()
+            if asked not in answered:
+                store.set(f"answer/{asked}", name)
+                answered.add(asked)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def run_command(command: Callable[[], int | None]) -> int:
