@@ -22,7 +22,7 @@ LIMIT = 300  # seconds, of every wait
 ITERATIONS, EVAL_EVERY, ENTRIES = 8, 4, 28
 OPTIONS = (
     f"--deterministic --network lraspp --iterations {ITERATIONS} --save-every 3 "
-    f"--eval-every {EVAL_EVERY}"
+    f"--eval-every {EVAL_EVERY} --bank-past-steps 1"
 ).split()
 
 

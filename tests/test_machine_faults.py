@@ -78,6 +78,13 @@ def test_a_run_folder_belongs_to_one_process(capfd, folder_data, tmp_path):
     RunFolder(config.parse(given), CPU).prepare(new=True)
 
 
+def test_a_lock_on_a_full_disk_needs_no_note(folder_data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to("/dev/full")
+    folder = RunFolder(config.parse(arguments(folder_data, tmp_path / "run")), CPU)
+    assert folder.former({}) is None and folder.lock is not None
+
+
 def test_full_shared_memory_slows_loading_down(monkeypatch, capfd):
     def full(tensor: torch.Tensor) -> None:
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")

@@ -131,7 +131,6 @@ class RunFolder:
         except OSError:  # a file system without locks
             return
         self.lock = file
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        with contextlib.suppress(OSError):  # a full disk: it holds without the note too
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
