@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -199,8 +200,10 @@ def test_rank_killed(faults: Round, number: int) -> None:
             training = faults.start(place, 2, restarts=3)
             seconds = rng.uniform(0, spent / tried)
             if next(meet(training, place, wanted, seconds), "ended") is None:
-                os.kill(training.ranks()[rank], 9)
-                break
+                with suppress(ProcessLookupError):  # this rank has just come to its end
+                    os.kill(training.ranks()[rank], signal.SIGKILL)
+                    break
+            training.wait()
             shutil.rmtree(place.seen)
         else:
             pytest.fail(f"{wanted} was not met in {TRIES} trainings")

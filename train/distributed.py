@@ -146,8 +146,7 @@ def world(device_name: str) -> Iterator[World]:
             dist.init_process_group("gloo", **place)
     except (RuntimeError, ValueError) as error:  # a port in use, a host that is not there
         address = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
-        reason = f"{error}".strip().partition("
-")[0]
+        reason = f"{error}".strip().partition("\n")[0]
         raise InputError(
             f"the {size} processes cannot meet at {address} ({reason}): start them with "
             "torchrun --standalone, or give another --master-port"
