@@ -31,17 +31,24 @@ def png(path, depth: int, rows: list[bytes], width: int, kind: int = 0):
     return path
 
 
-def tiff(path, pixels: np.ndarray, extra: list[int] | None = None, bits: int | None = None):
-    """An uncompressed TIFF; packed samples of `bits` bits come as bytes (H, B)."""
+def tiff(
+    path,
+    pixels: np.ndarray,
+    extra: list[int] | None = None,
+    bits: int | None = None,
+    deflate: bool = False,
+):
+    """A TIFF; packed samples of `bits` bits come as bytes (H, B)."""
     height, width, channels = (*pixels.shape, 1)[:3]
     depth = bits or 8 * pixels.itemsize
     width = width * 8 // depth if bits else width
-    content = pixels.tobytes()
+    content = zlib.compress(pixels.tobytes()) if deflate else pixels.tobytes()
+    content += bytes(len(content) % 2)
     tags = {
         256: [width],
         257: [height],
         258: [depth] * channels,
-        259: [1],
+        259: [8 if deflate else 1],
         262: [2 if channels > 2 else 1],
         273: [8],
         277: [channels],
@@ -220,7 +227,16 @@ def test_tiff_whose_colors_are_multiplied_by_its_alpha(tmp_path):
 TWELVE = np.arange(24, dtype=np.uint16).reshape(2, 4, 3) * 178  # up to 4094
 
 
-@pytest.mark.parametrize("kind", ["gray png", "gray tif", "png", "tif", "four bands"])
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("extra", [None, [0], [2]])
+def test_twelve_bits_and_a_fourth_band(tmp_path, extra, deflate):
+    infrared = np.full_like(TWELVE[..., :1], 4000)
+    stored = np.concatenate([TWELVE, infrared], axis=2)
+    path = tiff(tmp_path / "a.tif", stored, extra, deflate=deflate)
+    np.testing.assert_array_equal(np.asarray(read_image(path)), TWELVE >> 4)
+
+
+@pytest.mark.parametrize("kind", ["gray png", "gray tif", "png", "tif", "deflate tif"])
 def test_twelve_bits_in_sixteen(tmp_path, kind):
     expected = (TWELVE >> 4).astype(np.uint8)
     if "gray" in kind:
@@ -229,11 +245,8 @@ def test_twelve_bits_in_sixteen(tmp_path, kind):
         expected = np.repeat(expected[..., :1], 3, axis=2)
     elif kind == "png":
         path = png(tmp_path / "a.png", 16, [row.astype(">u2").tobytes() for row in TWELVE], 4, 2)
-    elif kind == "tif":
-        path = tiff(tmp_path / "a.tif", TWELVE)
     else:
-        infrared = np.full_like(TWELVE[..., :1], 4000)
-        path = tiff(tmp_path / "a.tif", np.concatenate([TWELVE, infrared], axis=2))
+        path = tiff(tmp_path / "a.tif", TWELVE, deflate=kind != "tif")
     np.testing.assert_array_equal(np.asarray(read_image(path)), expected)
 
 

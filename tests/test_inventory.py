@@ -243,6 +243,13 @@ def test_check_names_what_is_broken(tmp_path, capfd):
     assert "33.33 %      2" in out  # of those that can
 
 
+@pytest.mark.parametrize("name", ["s.psd", "s.xyz", "s"])
+def test_check_refuses_a_sheet_that_it_cannot_write(tmp_path, capfd, name):
+    root = write(tmp_path / "data", [mask(0, 1, 2)], [mask(0, 1, 2)])
+    assert run_check(root, "--sheet", tmp_path / name) == 2
+    assert "end it with .png or .jpg" in capfd.readouterr().err
+
+
 @needs_camvid
 def test_camvid():
     inventory = take(DATA / "camvid")

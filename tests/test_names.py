@@ -82,6 +82,22 @@ def test_another_files_name_is_not_taken_for_it(folder):
             chosen(folder, line)
 
 
+def test_a_path_of_another_split_is_not_taken_for_a_name(tmp_path):
+    root = write_folder(tmp_path / "data")
+    write_image(root / "images/train/seq/0001.png")
+    write_mask(root / "masks/train/seq/0001.png")
+    data = open_data("folder", root)
+    for line in ("/old/images/val/seq/0001.png", "D:\\Val\\seq\\0001.png"):
+        with pytest.raises(InputError, match="is neither an image below"):
+            chosen(data, line)
+    for line in (
+        "/old/seq/0001.png",
+        "/val/old/train/seq/0001.png",
+        "/val/Images/Train/Seq/0001.png",
+    ):
+        assert [sample.name for sample in chosen(data, line)] == ["seq/0001"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_encodings_with_a_mark(folder, encoding):
     write_image(folder.root / f"images/train/{NFC}.png")
@@ -272,3 +288,20 @@ def test_links(tmp_path):
     assert names == ["away/deep/x", "day/y", "t00", "t01"]
     assert "x.png" not in [path.name for path in files(other, without=other / "deep")]
     assert list(files(Path("nowhere"))) == []
+
+
+@pytest.mark.parametrize("error", [PermissionError, OSError])
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, error):
+    root = write_folder(tmp_path / "data")
+    locked = write_image(root / "images/train/locked/x.png").parent
+    scandir = os.scandir
+
+    def refusing(place):
+        if Path(place) == locked:
+            raise error(5, "no way in")
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError) as raised:
+        open_data("folder", root)
+    one_line(raised, locked, "no way in")

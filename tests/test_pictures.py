@@ -97,6 +97,27 @@ def test_files_and_patterns(photos, monkeypatch):
     assert below(Path("*.jpg")) == ["a.jpg", "b[1].jpg"]
 
 
+def test_patterns_of_folders_count_a_file_once(photos):
+    assert find_images([photos / "**"], Path("none"))[1] == Counter({".heic": 2, ".txt": 1})
+    assert below(photos / "**") == below(photos)
+
+
+@pytest.mark.parametrize("pattern", ["**/*.png", "**/*", "**", "*", "out*", "*/more/*.png"])
+def test_patterns_pass_over_earlier_predictions(photos, pattern):
+    write_image(photos / "out/day/b.png")
+    write_image(photos / "out/more/b.png")
+    write_image(photos / "outer/more/k.png")
+    found = below(photos / pattern, output=photos / "out")
+    assert "outer/more/k.png" in found
+    assert not [name for name in found if name.startswith("out/")]
+
+
+def test_patterns_beside_the_predictions(photos):
+    assert below(photos / "*.jpg", output=photos) == ["a.jpg"]
+    with pytest.raises(InputError, match="is the folder of the images"):
+        find_images([photos / "**"], photos)
+
+
 def test_nothing_to_predict(photos):
     for path, words in (
         (photos / "*.bmp", ("no pattern",)),

@@ -198,12 +198,33 @@ def test_named_images_of_a_split(folder, tmp_path):
     path = tmp_path / "some.txt"
     train = folder.splits["train"]
     path.write_text(f"# two\n{train[2].name}\n\n{train[0].name}\n")
-    assert named(train, path) == [train[0], train[2]]
+    assert named(folder.splits["train"], path) == [train[0], train[2]]
     for text, words in (("\nnone", ("line 2", "none", "another split")), ("#\n", ("empty",))):
         path.write_text(text)
         with pytest.raises(InputError) as error:
-            named(train, path)
+            named(folder.splits["train"], path)
         one_line(error, "some.txt", *words)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["t02.png", "T02", "./images/train/t02.png", "{root}/images/train/t02.png", "t02.jpg",
+     "C:\\old\\Images\\train\\t02.png"],
+)  # fmt: skip
+def test_named_images_in_other_forms(folder, tmp_path, line):
+    path = tmp_path / "some.txt"
+    path.write_text(line.replace("{root}", str(folder.root)))
+    assert named(folder.splits["train"], path) == [folder.splits["train"][2]]
+
+
+def test_a_named_image_of_another_split_is_refused(folder, tmp_path):
+    write_image(folder.root / "images/train/seq/0001.png")
+    path, data = tmp_path / "some.txt", open_data("folder", folder.root)
+    for line in ("images/val/v00.png", "images/val/seq/0001.png", "/old/val/seq/0001.png", "t0Z"):
+        path.write_text(line)
+        with pytest.raises(InputError) as error:
+            named(data.splits["train"], path)
+        one_line(error, "some.txt line 1", line, *["nearest is t0"] * (line == "t0Z"))
 
 
 def test_list_and_share_together(folder):

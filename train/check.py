@@ -57,7 +57,8 @@ def _check(options: argparse.Namespace) -> None:
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise InputError(f"{name} {path}: give a file in a folder that exists")
     Image.init()
-    if options.sheet is not None and options.sheet.suffix.lower() not in Image.EXTENSION:
+    form = None if options.sheet is None else Image.EXTENSION.get(options.sheet.suffix.lower())
+    if options.sheet is not None and form not in Image.SAVE:
         raise InputError(f"--sheet {options.sheet}: end it with .png or .jpg")
     data = open_data(options.dataset, options.data_dir)
     inventory, broken = take_inventory(data)

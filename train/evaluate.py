@@ -41,7 +41,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="images to evaluate on [val]",
     )
     parser.add_argument(
-        "--names", type=Path, metavar="FILE", help="only these images of the split, a NAME a line"
+        "--names",
+        type=Path,
+        metavar="FILE",
+        help="only these images of the split, a NAME or path a line",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the result to this file too"

@@ -35,7 +35,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train/predict.py",
         description="Write NAME.png (class ids, with the classes' colors as palette) and "
-        "NAME_overlay.png for every image in a folder and the folders in it.",
+        "NAME_overlay.png for every image of a folder and the folders in it, of a pattern, or of "
+        "several files.",
     )
     parser.add_argument(
         "--checkpoint",
@@ -147,9 +148,9 @@ def find_images(
 ) -> tuple[list[tuple[Path, Path]], Counter[str]]:
     """The images that are meant, sorted, with their paths below the folder that was given.
 
-    Of a folder and what is below it these are not hidden files, and not what lies in ``output``,
-    which an earlier run made of them. Files that are named are images whatever their suffix is.
-    The second item counts the files of other kinds by suffix.
+    Of a folder or a pattern and what is below it these are not hidden files, and not what lies in
+    ``output``, which an earlier run made of them. Files that are named are images whatever their
+    suffix is. The second item counts the files of other kinds by suffix.
 
     Raises:
         InputError: there is no image, or ``output`` is the folder of the images.
@@ -158,33 +159,39 @@ def find_images(
     from cac_fast.train.data.names import IMAGE_SUFFIXES
 
     found: dict[Path, Path] = {}
-    others: Counter[str] = Counter()
+    others: set[Path] = set()
     matches = [pair for path in given for pair in _matches(path)]
     named = [path.parent.absolute() for path, base in matches if base is None]
     common = Path(os.path.commonpath(named)) if named else Path()
+    target = output.resolve()
     for path, base in matches:
+        if base is not None and base.resolve() in target.parents:
+            place = path.resolve()
+            if target in (place, *place.parents):
+                continue
         if not path.is_dir():
             if base is None or is_image(path):
                 found[path] = (
                     path.relative_to(base) if base else path.absolute().relative_to(common)
                 )
             else:
-                others[path.suffix.lower()] += 1
+                others.add(path)
             continue
-        if path.resolve() == output.resolve():
+        if path.resolve() == target:
             raise InputError(f"--output {output} is the folder of the images: give another one")
         for file in files(path, without=output):
             if is_image(file):
                 found[file] = file.relative_to(base or path)
             else:
-                others[file.suffix.lower()] += 1
+                others.add(file)
+    counts = Counter(path.suffix.lower() for path in others)
     if not found:
         suffixes = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        passed = f", passed over {kinds(others)}" if others else ""
+        passed = f", passed over {kinds(counts)}" if counts else ""
         raise InputError(
             f"no image was found in --images {_listed(given)} (looked for {suffixes}{passed})"
         )
-    return sorted(found.items(), key=itemgetter(1)), others
+    return sorted(found.items(), key=itemgetter(1)), counts
 
 
 def _matches(path: Path) -> list[tuple[Path, Path | None]]:

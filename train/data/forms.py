@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -17,11 +18,12 @@ Color = tuple[int, int, int]
 _ORIENTATION, _EXTRA_SAMPLES = 0x0112, 338
 _PREMULTIPLIED = 1
 _TWELVE_BITS = 4095
+_OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+"""Of the bytes of a sample; N is this machine's own, in which libtiff hands out what it unpacks."""
 _SWAPPED = {
-    "RGB;16B": "RGB;16L",
-    "RGB;16L": "RGB;16B",
-    "RGBA;16B": "RGBA;16L",
-    "RGBA;16L": "RGBA;16B",
+    f"{bands};16{order}": f"{bands};16{other}"
+    for bands in ("RGB", "RGBX", "RGBA")
+    for order, other in _OTHER_ORDER.items()
 }
 
 
@@ -122,7 +124,7 @@ def load_colors(file: Image.Image, stream: BinaryIO) -> None:
         return
     stream.seek(0)
     with Image.open(stream) as again:  # with the bytes of each sample exchanged: the low ones
-        again.tile = [(*tile[:3], _with_mode(tile[3], swapped)) for tile in again.tile]
+        again.tile = [_with_mode(tile, swapped) for tile in again.tile]
         again.load()
         low = np.asarray(again)
     high = np.array(file)
@@ -131,8 +133,11 @@ def load_colors(file: Image.Image, stream: BinaryIO) -> None:
     file.paste(Image.fromarray(high))
 
 
-def _with_mode(args: str | tuple, mode: str) -> str | tuple:
-    return mode if isinstance(args, str) else (mode, *args[1:])
+def _with_mode(tile: tuple, mode: str) -> tuple:
+    args = tile[3]
+    parts = *tile[:3], mode if isinstance(args, str) else (mode, *args[1:])
+    # Pillow's decoder for libtiff asks for its own kind of tuple, which old versions do not have.
+    return tile._make(parts) if hasattr(tile, "_make") else parts
 
 
 def header(path: Path) -> tuple[bool, int]:

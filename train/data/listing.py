@@ -27,6 +27,9 @@ def files(folder: Path, without: Path | None = None) -> Iterator[Path]:
 
     Links to folders are followed, but none that leads back: to a folder above it, to one that is
     listed anyway, or to one that is being listed. `without` is a folder to pass over.
+
+    Raises:
+        InputError: a folder is there but cannot be listed.
     """
     root = os.path.realpath(folder)
     skipped = None if without is None else os.path.realpath(without)
@@ -34,8 +37,13 @@ def files(folder: Path, without: Path | None = None) -> Iterator[Path]:
     def walk(place: str, above: tuple[str, ...]) -> Iterator[Path]:
         try:
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return
+        except OSError as error:
+            raise InputError(
+                f"the folder {place} cannot be listed ({error.strerror or error}): mend that or "
+                "move it elsewhere"
+            ) from error
         for entry in entries:
             if entry.name.startswith("."):
                 continue

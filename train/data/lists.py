@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cac_fast.train.data import names
-from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.data.layouts import SPLITS, Sample, SegmentationData
 from cac_fast.train.errors import InputError
 
 _MOST_SHOWN = 200
@@ -44,7 +44,9 @@ def read_samples(path: Path, data: SegmentationData, needs_mask: bool) -> list[S
 
 
 def named(samples: Sequence[Sample], path: Path) -> list[Sample]:
-    """Those of the samples whose NAME, one a line, the list `path` holds; in the samples' order.
+    """Those of the samples that the list `path` names, one a line; in the samples' order.
+
+    A line is a NAME or the path of an image, in the forms that `read_samples` takes.
 
     Raises:
         InputError: the list is missing or empty, or names what is not among the samples.
@@ -52,14 +54,51 @@ def named(samples: Sequence[Sample], path: Path) -> list[Sample]:
     wanted = {line: f"{path} line {number}" for number, line in names.read_list(path)}
     if not wanted:
         raise InputError(f"the list {path} is empty: give at least one image a line")
-    there = {sample.name for sample in samples}
-    for name, place in wanted.items():
-        if name not in there:
+    there = {sample.name: sample for sample in samples}
+    loose: dict[str, Sample | None] = {}
+    for sample in samples:
+        path_there = sample.image.absolute().as_posix()
+        ends = path_there, *names.tails(path_there, shortest=2)
+        for key in {names.folded(end) for end in (sample.name, *ends)}:
+            loose[key] = None if key in loose else sample
+    found = set()
+    for line, place in wanted.items():
+        sample = there.get(line) or _alike(line, loose)
+        if sample is None:
+            near = names.nearest(names.without_suffix(line), there)
             raise InputError(
-                f"{place}: {_shortened(name)} is no image of this split: correct the line or "
-                "choose another split"
+                f"{place}: {_shortened(line)} is no image of this split"
+                f"{f' (the nearest is {near})' if near else ''}: correct the line or choose "
+                "another split"
             )
-    return [sample for sample in samples if sample.name in wanted]
+        found.add(sample.name)
+    return [sample for sample in samples if sample.name in found]
+
+
+def _alike(line: str, loose: dict[str, Sample | None]) -> Sample | None:
+    for text in names.spellings(line):
+        for end in (text, *names.tails(text, shortest=2)):
+            known = loose.get(names.folded(end))
+            if known is not None and not _of_another_split(text, end, known.image.absolute()):
+                return known
+    return None
+
+
+def _of_another_split(text: str, end: str, image: Path) -> bool:
+    """Whether what is before the common end of a path and an image's names two splits."""
+    length = len(_parts(end))
+    if _split(_parts(end)) is not None:
+        return False
+    theirs, ours = (_split(_parts(path)[:-length]) for path in (text, image.as_posix()))
+    return None not in (theirs, ours) and theirs != ours
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.casefold().split("/") if part not in ("", ".")]
+
+
+def _split(parts: list[str]) -> str | None:
+    return next((part for part in reversed(parts) if part in SPLITS), None)
 
 
 class _Finder:
@@ -120,7 +159,10 @@ class _Finder:
             for end in (text, *names.tails(text, shortest=2)):
                 if os.path.isfile(path := self.root / end.lstrip("/")):
                     return self._at(path, end)
-                if (known := self.loose.get(names.folded(end))) is not None:
+                known = self.loose.get(names.folded(end))
+                if known is not None and not _of_another_split(
+                    text, end, Path(self._below(known.image))
+                ):
                     return known
         return None
 
