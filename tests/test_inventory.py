@@ -243,6 +243,17 @@ def test_check_names_what_is_broken(tmp_path, capfd):
     assert "33.33 %      2" in out  # of those that can
 
 
+def test_check_looks_at_images_without_a_mask_too(tmp_path, capfd):
+    root = write(tmp_path / "data", [mask(0, 1, 2)] * 2, [mask(0, 1, 2)])
+    Image.new("RGB", (8, 3), (15, 0, 3)).save(root / "images/train/dark.png")
+    Image.new("RGBA", (8, 3), (150, 0, 3, 9)).save(root / "images/train/band.tif")
+    assert run_check(root, "--json", tmp_path / "found.json") == 0
+    err = capfd.readouterr().err
+    assert "1 unlabeled images are black or almost so" in err and "(dark)" in err
+    assert "1 unlabeled images have a fourth band" in err and "(band)" in err
+    assert len(json.loads((tmp_path / "found.json").read_text())["warnings"]) == 2
+
+
 @pytest.mark.parametrize("name", ["s.psd", "s.xyz", "s"])
 def test_check_refuses_a_sheet_that_it_cannot_write(tmp_path, capfd, name):
     root = write(tmp_path / "data", [mask(0, 1, 2)], [mask(0, 1, 2)])

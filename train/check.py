@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,7 @@ def take_inventory(data: SegmentationData) -> tuple[Inventory, list[str]]:
     from cac_fast.train.data.loaders import look_at_samples
     from cac_fast.train.progress import show_progress
 
-    reader, parts, broken = PixelReader(data), [], []
+    reader, parts, broken, notes = PixelReader(data), [], [], []
     for split, name in zip(SPLITS, ("labeled", "validation", "test"), strict=True):
         samples = data.splits[split]
         masked = [sample for sample in samples if sample.mask is not None]
@@ -98,28 +99,41 @@ def take_inventory(data: SegmentationData) -> tuple[Inventory, list[str]]:
         found = list(look_at_samples(masked, reader, progress))
         broken += [str(item) for item in found if isinstance(item, InputError)]
         seen = [item for item in found if not isinstance(item, InputError)]
-        broken += _broken_images([sample for sample in samples if sample.mask is None], split)
+        wrong, said = _look_without_mask([one for one in samples if one.mask is None], split, data)
+        broken, notes = broken + wrong, notes + said
         parts.append(Part(name, seen, len(seen) + len(samples) - len(masked)))
-    return Inventory(data, parts), broken
+    return Inventory(replace(data, notes=(*data.notes, *notes)), parts), broken
 
 
-def _broken_images(samples: list[Sample], split: str) -> list[str]:
+def _look_without_mask(
+    samples: list[Sample], split: str, data: SegmentationData
+) -> tuple[list[str], list[str]]:
+    """What is wrong with the broken images, and what to say about the others."""
+    import numpy as np
+
+    from cac_fast.train.data import forms
     from cac_fast.train.data.images import read_image
+    from cac_fast.train.data.inventory import Part, Seen, _file_warnings, _is_dark
     from cac_fast.train.progress import show_progress
 
-    def problem(sample: Sample) -> str | None:
+    nothing = np.zeros(256, np.int64)
+
+    def look(sample: Sample) -> Seen | str:
         try:
-            read_image(sample.image)
+            image = read_image(sample.image)
         except InputError as error:
             return str(error)
-        return None
+        stored_band, _ = forms.header(sample.image)
+        return Seen(sample.name, nothing, stored_band=stored_band, dark=_is_dark(image))
 
     found, progress = [], show_progress(f"checking {split}, images without mask")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for done, message in enumerate(pool.map(problem, samples), start=1):
-            found += [] if message is None else [message]
+        for done, one in enumerate(pool.map(look, samples), start=1):
+            found.append(one)
             progress(done, len(samples))
-    return found
+    seen = [one for one in found if isinstance(one, Seen)]
+    name = "unlabeled" if split == "train" else f"unlabeled {split}"
+    return [one for one in found if isinstance(one, str)], _file_warnings(Part(name, seen), data)
 
 
 def _write(path: Path, write) -> None:
