@@ -217,6 +217,12 @@ def test_named_images_in_other_forms(folder, tmp_path, line):
     assert named(folder.splits["train"], path) == [folder.splits["train"][2]]
 
 
+def test_folders_above_the_data_may_be_called_as_splits(tmp_path):
+    train = open_data("folder", write_folder(tmp_path / "test/data")).splits["train"]
+    (tmp_path / "some.txt").write_text("/home/val/data/images/train/t02.png")
+    assert named(train, tmp_path / "some.txt") == [train[2]]
+
+
 def test_a_named_image_of_another_split_is_refused(folder, tmp_path):
     write_image(folder.root / "images/train/seq/0001.png")
     path, data = tmp_path / "some.txt", open_data("folder", folder.root)
