@@ -113,7 +113,7 @@ def _look_without_mask(
 
     from cac_fast.train.data import forms
     from cac_fast.train.data.images import read_image
-    from cac_fast.train.data.inventory import Part, Seen, _file_warnings, _is_dark
+    from cac_fast.train.data.inventory import Part, Seen, file_warnings, is_dark
     from cac_fast.train.progress import show_progress
 
     nothing = np.zeros(256, np.int64)
@@ -124,7 +124,7 @@ def _look_without_mask(
         except InputError as error:
             return str(error)
         stored_band, _ = forms.header(sample.image)
-        return Seen(sample.name, nothing, stored_band=stored_band, dark=_is_dark(image))
+        return Seen(sample.name, nothing, stored_band=stored_band, dark=is_dark(image))
 
     found, progress = [], show_progress(f"checking {split}, images without mask")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -133,7 +133,7 @@ def _look_without_mask(
             progress(done, len(samples))
     seen = [one for one in found if isinstance(one, Seen)]
     name = "unlabeled" if split == "train" else f"unlabeled {split}"
-    return [one for one in found if isinstance(one, str)], _file_warnings(Part(name, seen), data)
+    return [one for one in found if isinstance(one, str)], file_warnings(Part(name, seen), data)
 
 
 def _write(path: Path, write) -> None:

@@ -50,10 +50,10 @@ def look(
     # Where height and width are exchanged, the sizes tell whether the mask is turned as well.
     turned = orientation in _TURNED_IN_PLACE
     turned = turned or (orientation in _TURNED and image.width == image.height)
-    return Seen(sample.name, counts, palette, stored_band, _is_dark(image), turned)
+    return Seen(sample.name, counts, palette, stored_band, is_dark(image), turned)
 
 
-def _is_dark(image: Image.Image) -> bool:
+def is_dark(image: Image.Image) -> bool:
     few = image.resize((16, 16), Image.Resampling.NEAREST)  # nearly always enough to say no
     return all(max(high for _, high in one.getextrema()) < _DARK for one in (few, image))
 
@@ -135,7 +135,7 @@ class Inventory:
         found = list(self.data.notes)
         for part in self.parts:
             if part.seen:
-                found += _class_warnings(part, self.data) + _file_warnings(part, self.data)
+                found += _class_warnings(part, self.data) + file_warnings(part, self.data)
         return found
 
     def refusal(self) -> str | None:
@@ -222,7 +222,7 @@ def _is_0_and_255(counts: np.ndarray) -> bool:
     return bool(counts[0] and counts[IGNORE] and not counts[1:IGNORE].any())
 
 
-def _file_warnings(part: Part, data: SegmentationData) -> list[str]:
+def file_warnings(part: Part, data: SegmentationData) -> list[str]:
     def names(of: Callable[[Seen], Any]) -> list[str]:
         return [one.name for one in part.seen if of(one)]
 
