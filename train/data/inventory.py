@@ -54,6 +54,7 @@ def look(
 
 
 def is_dark(image: Image.Image) -> bool:
+    """Whether an image is all but black, as one of more bits than were looked for reads."""
     few = image.resize((16, 16), Image.Resampling.NEAREST)  # nearly always enough to say no
     return all(max(high for _, high in one.getextrema()) < _DARK for one in (few, image))
 
@@ -223,6 +224,7 @@ def _is_0_and_255(counts: np.ndarray) -> bool:
 
 
 def file_warnings(part: Part, data: SegmentationData) -> list[str]:
+    """What looks wrong with the files of a part: palettes, bands, darkness, turned images."""
     def names(of: Callable[[Seen], Any]) -> list[str]:
         return [one.name for one in part.seen if of(one)]
 
