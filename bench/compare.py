@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measure import ROOT, command_line, facts
-from outcome import plot, report, summarize
+from outcome import content_digests, plot, report, summarize, unlike
 from running import RunError, programs, run
 from shrink import shrunken
 
@@ -37,8 +37,10 @@ from cac_fast.train.data.lists import named
 from cac_fast.train.distributed import run_command
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
+from cac_fast.train.options import Parser
 
 METHODS = ("supervised", "cac")
+LISTS = ("labeled.txt", "unlabeled.txt")
 
 
 class Arm(NamedTuple):
@@ -61,27 +63,32 @@ Job = tuple[str, str, int]
 """Arm, share and seed."""
 
 
-def note_commit(folder: Path, commit: str, restart: bool) -> list[str]:
+def note_commit(job: Job, options: argparse.Namespace) -> list[str]:
     """The commits that a run was trained with, oldest first, kept in its ``compare.json``.
 
-    ``commit`` is one of them unless the run is finished; "unknown" stands for those of a run that
-    was started without this file.
+    ``options.commit`` is one of them unless the run is finished; "unknown" stands for those of a
+    run that was started without this file.
 
     Raises:
-        InputError: the run's ``last.pt`` cannot be read.
+        InputError: as `is_finished`.
     """
-    last, path = folder / "last.pt", folder / "compare.json"
+    folder = run_folder(job, options)
     commits = []
-    if last.is_file() and not restart:
-        commits = json.loads(path.read_text())["commits"] if path.is_file() else ["unknown"]
-        state = checkpoint.read(last)
-        if state["iteration"] == state["config"]["iterations"]:
+    if (folder / "last.pt").is_file() and "--restart" not in options.rest:
+        commits = noted_commits(folder)
+        if is_finished(job, options):
             return commits
-    if commits[-1:] != [commit]:
-        commits = [*commits, commit]
+    if commits[-1:] != [options.commit]:
+        commits = [*commits, options.commit]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"commits": commits})
+    write_json(folder / "compare.json", {"commits": commits})
     return commits
+
+
+def noted_commits(folder: Path) -> list[str]:
+    """The commits in a run's ``compare.json``."""
+    path = folder / "compare.json"
+    return json.loads(path.read_text())["commits"] if path.is_file() else ["unknown"]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -114,7 +121,7 @@ def list_folder(pattern: str, seed: int) -> Path:
         while Path(pattern.replace("{list}", str(number))).is_dir():
             number += 1
     folder = Path(pattern.replace("{list}", str(seed % max(1, number))))
-    for name in ("labeled.txt", "unlabeled.txt"):
+    for name in LISTS:
         if not (folder / name).is_file():
             raise InputError(f"--lists {pattern}: {folder / name} does not exist: correct it")
     return folder
@@ -134,7 +141,7 @@ def data_arguments(job: Job, options: argparse.Namespace) -> list[str]:
             names = ("labeled", "unlabeled")
             return [word for name in names for word in (f"--{name}", str(folder / f"{name}.txt"))]
         both = run_folder(job, options) / "labeled.txt"
-        texts = [(folder / name).read_text() for name in ("labeled.txt", "unlabeled.txt")]
+        texts = [(folder / name).read_text() for name in LISTS]
         both.parent.mkdir(parents=True, exist_ok=True)
         both.write_text("\n".join(text.rstrip("\n") for text in texts) + "\n")
         return ["--labeled", str(both)]
@@ -154,24 +161,10 @@ def one_run(job: Job, options: argparse.Namespace) -> dict:
     folder = run_folder(job, options)
     label = f"{arm} {share} seed {seed}"
     data = options.data
-    commits = note_commit(folder, options.commit, "--restart" in options.rest)
-    run(
-        [
-            "train/main.py",
-            "--method",
-            ARMS[arm].method,
-            *data_arguments(job, options),
-            "--seed",
-            str(seed),
-            "--output",
-            str(folder),
-            *data,
-            *options.rest,
-            *ARMS[arm].more,
-        ],
-        options.threads,
-        label,
-    )
+    commits = note_commit(job, options)
+    words = ["--method", ARMS[arm].method, *data_arguments(job, options), "--seed", str(seed)]
+    words += ["--output", str(folder), *data, *options.rest, *ARMS[arm].more]
+    run(["train/main.py", *words], options.threads, label)
     lines = read_metrics(folder / "metrics.jsonl")
     curve = [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"]
     if not curve:
@@ -196,12 +189,11 @@ def unfinished_run(job: Job, options: argparse.Namespace) -> dict | None:
     lines = read_metrics(folder / "metrics.jsonl")
     if not lines:
         return None
-    commits = folder / "compare.json"
     return {
         "method": arm,
         "share": share,
         "seed": seed,
-        "commits": json.loads(commits.read_text())["commits"] if commits.is_file() else ["unknown"],
+        "commits": noted_commits(folder),
         "iteration": lines[-1]["iteration"],
         "curve": [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"],
     }
@@ -235,12 +227,16 @@ def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, flo
 
 
 def is_finished(job: Job, options: argparse.Namespace) -> bool:
-    """Whether a run's training is over."""
+    """Whether a run has made the iterations that this call asks for.
+
+    Raises:
+        InputError: the run's ``last.pt`` cannot be read, or a setting cannot be used.
+    """
     last = run_folder(job, options) / "last.pt"
     if "--restart" in options.rest or not last.is_file():
         return False
-    state = checkpoint.read(last)
-    return state["iteration"] == state["config"]["iterations"]
+    wanted = config.parse([*options.data, *options.rest]).iterations
+    return checkpoint.read(last)["iteration"] == wanted
 
 
 def plan(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:
@@ -259,27 +255,44 @@ def plan(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:
     return hours
 
 
-def former_record(target: Path, options: argparse.Namespace) -> tuple[list[str], dict[Job, dict]]:
-    """Commands and runs of the record that this call adds to.
+def former_record(
+    target: Path, options: argparse.Namespace, digests: dict[str, str]
+) -> tuple[list[str], dict[Job, dict], dict[str, str]]:
+    """Commands, runs and digests of the record that this call adds to.
 
     Raises:
-        InputError: they were trained with other settings.
+        InputError: its runs are of another experiment, or it does not say of which.
     """
     path = Path(f"{target}.json")
     if not path.is_file():
-        return [], {}
-    record = json.loads(path.read_text())
-    commands = record["command"].split(" ; ")
-    words = shlex.split(commands[-1])
-    former = words[words.index("--") + 1 :] if "--" in words else []
-    data = ["--dataset", options.dataset, "--data-dir", "."]
-    here, there = (config.parse([*data, *rest]) for rest in (options.rest, former))
-    if different := config.differences(here, dataclasses.asdict(there)):
+        return [], {}, {}
+    asked, _ = split_arguments(options.command)
+    here = config.parse([*options.data, *options.rest])
+    different = []
+    try:
+        record = json.loads(path.read_text())
+        commands = record["command"].split(" ; ")
+        for command in commands:
+            former, rest = split_arguments(shlex.split(command)[2:])
+            there = config.parse(["--dataset", former.dataset, "--data-dir", ".", *rest])
+            different += config.differences(here, dataclasses.asdict(there))
+            different += unlike(asked, here, former, there)
+        known = record.get("digests", {})  # there were none at first
+        different += [
+            f"{key} have changed" for key in digests if key in known and known[key] != digests[key]
+        ]
+        runs = {(run["method"], run["share"], run["seed"]): run for run in record["runs"]}
+    except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(
-            f"the record {path} is of runs with other settings ({'; '.join(different)}): "
-            "give another --name"
+            f"the record {path} cannot be compared with this call ({type(error).__name__}: "
+            f"{error}): give another --name"
+        ) from error
+    if different:
+        raise InputError(
+            f"the record {path} is of runs with other settings or data "
+            f"({'; '.join(dict.fromkeys(different))}): give another --name"
         )
-    return commands, {(run["method"], run["share"], run["seed"]): run for run in record["runs"]}
+    return commands, runs, known
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -290,7 +303,7 @@ def compare(options: argparse.Namespace) -> int:
 
     Raises:
         InputError: the data cannot be opened, a split that is scored has no image, a list is not
-            there, or the record is of other settings.
+            there, or the record is of another experiment.
     """
     data = open_data(options.dataset, options.folder)  # toycity: written once, not by all runs
     for split in ("val", "test") if scored_parts(options) else ("val",):
@@ -299,11 +312,13 @@ def compare(options: argparse.Namespace) -> int:
                 f"the {split} split of {data.root} holds no image, but runs are compared on it: "
                 "add images and masks" + (" or leave out --test" if split == "test" else "")
             )
+    files = {}
     for path in options.names:
         named(data.splits["test"], path)
-    if options.lists is not None:
-        for seed in options.seeds:
-            list_folder(options.lists, seed)
+        files[f"--names {path.stem}"] = [path]
+    for seed in options.seeds if options.lists is not None else ():
+        folder = list_folder(options.lists, seed)
+        files[f"--lists {options.shares} of seed {seed}"] = [folder / name for name in LISTS]
     jobs = [
         (arm, share, seed)
         for seed in options.seeds
@@ -317,9 +332,11 @@ def compare(options: argparse.Namespace) -> int:
     options.commit = machine["commit"] or "unknown"
     target = options.results / options.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    commands, found = former_record(target, options)
+    digests = content_digests(data, files)
+    commands, found, former_digests = former_record(target, options, digests)
     commands.append(command_line("bench/compare.py", options.command))
     record = {"command": " ; ".join(dict.fromkeys(commands)), **machine}
+    record["digests"] = former_digests | digests
     hours: dict[str, float] = {}
     failures = []
     scored_on = options.names[0].stem if options.names else "test" if options.test else "val"
@@ -397,16 +414,14 @@ def arms(text: str) -> list[str]:
     return names
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the arguments before ``--``; keep the rest for ``train/main.py``.
+def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read the arguments before ``--``; those behind it are for ``train/main.py``.
 
     Raises:
-        InputError: as `shrunken`, or a copy of another size is asked for that cannot be made.
+        InputError: an argument cannot be used.
     """
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="compare", help="name of the result files")
     parser.add_argument("--dataset", required=True, help="as train/main.py's")
     parser.add_argument("--data-dir", help="as train/main.py's")
@@ -440,8 +455,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads a run")
-    options = parser.parse_args(arguments[:cut])
-    options.command, options.rest = arguments, arguments[cut + 1 :]
+    return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """What a call asks for; a smaller copy of the data is made.
+
+    Raises:
+        InputError: as `split_arguments` and `shrunken`, or of a copy that cannot be made.
+    """
+    options, rest = split_arguments(arguments)
+    options.command, options.rest = arguments, rest
     options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
     options.folder = Path(options.data_dir).resolve() if options.data_dir else None
     options.title = options.folder.name if options.folder else options.dataset

@@ -1,13 +1,19 @@
-"""What a comparison found: tables, paired differences over the seeds, a plot."""
+"""What a comparison found, and of which experiment: tables, paired differences, a plot."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import statistics
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from measure import can_plot
+
+from cac_fast.train.config import Config
+from cac_fast.train.data.layouts import SegmentationData
 
 COLORS = {
     "supervised": "tab:gray",
@@ -23,6 +29,73 @@ be expected to gain anything that a few seeds tell."""
 LEAST_ERRORS = 3.0
 KNOWN_IOU = 0.1
 """A class that supervised training leaves below this IoU is one that pseudo labels do not hold."""
+
+
+def content_digests(data: SegmentationData, files: dict[str, list[Path]]) -> dict[str, str]:
+    """Short hashes of what the runs of one record share, wherever it lies.
+
+    Of the names of the data's classes, images and masks, and of each entry of ``files``.
+    """
+
+    def short(*texts: str) -> str:
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+    images = [
+        (split, [(item.name, item.mask is not None) for item in samples])
+        for split, samples in sorted(data.splits.items())
+    ]
+    found = {"names of images and classes": short(repr((data.classes, images)))}
+    return found | {key: short(*(p.read_text() for p in paths)) for key, paths in files.items()}
+
+
+def unlike(here: Namespace, settings: Config, there: Namespace, former: Config) -> list[str]:
+    """Data, lists and lengths in which a call of ``compare.py`` differs from a former one.
+
+    ``here`` and ``there`` are the options before ``--``, the others those behind it.
+    """
+    pairs: dict[str, tuple[Any, Any]] = {
+        "--shrink": (here.shrink, there.shrink),
+        "--data-dir": (_data_folder(here), _data_folder(there)),
+    }
+    pairs |= {
+        name: (getattr(settings, name), getattr(former, name))
+        for name in ("iterations", "labeled", "unlabeled")
+    }
+    for name, paths in (("lists", _lists_by_share), ("names", _names_by_part)):
+        one, other = paths(here), paths(there)
+        pairs |= {f"--{name} {key}": (one[key], other[key]) for key in one if key in other}
+    return [
+        f"{name}: {former!s} there, {now!s} here"
+        for name, (now, former) in pairs.items()
+        if now != former and not _may_be_one(now, former)
+    ]
+
+
+def _data_folder(options: Namespace) -> str | None:
+    default = "data/toycity" if options.dataset == "toycity" else None
+    return options.data_dir or default
+
+
+def _lists_by_share(options: Namespace) -> dict[str, str | None]:
+    if options.lists is not None:
+        return {Path(options.lists).name: options.lists}
+    return dict.fromkeys(options.shares.split(","))
+
+
+def _names_by_part(options: Namespace) -> dict[str, str]:
+    return {path.stem: str(path) for path in options.names}
+
+
+def _may_be_one(one: Any, other: Any) -> bool:
+    # Records keep of a path what lies in the project, and of others the last part.
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return False
+    parts = [
+        [part for part in Path(os.path.normpath(path)).parts if part not in ("..", os.sep)]
+        for path in (one, other)
+    ]
+    length = min(map(len, parts))
+    return length == 0 or parts[0][-length:] == parts[1][-length:]
 
 
 def chosen(results: list[dict], share: str, method: str) -> list[dict]:
@@ -211,11 +284,10 @@ def plot(results: list[dict], path: Path) -> None:
                 continue
             for curve in curves:
                 axis.plot(*zip(*curve, strict=True), color=color, alpha=0.3, linewidth=1)
-            iterations = [point[0] for point in curves[0]]
-            mean = [
-                statistics.mean(curve[index][1] for curve in curves)
-                for index in range(len(iterations))
-            ]
+            # Runs may have been validated at other iterations, or not be over.
+            points = [dict(curve) for curve in curves]
+            iterations = sorted(set.intersection(*map(set, points)))
+            mean = [statistics.mean(run[step] for run in points) for step in iterations]
             axis.plot(iterations, mean, color=color, label=f"{method} (mean of {len(curves)})")
         title = f"{share} labeled" if "/" in share else f"labeled by list: {share}"
         axis.set(

@@ -131,8 +131,8 @@ class Trainer:
         self.trained: list[str] = []
         words = "--dataset folder --shares 1/2 --seeds 0,1 --threads 1"
         folders = ["--runs", output / "runs", "--results", output / "results"]
-        arguments = [*words.split(), "--data-dir", source, *folders]
-        self.options = compare.parse([str(item) for item in arguments])
+        self.words = [*words.split(), "--data-dir", str(source), *map(str, folders)]
+        self.options = compare.parse([*self.words, "--", "--iterations", "4"])
         monkeypatch.setattr(compare, "run", self.run)
         monkeypatch.setattr(compare, "plot", lambda results, path: None)
         monkeypatch.setattr(compare, "plan", lambda jobs, options: {})
@@ -204,7 +204,7 @@ def test_runs_keep_the_commits_they_were_trained_with(
     (trainer.options.runs / "cac-1_2-seed0/compare.json").unlink()
     compare.compare(trainer.options)
     assert trainer.commits()[1] == ["unknown"]
-    trainer.options.rest = ["--restart"]
+    trainer.options.rest = ["--iterations", "4", "--restart"]
     compare.compare(trainer.options)
     assert trainer.commits() == [["third"]] * 4
 
@@ -325,7 +325,7 @@ def test_arms_differ_in_masks_and_weight(
         (folder / "unlabeled.txt").write_text("b\nc")
     commands = scoring(monkeypatch, trainer)
     words = ["--lists", tmp_path / "splits/{list}/dusk", "--arms", ",".join(compare.ARMS)]
-    arguments = [*trainer.options.command, *words, "--seeds", "3", "--", "--dc-weight", "0.2"]
+    arguments = [*trainer.words, *words, "--seeds", "3", "--", "--dc-weight", "0.2"]
     assert compare.compare(compare.parse([str(word) for word in arguments])) == 0
     supervised, supervised_all, control, cac = commands
     assert [value(command, "--method") for command in commands] == [
@@ -347,7 +347,7 @@ def test_arms_differ_in_masks_and_weight(
 
 
 def test_a_later_call_adds_its_seeds(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(word) for word in trainer.options.command]
+    words = [str(word) for word in trainer.words]
     weights = ["--weights", "/there/w.pth"]
     assert compare.compare(compare.parse([*words, "--seeds", "1", "--", *weights])) == 0
     trainer.trained.clear()
@@ -367,6 +367,93 @@ def test_a_later_call_adds_its_seeds(trainer: Trainer, capsys: pytest.CaptureFix
     one_line(error, "'fix'", "supervised_all")
 
 
+def test_longer_runs_are_not_finished(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another record of the same runs: they are planned and have a further commit."""
+    words = trainer.words
+    assert compare.compare(compare.parse([*words, "--", "--iterations", "4"])) == 0
+    trainer.commit = "second"
+    longer = compare.parse([*words, "--name", "longer", "--", "--iterations", "8"])
+    job = ("supervised", "1/2", 0)
+    assert not compare.is_finished(job, longer)
+    assert compare.compare(longer) == 0
+    record = json.loads((trainer.output / "results/longer.json").read_text())
+    assert [run["commits"] for run in record["runs"]] == [["first", "second"]] * 4
+    trainer.iteration = 8
+    assert compare.compare(longer) == 0
+    assert compare.is_finished(job, longer)
+
+
+def test_a_record_takes_runs_of_its_experiment_alone(
+    trainer: Trainer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring(monkeypatch, trainer)
+    write_image(source / "images/test/x.png")
+    write_mask(source / "masks/test/x.png")
+    for place in ("a/0", "a/1", "b/0"):
+        (tmp_path / place / "dusk").mkdir(parents=True)
+        for name in compare.LISTS:
+            (tmp_path / place / "dusk" / name).write_text("t00\n")
+        (tmp_path / place / "day.txt").write_text("x\n")
+    other = write_folder(tmp_path / "there" / "other", labeled=1, unlabeled=0)
+    base = trainer.words
+    lists, names = ["--lists", str(tmp_path / "a/{list}/dusk")], ["--names"]
+    names += [str(tmp_path / "a/0/day.txt")]
+    rest = ["--", "--iterations", "4"]
+
+    def call(*words: object) -> int:
+        return compare.compare(compare.parse([str(word) for word in words]))
+
+    def refused(words: list, *says: str) -> None:
+        with pytest.raises(InputError) as error:
+            call(*words)
+        one_line(error, "compare.json", "--name", *says)
+
+    assert call(*base, *lists, *names, *rest) == 0
+    path = tmp_path / "results/compare.json"
+    record = json.loads(path.read_text())
+    # As records write what lies outside of the project, and in it.
+    command = record["command"]
+    within = command.replace("--lists dusk", "--lists 'a/{list}/dusk'").replace(
+        "--data-dir set", "--data-dir here/set"
+    )
+    old = {key: value for key, value in record.items() if key != "digests"}
+    for former in (record, old, {**old, "command": within}):
+        path.write_text(json.dumps(former))
+        assert call(*base, *lists, *names, *rest) == 0
+        path.write_text(json.dumps(former))
+        refused([*base, *lists, *names, "--", "--iterations", "8"], "iterations: 4 there, 8 here")
+        refused([*base, *lists, *names, "--", "--iterations", "2"], "iterations: 4 there, 2 here")
+        refused([*base, *lists, *names, *rest, "--labeled", "x.txt"], "labeled: None there")
+        monkeypatch.setattr(compare, "shrunken", lambda folder, factor: folder)
+        refused([*base, *lists, *names, "--shrink", "2", *rest], "--shrink: 1 there, 2 here")
+    path.write_text(json.dumps({**old, "command": within}))
+    refused([*base, "--lists", tmp_path / "b/{list}/dusk", *names, *rest], "--lists dusk: a/{list}")
+    refused([*base, "--data-dir", other, *lists, *rest], "--data-dir: here/set there")
+    # The same paths, but something else in them.
+    path.write_text(json.dumps(record))
+    (tmp_path / "a/1/dusk/labeled.txt").write_text("t01\n")
+    refused([*base, *lists, *names, *rest], "--lists dusk of seed 1")
+    (tmp_path / "a/1/dusk/labeled.txt").write_text("t00\n")
+    (tmp_path / "a/0/day.txt").write_text("x\n\n")
+    refused([*base, *lists, *names, *rest], "--names day")
+    (tmp_path / "a/0/day.txt").write_text("x\n")
+    write_image(source / "images/train/further.png")
+    refused([*base, *lists, *names, *rest], "names of images and classes")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"command": "python bench/compare.py --gone 1", "runs": []}']
+)
+def test_a_record_that_cannot_be_compared_is_refused(trainer: Trainer, text: str) -> None:
+    path = trainer.output / "results/compare.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        compare.compare(trainer.options)
+    one_line(error, path, "cannot be compared", "--name")
+    assert path.read_text() == text
+
+
 def test_named_images_are_scored_by_themselves(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path
 ) -> None:
@@ -374,7 +461,7 @@ def test_named_images_are_scored_by_themselves(
     write_mask(source / "masks/test/x.png")
     (tmp_path / "dusk.txt").write_text("x\n")
     scoring(monkeypatch, trainer)
-    words = [*trainer.options.command, "--test", "--names", tmp_path / "dusk.txt"]
+    words = [*trainer.words, "--test", "--names", tmp_path / "dusk.txt"]
     words = [str(word) for word in words]
     assert compare.compare(compare.parse(words)) == 0
     record = trainer.record()

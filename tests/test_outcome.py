@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
@@ -92,3 +93,23 @@ def test_summary_is_shown_where_the_headroom_is_known() -> None:
     three = [*two, *runs("supervised_all", 27, 28)]
     text = outcome.report(three, outcome.summarize(three, "camvid", "test"))
     assert "| camvid dusk | test | +6.5 ± 0.5 |  | +1.5 ± 0.5 | 23 % | 2 |  |" in text
+
+
+def test_the_mean_curve_is_of_what_all_runs_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = pytest.importorskip("matplotlib.axes")
+    drawn, plot = {}, axes.Axes.plot
+
+    def kept(self, steps, values, **words):
+        drawn.setdefault(words.get("label"), (list(steps), list(values)))
+        return plot(self, steps, values, **words)
+
+    monkeypatch.setattr(axes.Axes, "plot", kept)
+    one, other = runs("cac", 20, 40)
+    one["curve"] = [[2, 0.1], [3, 0.9], [4, 0.2], [8, 0.4]]
+    other["curve"] = [[2, 0.3], [4, 0.4]]
+    outcome.plot([one, other], tmp_path / "curves.png")
+    steps, values = drawn["cac (mean of 2)"]
+    assert steps == [2, 4]
+    np.testing.assert_allclose(values, [0.2, 0.3])
