@@ -429,6 +429,10 @@ def test_a_record_takes_runs_of_its_experiment_alone(
     path.write_text(json.dumps({**old, "command": within}))
     refused([*base, "--lists", tmp_path / "b/{list}/dusk", *names, *rest], "--lists dusk: a/{list}")
     refused([*base, "--data-dir", other, *lists, *rest], "--data-dir: here/set there")
+    named = {**old, "command": command.replace("--names day.txt", "--names a/0/day.txt")}
+    path.write_text(json.dumps(named))
+    elsewhere = ["--names", tmp_path / "b/0/day.txt"]
+    refused([*base, *lists, *elsewhere, *rest], "--names day: a/0/day.txt there")
     # The same paths, but something else in them.
     path.write_text(json.dumps(record))
     (tmp_path / "a/1/dusk/labeled.txt").write_text("t01\n")
