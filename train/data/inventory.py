@@ -225,6 +225,7 @@ def _is_0_and_255(counts: np.ndarray) -> bool:
 
 def file_warnings(part: Part, data: SegmentationData) -> list[str]:
     """What looks wrong with the files of a part: palettes, bands, darkness, turned images."""
+
     def names(of: Callable[[Seen], Any]) -> list[str]:
         return [one.name for one in part.seen if of(one)]
 

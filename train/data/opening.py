@@ -16,9 +16,9 @@ from cac_fast.train.progress import show_progress
 
 def open_lists(config: Config) -> tuple[SegmentationData, list[Sample], list[Sample]]:
     """The data, its labeled and its unlabeled images."""
-    data = open_data(config.dataset, _path(config.data_dir))
-    lists = _path(config.labeled), _path(config.unlabeled)
-    return data, *select(data, *lists, config.labeled_share, config.data_list)
+    data = open_data(config.data.dataset, _path(config.data.data_dir))
+    lists = _path(config.data.labeled), _path(config.data.unlabeled)
+    return data, *select(data, *lists, config.data.labeled_share, config.data.data_list)
 
 
 def look_at(config: Config, data: SegmentationData, labeled: list[Sample]) -> tuple[str, list[str]]:
@@ -26,7 +26,7 @@ def look_at(config: Config, data: SegmentationData, labeled: list[Sample]) -> tu
 
     Returns a table of what is in the masks, and what looks wrong with them.
     """
-    reader = PixelReader(data, _path(config.cache))
+    reader = PixelReader(data, _path(config.data.cache))
     samples = [*labeled, *data.splits["val"]]
     seen = check_samples(samples, reader, show_progress("checking images"))
     parts = [Part("labeled", seen[: len(labeled)]), Part("validation", seen[len(labeled) :])]
