@@ -145,7 +145,7 @@ def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
     network = build_network(
         config.model.network, config.model.backbone, len(data.classes), dropout=config.model.dropout
     )
-    method = build_method(config, network, ALONE, torch.float32)
+    method = build_method(config, lambda: network, ALONE, torch.float32)
     checkpoint.load_model(method, state["method"], run / "last.pt")
     stream = Stream(config, ALONE, data, labeled, unlabeled)
     return found | taught(method, stream, known=truth)

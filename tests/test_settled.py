@@ -26,7 +26,7 @@ from cac_fast.verification import THOROUGH
 def build(world: World = CPU, *options: str) -> CAC:
     settings = config.parse(["--dataset", "toycity", "--method", "cac", *options])
     network = Segmenter(Backbone(), Head(), 3, dropout=0.5)
-    return build_method(settings, network, world, torch.float32)
+    return build_method(settings, lambda: network, world, torch.float32)
 
 
 def test_later_losses_take_what_is_settled(table: Table) -> None:

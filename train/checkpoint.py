@@ -102,6 +102,12 @@ def load_model(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: 
     module.load_state_dict(weights)
 
 
+def is_finite(module: torch.nn.Module) -> bool:
+    """Whether all numbers that ``module`` would put into a checkpoint are finite."""
+    tensors = [value for value in module.state_dict().values() if value.is_floating_point()]
+    return bool(torch.stack([value.isfinite().all() for value in tensors]).all())
+
+
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """This process's random state, on the CPU and on its GPU."""
     state = {"cpu": torch.get_rng_state()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from cac_fast.train.config import Config
@@ -12,6 +14,34 @@ from cac_fast.train.data.loaders import check_samples
 from cac_fast.train.data.splits import select
 from cac_fast.train.errors import InputError
 from cac_fast.train.progress import show_progress
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The images of a run, and what was found in them.
+
+    found: a table of what is in the masks. warnings: what looks wrong with them.
+    """
+
+    data: SegmentationData
+    labeled: list[Sample]
+    unlabeled: list[Sample]
+    found: str
+    warnings: list[str]
+
+    def digests(self) -> dict[str, str]:
+        """By name what tells each list of images from another."""
+        return {"labeled": _digest(self.labeled), "unlabeled": _digest(self.unlabeled)}
+
+
+def open_inputs(config: Config) -> Inputs:
+    """Open the data and look at all that training reads of them.
+
+    Raises:
+        InputError: something in them cannot be used.
+    """
+    data, labeled, unlabeled = open_lists(config)
+    return Inputs(data, labeled, unlabeled, *look_at(config, data, labeled))
 
 
 def open_lists(config: Config) -> tuple[SegmentationData, list[Sample], list[Sample]]:
@@ -38,3 +68,8 @@ def look_at(config: Config, data: SegmentationData, labeled: list[Sample]) -> tu
 
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
+
+
+def _digest(samples: list[Sample]) -> str:
+    names = "\n".join(sample.name for sample in samples)
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()

@@ -8,7 +8,7 @@ from cac_fast.train.networks.deeplabv3plus import DeepLabV3PlusHead
 from cac_fast.train.networks.lraspp import LRASPPHead
 from cac_fast.train.networks.pspnet import PSPHead
 from cac_fast.train.networks.recompute import in_slices
-from cac_fast.train.networks.segmenter import Segmenter, upsample_logits
+from cac_fast.train.networks.segmenter import Segmenter, freeze_batch_norm, upsample_logits
 from cac_fast.train.networks.sync_batch_norm import synchronize_batch_norm
 from cac_fast.train.networks.weights import WeightsReport, load_backbone_weights
 
@@ -20,6 +20,7 @@ __all__ = [
     "Segmenter",
     "WeightsReport",
     "build_network",
+    "freeze_batch_norm",
     "in_slices",
     "load_backbone_weights",
     "synchronize_batch_norm",
