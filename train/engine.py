@@ -102,7 +102,7 @@ class Trainer:
 
         def open_and_look() -> tuple[Any, ...]:
             data, labeled, unlabeled = open_lists(config)
-            return data, labeled, unlabeled, look_at(config, data, labeled)
+            return data, labeled, unlabeled, look_at(config, data, labeled, unlabeled)
 
         self.data, labeled, unlabeled, self.found = world.on_main(open_and_look)
         self.inputs = {"labeled": _digest(labeled), "unlabeled": _digest(unlabeled)}

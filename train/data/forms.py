@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -140,18 +140,24 @@ def _with_mode(tile: tuple, mode: str) -> tuple:
     return tile._make(parts) if hasattr(tile, "_make") else parts
 
 
-def header(path: Path) -> tuple[bool, int]:
-    """What an image file says of itself: `has_stored_band`, and its EXIF orientation.
+class Header(NamedTuple):
+    """What an image file says of itself: `has_stored_band`, EXIF orientation, more than 8 bits."""
 
-    False and 1 (upright) where it says nothing.
-    """
+    stored_band: bool = False
+    orientation: int = 1
+    wide: bool = False
+
+
+def header(path: Path) -> Header:
+    """The header of an image file, read without its pixels; the defaults where it says nothing."""
     try:
         with path.open("rb") as stream, Image.open(stream) as file:
+            wide = file.mode in WIDE_MODES or ";16" in raw_mode(file)
             if file.format == "PNG" and "exif" not in file.info:
-                return False, 1  # Pillow would decode all of it to look behind the pixels
-            return has_stored_band(file), file.getexif().get(_ORIENTATION, 1)
+                return Header(wide=wide)  # Pillow would decode all of it to look behind the pixels
+            return Header(has_stored_band(file), file.getexif().get(_ORIENTATION, 1), wide)
     except Exception:  # whoever reads its pixels says what is wrong
-        return False, 1
+        return Header()
 
 
 def size_hint(mask: Sequence[int], image: Sequence[int], turned: bool) -> str:
