@@ -184,21 +184,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Predictor:
     return Predictor(network, classes, palette).to(device).eval()
 
 
-_OUT_OF_MEMORY = (
-    "DefaultCPUAllocator",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of PyTorch says that something did not fit in memory."""
-    # For PyTorch's own allocator on a GPU there is an exception type, else only the message.
-    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return full or any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
 def _check(image: Tensor) -> None:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(
