@@ -16,6 +16,7 @@ WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 Color = tuple[int, int, int]
 
 _ORIENTATION, _EXTRA_SAMPLES = 0x0112, 338
+_BITS_PER_SAMPLE, _PLANAR, _BANDS_APART = 258, 284, 2
 _PREMULTIPLIED = 1
 _TWELVE_BITS = 4095
 _OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
@@ -117,11 +118,22 @@ def load_colors(file: Image.Image, stream: BinaryIO) -> None:
     """Load an opened file; colors of 12 bits in 16 come as their highest 8 bits.
 
     Pillow keeps the high byte of 16 bits, in which 12 bits are almost black.
+
+    Raises:
+        ValueError: bands of 16 bits lie apart, in a form that Pillow garbles.
     """
-    swapped = _SWAPPED.get(raw_mode(file))
-    file.load()
-    if swapped is None or max(high for _, high in file.getextrema()[:3]) > _TWELVE_BITS >> 8:
-        return
+    swapped, apart = _SWAPPED.get(raw_mode(file)), _has_wide_planes(file)
+    garbled = apart and file.tile[0][0] == "raw"
+    if not garbled:
+        file.load()
+        high = max(high for _, high in file.getextrema()[:3]) if swapped is not None else 255
+        if high > _TWELVE_BITS >> 8:
+            return
+    if apart:
+        raise ValueError(
+            "its bands of 16 bits lie apart: write them pixel by pixel, as does gdal_translate "
+            "-co INTERLEAVE=PIXEL"
+        )
     stream.seek(0)
     with Image.open(stream) as again:  # with the bytes of each sample exchanged: the low ones
         again.tile = [_with_mode(tile, swapped) for tile in again.tile]
@@ -131,6 +143,12 @@ def load_colors(file: Image.Image, stream: BinaryIO) -> None:
     bits = high[..., :3].astype(np.uint16) << 8 | low[..., :3]
     high[..., :3] = bits >> 4
     file.paste(Image.fromarray(high))
+
+
+def _has_wide_planes(file: Image.Image) -> bool:
+    if file.format != "TIFF" or file.tag_v2.get(_PLANAR) != _BANDS_APART:
+        return False
+    return len(file.getbands()) > 1 and max(file.tag_v2.get(_BITS_PER_SAMPLE, (1,))) > 8
 
 
 def _with_mode(tile: tuple, mode: str) -> tuple:
