@@ -208,12 +208,13 @@ def _picture(image: Picture) -> Image.Image | Tensor:
         )
     channels_last = image.ndim == 3 and image.shape[2] == 3
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
+        if image.dtype != np.uint8 or image.ndim != 3 or 3 not in image.shape[::2]:
             raise ValueError(
                 f"expected an array (H, W, 3) of uint8, or a PIL image, not {image.shape} of "
                 f"{image.dtype}"
             )
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        # PyTorch warns of what it could not write, such as a PIL image's own array.
+        image = torch.from_numpy(np.require(image, requirements=("C", "W")))
     elif channels_last and image.shape[0] == 3:
         channels_last = False
     if channels_last:
