@@ -10,6 +10,7 @@ import pytest
 from data_folders import one_line
 from PIL import Image, PngImagePlugin
 
+from cac_fast.train.data.forms import header
 from cac_fast.train.data.images import check_size, read_image, read_mask
 from cac_fast.train.errors import InputError
 
@@ -39,7 +40,7 @@ def tiff(
     deflate: bool = False,
     apart: bool = False,
 ):
-    """A TIFF; packed samples of `bits` bits come as bytes (H, B); `apart`: one band after another."""
+    """A TIFF; packed samples of `bits` bits come as bytes (H, B). `apart`: band after band."""
     height, width, channels = (*pixels.shape, 1)[:3]
     depth = bits or 8 * pixels.itemsize
     width = width * 8 // depth if bits else width
@@ -221,6 +222,8 @@ def test_fourth_band_of_a_tiff(tmp_path, extra):
     np.testing.assert_array_equal(np.asarray(read_image(path)), STORED[..., :3])
     wide = tiff(tmp_path / "b.tif", STORED.astype(np.uint16) << 8, extra)
     np.testing.assert_array_equal(np.asarray(read_image(wide)), STORED[..., :3])
+    assert header(path).stored_band and header(wide).stored_band
+    assert not header(tiff(tmp_path / "c.tif", STORED[..., :3])).stored_band
 
 
 def test_tiff_whose_colors_are_multiplied_by_its_alpha(tmp_path):

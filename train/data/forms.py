@@ -16,7 +16,8 @@ WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 Color = tuple[int, int, int]
 
 _ORIENTATION, _EXTRA_SAMPLES = 0x0112, 338
-_BITS_PER_SAMPLE, _PLANAR, _BANDS_APART = 258, 284, 2
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _PLANAR = 258, 277, 284
+_BANDS_APART = 2
 _PREMULTIPLIED = 1
 _TWELVE_BITS = 4095
 _OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
@@ -102,8 +103,10 @@ def has_stored_band(image: Image.Image) -> bool:
 
     Only colors that were multiplied by it say that it is transparency.
     """
-    if image.format != "TIFF" or image.mode not in ("RGBA", "LA"):
+    if image.format != "TIFF" or image.mode not in ("RGB", "RGBA", "LA"):
         return False
+    if image.mode == "RGB":  # bands that are not marked as anything
+        return image.tag_v2.get(_SAMPLES_PER_PIXEL, 3) > 3
     return _PREMULTIPLIED not in image.tag_v2.get(_EXTRA_SAMPLES, ())
 
 
