@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def with_statistics_of(predictor: Predictor, crops: list[Tensor]) -> Predictor:
 def unlabeled_crops(config: Config, samples: list[Sample]) -> list[Tensor]:
     """Batches (8, 3, c, c) uint8 as the trainer cuts them, without photometric changes."""
     transform = UnlabeledTransform(
-        config.crop_size, config.unlabeled_scale, config.base_size, photometric=False
+        config.data.crop_size, config.data.unlabeled_scale, config.data.base_size, photometric=False
     )
     rng = np.random.default_rng(0)
     chosen = [samples[index] for index in rng.permutation(len(samples))[:CROPS]]
@@ -125,12 +124,12 @@ def _right(method: CAC, logits: list[Tensor], batch: dict[str, Tensor]) -> Tenso
 def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
     """What one run's last state knows."""
     state = checkpoint.read(run / "last.pt")
-    config = Config(**state["config"] | {"workers": 0, "cache": None})
-    data = open_data(config.dataset, data_dir or Path(config.data_dir))
-    lists = (path and Path(path) for path in (config.labeled, config.unlabeled))
-    labeled, unlabeled = select(data, *lists, config.labeled_share, config.data_list)
+    config = Config.of(**state["config"] | {"workers": 0, "cache": None})
+    data = open_data(config.data.dataset, data_dir or Path(config.data.data_dir))
+    lists = (path and Path(path) for path in (config.data.labeled, config.data.unlabeled))
+    labeled, unlabeled = select(data, *lists, config.data.labeled_share, config.data.data_list)
     truth = all(sample.mask is not None for sample in unlabeled)
-    config = replace(config, false_negatives=truth)
+    config = config.changed(false_negatives=truth)
     predictor = load(run / "last.pt")
     anew = with_statistics_of(predictor, unlabeled_crops(config, unlabeled))
     found: dict[str, Any] = {"run": run.name}
@@ -140,11 +139,11 @@ def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
             found[name] = 100 * result["miou"]
             if name == "val":
                 found["classes known"] = sum((iou or 0) > KNOWN for iou in result["iou"])
-    if config.method != "cac":
+    if config.loss.method != "cac":
         return found
     # As it learned, with dropout, which a loaded network is without.
     network = build_network(
-        config.network, config.backbone, len(data.classes), dropout=config.dropout
+        config.model.network, config.model.backbone, len(data.classes), dropout=config.model.dropout
     )
     method = build_method(config, network, ALONE, torch.float32)
     checkpoint.load_model(method, state["method"], run / "last.pt")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import shlex
@@ -220,9 +219,13 @@ def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, flo
             run(["bench/step_time.py", str(file), *words], options.threads, "ten steps")
             seconds = json.loads(file.read_text())
         settings = config.parse(words)
-        alone = settings.iterations if settings.method == "supervised" else settings.num_warmup
-        both = max(0, settings.iterations - alone) * (seconds["both"] or 0)
-        hours[arm] = (min(alone, settings.iterations) * seconds["labeled"] + both) / 3600
+        alone = (
+            settings.optim.iterations
+            if settings.loss.method == "supervised"
+            else settings.num_warmup
+        )
+        both = max(0, settings.optim.iterations - alone) * (seconds["both"] or 0)
+        hours[arm] = (min(alone, settings.optim.iterations) * seconds["labeled"] + both) / 3600
     return hours
 
 
@@ -235,7 +238,7 @@ def is_finished(job: Job, options: argparse.Namespace) -> bool:
     last = run_folder(job, options) / "last.pt"
     if "--restart" in options.rest or not last.is_file():
         return False
-    wanted = config.parse([*options.data, *options.rest]).iterations
+    wanted = config.parse([*options.data, *options.rest]).optim.iterations
     return checkpoint.read(last)["iteration"] == wanted
 
 
@@ -275,7 +278,7 @@ def former_record(
         for command in commands:
             former, rest = split_arguments(shlex.split(command)[2:])
             there = config.parse(["--dataset", former.dataset, "--data-dir", ".", *rest])
-            different += config.differences(here, dataclasses.asdict(there))
+            different += config.differences(here, there.flat())
             different += unlike(asked, here, former, there)
         known = record.get("digests", {})  # there were none at first
         different += [

@@ -273,7 +273,9 @@ def main(arguments: list[str]) -> int:
             for kind in KINDS
             for way in WAYS
         ]
-        on_device = Stream(Config("folder", str(root)), World(0, 1, device), data, [], [])
+        on_device = Stream(
+            Config.of(dataset="folder", data_dir=str(root)), World(0, 1, device), data, [], []
+        )
         rows = make_rows(contenders, take_turns(contenders, on_device, options.minutes))
     print(LEGEND.format(batch=BATCH, device=facts["device"]) + f"\n\n{table(rows)}")
     record = {

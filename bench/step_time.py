@@ -46,10 +46,10 @@ def main() -> None:
     file, *arguments = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         settings = config.parse([*arguments, "--output", folder])
-        with distributed.world(settings.device) as world:
+        with distributed.world(settings.run.device) as world:
             trainer = Trainer(settings, world)
             found = {"labeled": step_seconds(trainer, both=False), "both": None}
-            if settings.method != "supervised":
+            if settings.loss.method != "supervised":
                 found["both"] = step_seconds(trainer, both=True)
     Path(file).write_text(json.dumps(found) + "\n")
 

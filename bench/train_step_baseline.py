@@ -35,7 +35,7 @@ class BaselineStep:
         self.config: Config = trainer.config
         self.method = trainer.method.to(memory_format=torch.contiguous_format)
         head = self.method.network.head
-        head.forward = partial(HEADS[self.config.network], head)
+        head.forward = partial(HEADS[self.config.model.network], head)
         bank = self.method.bank.state_dict()
         first = bank["pushes"] % len(bank["features"])  # the oldest
         order = [*range(first, len(bank["features"])), *range(first)]
@@ -49,8 +49,8 @@ class BaselineStep:
         ]
         self.optimizer = torch.optim.SGD(
             groups,
-            momentum=self.config.momentum,
-            weight_decay=self.config.weight_decay,
+            momentum=self.config.optim.momentum,
+            weight_decay=self.config.optim.weight_decay,
             foreach=False,
         )
 
@@ -64,7 +64,7 @@ class BaselineStep:
             views = [method.unlabeled_view(unlabeled[name]) for name in ("image1", "image2")]
         with phase("loss"):
             loss_dc = self.contrastive_loss(views, unlabeled)
-        loss = loss_ce + self.config.dc_weight * loss_dc
+        loss = loss_ce + self.config.loss.dc_weight * loss_dc
         with phase("backward"):
             # Gradients were set to zero, not freed, by the PyTorch of that time.
             self.optimizer.zero_grad(set_to_none=False)
@@ -84,7 +84,7 @@ class BaselineStep:
         for here, there in (sides, sides[::-1]):
             anchors, labels, sure = here
             positives, _, other_sure = there
-            active = (sure < other_sure) & (other_sure > self.config.threshold)
+            active = (sure < other_sure) & (other_sure > self.config.loss.threshold)
             rows = baselines.chunked.__wrapped__(
                 anchors,
                 positives.detach(),
@@ -92,7 +92,7 @@ class BaselineStep:
                 labels,
                 negative_labels,
                 active,
-                self.config.temperature,
+                self.config.loss.temperature,
             )
             total = total + rows.sum() / active.sum().clamp(min=1)
         return total
@@ -103,7 +103,7 @@ class BaselineStep:
         features, labels = [], []
         for maps, logits in views:
             rows = F.normalize(maps, dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-            count = self.config.negatives_per_view
+            count = self.config.loss.negatives_per_view
             chosen = slice(None)
             if count is not None and count < len(rows):
                 chosen = torch.randperm(len(rows), device=rows.device)[:count]

@@ -195,7 +195,7 @@ def test_every_option_is_one_of_its_program(gpu_round: Round) -> None:
     training = compare.parse(words["training"])
     assert (training.shares, training.seeds, training.jobs) == ("1/8", [0, 1, 2], 6)
     rest = [*training.data, *training.rest, "--output", "runs/x", "--method", "cac"]
-    assert config.parse(rest).iterations == 2000
+    assert config.parse(rest).optim.iterations == 2000
     assert config.parse(words["profile"]).base_size == 2048
 
 

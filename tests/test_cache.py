@@ -260,10 +260,15 @@ def test_masks_of_unlabeled_images_are_never_opened(tmp_path):
 def test_a_run_fills_its_cache_and_reads_the_same(folder_data, tmp_path, method, count):
     found = []
     for cache in (None, str(tmp_path / "cache")):
-        settings = config.Config(
-            "folder", str(folder_data), method=method, batch_size=2, crop_size=32, workers=0
+        settings = config.Config.of(
+            dataset="folder",
+            data_dir=str(folder_data),
+            method=method,
+            batch_size=2,
+            crop_size=32,
+            workers=0,
         )
-        settings = replace(settings, cache=cache)
+        settings = settings.changed(cache=cache)
         read = opening.open_lists(settings)
         if cache is not None:
             fill_cache(settings, *read)

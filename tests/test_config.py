@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -31,14 +30,18 @@ def test_later_sources_win(tmp_path):
             "0.25",
         ]
     )
-    assert (settings.batch_size, settings.crop_size, settings.seed) == (6, 128, 3)
-    assert settings.learning_rate == 0.25
-    assert settings.labeled_scale == (0.5, 1.5)
-    assert settings.network == "deeplabv3plus"
+    assert (settings.optim.batch_size, settings.data.crop_size, settings.run.seed) == (
+        6,
+        128,
+        3,
+    )
+    assert settings.optim.learning_rate == 0.25
+    assert settings.data.labeled_scale == (0.5, 1.5)
+    assert settings.model.network == "deeplabv3plus"
 
 
 def test_flag_wins_over_set_whatever_the_order():
-    assert config.parse([*BASE, "--seed", "1", "--set", "seed=2"]).seed == 1
+    assert config.parse([*BASE, "--seed", "1", "--set", "seed=2"]).run.seed == 1
 
 
 @pytest.mark.parametrize(
@@ -46,14 +49,28 @@ def test_flag_wins_over_set_whatever_the_order():
 )
 def test_paper_settings(dataset, crop, rate, past):
     settings = config.parse(["--dataset", dataset, "--data-dir", "d"])
-    assert settings.crop_size == crop
-    assert settings.learning_rate == rate
-    assert settings.learning_rate * settings.head_learning_rate_factor == pytest.approx(10 * rate)
-    assert settings.bank_past_steps == past
-    assert (settings.batch_size, settings.iterations, settings.num_warmup) == (8, 92_560, 5785)
-    assert (settings.dc_weight, settings.temperature, settings.threshold) == (0.1, 0.1, 0.75)
-    assert settings.normalization == "image" and settings.negatives_per_view is None
-    assert (settings.momentum, settings.weight_decay, settings.poly_power) == (0.9, 1e-4, 0.9)
+    assert settings.data.crop_size == crop
+    assert settings.optim.learning_rate == rate
+    assert settings.optim.learning_rate * settings.optim.head_learning_rate_factor == pytest.approx(
+        10 * rate
+    )
+    assert settings.loss.bank_past_steps == past
+    assert (
+        settings.optim.batch_size,
+        settings.optim.iterations,
+        settings.num_warmup,
+    ) == (8, 92_560, 5785)
+    assert (settings.loss.dc_weight, settings.loss.temperature, settings.loss.threshold) == (
+        0.1,
+        0.1,
+        0.75,
+    )
+    assert settings.loss.normalization == "image" and settings.loss.negatives_per_view is None
+    assert (
+        settings.optim.momentum,
+        settings.optim.weight_decay,
+        settings.optim.poly_power,
+    ) == (0.9, 1e-4, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -68,26 +85,26 @@ def test_paper_settings(dataset, crop, rate, past):
     ],
 )
 def test_ablation_switches_are_one_flag_each(switch):
-    assert getattr(config.parse(BASE), switch) is True
-    assert getattr(config.parse([*BASE, f"--no-{switch.replace('_', '-')}"]), switch) is False
-    assert getattr(config.parse([*BASE, "--set", f"{switch}=off"]), switch) is False
+    assert config.parse(BASE).flat()[switch] is True
+    assert config.parse([*BASE, f"--no-{switch.replace('_', '-')}"]).flat()[switch] is False
+    assert config.parse([*BASE, "--set", f"{switch}=off"]).flat()[switch] is False
 
 
 def test_settings_equal_themselves_after_json():
     settings = config.parse([*BASE, "--set", "iou_range=0.2,0.9"])
-    former = json.loads(json.dumps(dataclasses.asdict(settings)))
+    former = json.loads(json.dumps(settings.flat()))
     assert config.differences(settings, former) == []
 
 
 def test_differences_name_what_changes_the_result():
-    former = dataclasses.asdict(config.parse(BASE))
+    former = config.parse(BASE).flat()
     settings = config.parse([*BASE, "--crop-size", "64", "--workers", "7"])
     (difference,) = config.differences(settings, former)
     assert difference.startswith("crop_size: 320 there, 64 here")
 
 
 def test_a_run_goes_on_where_its_weights_file_has_moved():
-    former = dataclasses.asdict(config.parse([*BASE, "--weights", "old/resnet50.pth"]))
+    former = config.parse([*BASE, "--weights", "old/resnet50.pth"]).flat()
     settings = config.parse([*BASE, "--weights", "new/resnet50.pth"])
     assert config.differences(settings, former) == []
     settings = config.parse([*BASE, "--weights", "old/resnet101.pth"])
@@ -96,7 +113,7 @@ def test_a_run_goes_on_where_its_weights_file_has_moved():
 
 def test_a_run_made_before_a_setting_was_there_goes_on():
     settings = config.parse(BASE)
-    former = dataclasses.asdict(settings)
+    former = settings.flat()
     del former["forward"], former["accumulate"]
     assert config.differences(settings, former) == []
     changed = config.parse([*BASE, "--forward", "joint"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -58,10 +57,15 @@ def test_batches_of_the_cpu_without_waiting(folder_data, tmp_path):
     """Pinned memory, and colors changed on the device, through the cache: as on the CPU."""
     found = []
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
-        settings = config.Config(
-            "folder", str(folder_data), batch_size=4, crop_size=32, workers=1, jitter_labeled=True
+        settings = config.Config.of(
+            dataset="folder",
+            data_dir=str(folder_data),
+            batch_size=4,
+            crop_size=32,
+            workers=1,
+            jitter_labeled=True,
         )
-        settings = replace(settings, cache=str(tmp_path / "cache"))
+        settings = settings.changed(cache=str(tmp_path / "cache"))
         read = opening.open_lists(settings)
         fill_cache(settings, *read)
         stream = Stream(settings, World(0, 1, device), *read)

@@ -174,7 +174,7 @@ def test_momentum_of_another_memory_format(folder_data, tmp_path):
     trainer.optimizer.load_state_dict(state)
     start_momentum(trainer.optimizer)
     before, rate = weight.detach().clone(), trainer.optimizer.param_groups[1]["lr"]
-    decay, momentum = trainer.config.weight_decay, trainer.config.momentum
+    decay, momentum = trainer.config.optim.weight_decay, trainer.config.optim.momentum
     weight.grad = torch.zeros_like(weight)
     trainer.optimizer.step()
     expected = before - rate * (momentum * stored + decay * before)

@@ -60,7 +60,7 @@ def method(*options: str, frozen: bool = False) -> CAC:
     settings = config.parse([*arguments, *options])
     torch.manual_seed(0)
     network = Segmenter(Backbone(), Head(), 3, dropout=0.5)
-    if settings.checkpoint_activations:
+    if settings.model.checkpoint_activations:
         network.checkpoint_activations()
     result = CAC(network, CPU, settings, torch.float64).double()
     return result.eval() if frozen else result
@@ -184,7 +184,9 @@ def test_profile(tmp_path) -> None:
 
 
 def test_waiting_for_data_and_moving_it_are_two_phases(folder_data) -> None:
-    settings = config.Config("folder", str(folder_data), batch_size=2, crop_size=32, workers=0)
+    settings = config.Config.of(
+        dataset="folder", data_dir=str(folder_data), batch_size=2, crop_size=32, workers=0
+    )
     stream = Stream(settings, CPU, *opening.open_lists(settings))
     spans, move = [], stream.to_device
 

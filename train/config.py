@@ -25,10 +25,9 @@ def setting(default: Any, text: str, choices: Sequence[str] | None = None) -> An
 
 
 @dataclass(frozen=True)
-class Config:
-    """The settings of a run; ``python train/main.py --help`` gives each one's meaning."""
+class DataSettings:
+    """What to train on, and how it is cropped (paper, Sec. 4.1)."""
 
-    # What to train on
     dataset: str = setting("", "data layout", ("cityscapes", "voc", "folder", "toycity"))
     data_dir: str | None = setting(None, "the data's folder (not needed for toycity)")
     labeled: str | None = setting(None, "list of labeled images")
@@ -39,82 +38,13 @@ class Config:
         None, "without lists: this share of the masks is used, as 1/16, or full"
     )
     data_list: int = setting(0, "seed of the derived labeled share")
-
-    # What to train
-    method: str = setting("cac", "training method", ("cac", "supervised"))
-    network: str = setting(
-        "deeplabv3plus", "segmentation network", ("deeplabv3plus", "lraspp", "pspnet")
-    )
-    backbone: str = setting(
-        "resnet50",
-        "torchvision backbone",
-        ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101"),
-    )
-    weights: str | None = setting(
-        None,
-        "torchvision's checkpoint for the backbone, or a run of this program (default: random)",
-    )
-    dropout: bool = setting(True, "the networks' dropout")
-
-    # The run
-    output: str | None = setting(None, "run folder (default: runs/ and a name made of the choices)")
-    iterations: int = setting(20_000, "optimizer steps")
-    batch_size: int = setting(
-        8, "labeled images a step over all processes; as many unlabeled ones are drawn"
-    )
-    crop_size: int = setting(320, "side of the square crops in pixels, a multiple of 8")
-    seed: int = setting(0, "seed of everything random")
     workers: int = setting(
         2, "loader processes per loader and rank; 0 loads in the training process"
     )
     cache: str | None = setting(
         None, "folder for decoded images, written once: the loader then decodes no file"
     )
-    device: str = setting("auto", "where to train", ("auto", "cpu", "cuda"))
-    precision: str = setting(
-        "auto",
-        "autocast type; auto: bf16 on GPUs that have it, else fp32",
-        ("auto", "fp32", "bf16", "fp16"),
-    )
-    channels_last: bool = setting(
-        True, "channels_last memory format (on CPUs only for lraspp on a MobileNet)"
-    )
-    accumulate: int = setting(
-        1, "less memory: the network sees the batch in this many slices, computed twice"
-    )
-    forward: str = setting(
-        "separate",
-        "separate (authors): labeled images and both views have batch statistics of their own; "
-        "joint: one pass over all",
-        ("separate", "joint"),
-    )
-    compile: bool = setting(False, "compile the network for training (torch.compile)")
-    checkpoint_activations: bool = setting(
-        False, "less memory: the network's blocks are computed again in the backward pass"
-    )
-    deterministic: bool = setting(False, "deterministic algorithms only")
-    restart: bool = setting(False, "start over even if the run folder holds a run")
-    eval_every: int | None = setting(
-        None, "iterations between evaluations (default: a tenth of the run)"
-    )
-    save_every: int = setting(500, "iterations between checkpoints")
-    log_every: int = setting(20, "iterations between lines of metrics.jsonl")
-    profile: int | None = setting(
-        None, "profile this many steps: shares of time, and trace.json in the run folder"
-    )
-
-    # Optimization (paper, Sec. 4.1)
-    learning_rate: float = setting(0.002, "base learning rate of the backbone")
-    head_learning_rate_factor: float = setting(
-        10.0, "learning rate of the rest, as a multiple of the backbone's"
-    )
-    momentum: float = setting(0.9, "SGD momentum")
-    weight_decay: float = setting(1e-4, "SGD weight decay")
-    poly_power: float = setting(0.9, "power of the poly schedule")
-    sync_bn: bool = setting(True, "batch statistics over all processes")
-    freeze_bn: bool = setting(False, "running statistics in training too")
-
-    # Crops and augmentation (paper, Sec. 4.1)
+    crop_size: int = setting(320, "side of the square crops in pixels, a multiple of 8")
     labeled_scale: tuple[float, float] = setting(
         (0.5, 2.0), "range of the random resize of labeled images"
     )
@@ -128,7 +58,71 @@ class Config:
     iou_range: tuple[float, float] = setting((0.1, 1.0), "bounds of the IoU of the two crops")
     jitter_labeled: bool = setting(False, "authors, Cityscapes: color jitter of labeled crops too")
 
-    # The directional contrastive loss (paper, Sec. 3.3 and 3.4)
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The network."""
+
+    network: str = setting(
+        "deeplabv3plus", "segmentation network", ("deeplabv3plus", "lraspp", "pspnet")
+    )
+    backbone: str = setting(
+        "resnet50",
+        "torchvision backbone",
+        ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101"),
+    )
+    weights: str | None = setting(
+        None,
+        "torchvision's checkpoint for the backbone, or a run of this program (default: random)",
+    )
+    dropout: bool = setting(True, "the networks' dropout")
+    channels_last: bool = setting(
+        True, "channels_last memory format (on CPUs only for lraspp on a MobileNet)"
+    )
+    compile: bool = setting(False, "compile the network for training (torch.compile)")
+    checkpoint_activations: bool = setting(
+        False, "less memory: the network's blocks are computed again in the backward pass"
+    )
+
+
+@dataclass(frozen=True)
+class OptimizationSettings:
+    """The steps (paper, Sec. 4.1)."""
+
+    iterations: int = setting(20_000, "optimizer steps")
+    batch_size: int = setting(
+        8, "labeled images a step over all processes; as many unlabeled ones are drawn"
+    )
+    accumulate: int = setting(
+        1, "less memory: the network sees the batch in this many slices, computed twice"
+    )
+    precision: str = setting(
+        "auto",
+        "autocast type; auto: bf16 on GPUs that have it, else fp32",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+    learning_rate: float = setting(0.002, "base learning rate of the backbone")
+    head_learning_rate_factor: float = setting(
+        10.0, "learning rate of the rest, as a multiple of the backbone's"
+    )
+    momentum: float = setting(0.9, "SGD momentum")
+    weight_decay: float = setting(1e-4, "SGD weight decay")
+    poly_power: float = setting(0.9, "power of the poly schedule")
+    sync_bn: bool = setting(True, "batch statistics over all processes")
+    freeze_bn: bool = setting(False, "running statistics in training too")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The method and its loss (paper, Sec. 3.3 and 3.4); the ablations are those of Table 3."""
+
+    method: str = setting("cac", "training method", ("cac", "supervised"))
+    forward: str = setting(
+        "separate",
+        "separate (authors): labeled images and both views have batch statistics of their own; "
+        "joint: one pass over all",
+        ("separate", "joint"),
+    )
     dc_weight: float = setting(0.1, "lambda, the weight of the contrastive loss")
     warmup: int | None = setting(
         None, "iterations with the supervised loss alone (default: 1/16 of all)"
@@ -168,36 +162,106 @@ class Config:
         False, "measure the share of false negatives (Fig. 6); reads the unlabeled images' masks"
     )
 
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where and how it runs, and what it leaves."""
+
+    output: str | None = setting(None, "run folder (default: runs/ and a name made of the choices)")
+    seed: int = setting(0, "seed of everything random")
+    device: str = setting("auto", "where to train", ("auto", "cpu", "cuda"))
+    deterministic: bool = setting(False, "deterministic algorithms only")
+    restart: bool = setting(False, "start over even if the run folder holds a run")
+    eval_every: int | None = setting(
+        None, "iterations between evaluations (default: a tenth of the run)"
+    )
+    save_every: int = setting(500, "iterations between checkpoints")
+    log_every: int = setting(20, "iterations between lines of metrics.jsonl")
+    profile: int | None = setting(
+        None, "profile this many steps: shares of time, and trace.json in the run folder"
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run, in groups; ``python train/main.py --help`` gives each one's meaning.
+
+    Flags, TOML files, ``config.json`` and checkpoints name a setting without its group.
+    """
+
+    data: DataSettings
+    model: ModelSettings
+    optim: OptimizationSettings
+    loss: LossSettings
+    run: RunSettings
+
+    @classmethod
+    def of(cls, **values: Any) -> Config:
+        """The settings ``values``, by their flat names, and the defaults of all others."""
+        groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+        for name, value in values.items():
+            groups[GROUP_OF[name]][name] = value
+        return cls(**{group: GROUPS[group](**given) for group, given in groups.items()})
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by their flat names."""
+        return {
+            name: value for group in GROUPS for name, value in vars(getattr(self, group)).items()
+        }
+
+    def changed(self, **values: Any) -> Config:
+        """The same settings but for ``values``, by their flat names."""
+        return Config.of(**self.flat() | values)
+
     @property
     def num_warmup(self) -> int:
         """Iterations before the contrastive loss starts."""
-        return self.iterations // 16 if self.warmup is None else self.warmup
+        return self.optim.iterations // 16 if self.loss.warmup is None else self.loss.warmup
 
     @property
     def num_eval_every(self) -> int:
         """Iterations between evaluations."""
-        return max(1, self.iterations // 10) if self.eval_every is None else self.eval_every
+        return (
+            max(1, self.optim.iterations // 10)
+            if self.run.eval_every is None
+            else self.run.eval_every
+        )
 
     @property
     def run_folder(self) -> Path:
         """The folder that holds the run."""
-        if self.output is not None:
-            return Path(self.output)
-        share = (self.labeled_share or "all").replace("/", "_")
-        if self.labeled is not None:
-            share = f"{Path(self.labeled).parent.name}_{Path(self.labeled).stem}"
+        if self.run.output is not None:
+            return Path(self.run.output)
+        share = (self.data.labeled_share or "all").replace("/", "_")
+        if self.data.labeled is not None:
+            share = f"{Path(self.data.labeled).parent.name}_{Path(self.data.labeled).stem}"
         return Path("runs") / "-".join(
             [
-                self.dataset,
-                self.method,
-                self.network,
-                self.backbone,
+                self.data.dataset,
+                self.loss.method,
+                self.model.network,
+                self.model.backbone,
                 share,
-                f"list{self.data_list}",
-                f"seed{self.seed}",
+                f"list{self.data.data_list}",
+                f"seed{self.run.seed}",
             ]
         )
 
+
+GROUPS = {
+    "data": DataSettings,
+    "model": ModelSettings,
+    "optim": OptimizationSettings,
+    "loss": LossSettings,
+    "run": RunSettings,
+}
+FIELDS = {field.name: field for group in GROUPS.values() for field in dataclasses.fields(group)}
+GROUP_OF = {
+    field.name: name for name, group in GROUPS.items() for field in dataclasses.fields(group)
+}
+TYPES = {
+    name: kind for group in GROUPS.values() for name, kind in typing.get_type_hints(group).items()
+}
 
 # What differs between the data sets (paper, Sec. 4.1).
 _PAPER = {"iterations": 92_560}
@@ -258,7 +322,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     converted = {key: _convert(key, value) for key, value in values.items()}
     if not converted.get("dataset"):
         raise InputError("--dataset is needed: cityscapes, voc, folder or toycity")
-    config = Config(**(PRESETS[converted["dataset"]] | converted))
+    config = Config.of(**PRESETS[converted["dataset"]] | converted)
     _check(config)
     return config
 
@@ -266,13 +330,12 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 def differences(config: Config, former: dict[str, Any]) -> list[str]:
     """Settings that change what is computed and differ from those of a ``former`` run."""
     return [
-        f"{field.name}: {there!r} there, {here!r} here"
-        for field in dataclasses.fields(config)
+        f"{name}: {there!r} there, {here!r} here"
+        for name, here in config.flat().items()
         # A run made before a setting was there did what is the default now.
-        for there in [former.get(field.name, field.default)]
-        for here in [getattr(config, field.name)]
-        if field.name not in FREE and _compared(field.name, there) != _compared(field.name, here)
-        if field.name != "iterations" or there > here  # a run may be made longer
+        for there in [former.get(name, FIELDS[name].default)]
+        if name not in FREE and _compared(name, there) != _compared(name, here)
+        if name != "iterations" or there > here  # a run may be made longer
     ]
 
 
@@ -301,13 +364,12 @@ def _parser() -> Parser:
         default=[],
         help="any setting below by its name with underscores",
     )
-    types = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
+    for field in FIELDS.values():
         flag = "--" + field.name.replace("_", "-")
         text = field.metadata["help"]
         if field.default not in ("", None):
             text += f" [{field.default}]"
-        if types[field.name] is bool:
+        if TYPES[field.name] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(flag, metavar=_metavar(field), help=text)
@@ -338,10 +400,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _known(key: str, where: str) -> str:
-    names = [field.name for field in dataclasses.fields(Config)]
     name = key.replace("-", "_")
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
+    if name not in FIELDS:
+        near = difflib.get_close_matches(name, FIELDS, n=1)
         raise InputError(
             f"{where}: unknown setting {key}" + (f", did you mean {near[0]}?" if near else "")
         )
@@ -350,8 +411,8 @@ def _known(key: str, where: str) -> str:
 
 def _convert(name: str, value: Any) -> Any:
     """``value`` (text, or what TOML gave) as the type of the setting ``name``."""
-    kind = typing.get_type_hints(Config)[name]
-    choices = Config.__dataclass_fields__[name].metadata["choices"]
+    kind = TYPES[name]
+    choices = FIELDS[name].metadata["choices"]
     options = typing.get_args(kind)
     wanted = f"--{name.replace('_', '-')} {value}"
     if type(None) in options:
@@ -402,48 +463,45 @@ def _boolean(value: Any) -> bool:
 
 def _check(config: Config) -> None:
     """Reject values that no run can use."""
-    if config.dataset != "toycity" and config.data_dir is None:
-        raise InputError(f"--data-dir is needed for --dataset {config.dataset}")
-    if config.crop_size < 8 or config.crop_size % 8:
-        lower = max(8, config.crop_size // 8 * 8)
-        raise InputError(
-            f"--crop-size {config.crop_size} is not a multiple of 8: use {lower} or {lower + 8}"
-        )
+    values, crop = config.flat(), config.data.crop_size
+    if config.data.dataset != "toycity" and config.data.data_dir is None:
+        raise InputError(f"--data-dir is needed for --dataset {config.data.dataset}")
+    if crop < 8 or crop % 8:
+        lower = max(8, crop // 8 * 8)
+        raise InputError(f"--crop-size {crop} is not a multiple of 8: use {lower} or {lower + 8}")
     counts = (
         "iterations batch_size save_every log_every eval_every negatives_per_view base_size "
         "accumulate profile max_negatives"
     )
     for name in [*counts.split(), "learning_rate", "head_learning_rate_factor"]:
-        value = getattr(config, name)
+        value = values[name]
         if value is not None and (value <= 0 if isinstance(value, float) else value < 1):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be positive")
     counts = "warmup workers bank_past_steps seed data_list"
     for name in [*counts.split(), *"dc_weight weight_decay threshold momentum poly_power".split()]:
-        value = getattr(config, name)
+        value = values[name]
         if value is not None and value < 0:
             raise InputError(f"--{name.replace('_', '-')} {value}: must not be negative")
     for name in ("labeled_scale", "unlabeled_scale", "iou_range"):
-        low, high = getattr(config, name)
+        low, high = values[name]
         if not 0 < low <= high:
             raise InputError(
                 f"--{name.replace('_', '-')} {low},{high}: give two positive numbers, lower first"
             )
-    if config.compile and config.checkpoint_activations:
+    if config.model.compile and config.model.checkpoint_activations:
         raise InputError(
             "--compile cuts its graph at each block of --checkpoint-activations: use one of them, "
             "or --compile with --accumulate"
         )
     try:
-        check_temperature(config.temperature)
+        check_temperature(config.loss.temperature)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    if config.momentum >= 1:
-        raise InputError(f"--momentum {config.momentum}: must be below 1")
-    if config.seed >= 2**32:
-        raise InputError(f"--seed {config.seed}: must be below 2**32")
-    if config.threshold > 1:
-        raise InputError(f"--threshold {config.threshold}: a confidence is at most 1")
-    if config.iou_range[1] > 1:
-        raise InputError(
-            f"--iou-range {config.iou_range[0]},{config.iou_range[1]}: an IoU is at most 1"
-        )
+    if config.optim.momentum >= 1:
+        raise InputError(f"--momentum {config.optim.momentum}: must be below 1")
+    if config.run.seed >= 2**32:
+        raise InputError(f"--seed {config.run.seed}: must be below 2**32")
+    if config.loss.threshold > 1:
+        raise InputError(f"--threshold {config.loss.threshold}: a confidence is at most 1")
+    if config.data.iou_range[1] > 1:
+        raise InputError("--iou-range {},{}: an IoU is at most 1".format(*config.data.iou_range))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import inspect
 import os
@@ -76,6 +75,7 @@ class Trainer:
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
+        self.iterations, batch = config.optim.iterations, config.optim.batch_size
         self.folder = RunFolder(config, world)
         self.iteration = 0
         self.evaluated = 0  # iteration of the last evaluation
@@ -89,18 +89,23 @@ class Trainer:
         self.precision = _precision(config, world)
         self.autocast_dtype = AUTOCAST[self.precision]
 
-        if config.batch_size % world.size:
+        if batch % world.size:
             raise InputError(
-                f"--batch-size {config.batch_size} cannot be split over {world.size} processes: "
+                f"--batch-size {batch} cannot be split over {world.size} processes: "
                 "use a multiple of it"
             )
-        images = config.batch_size // world.size
-        if images % config.accumulate:
+        images = batch // world.size
+        slices = config.optim.accumulate
+        if images % slices:
             raise InputError(
-                f"--accumulate {config.accumulate} cannot slice the {images} images per process: "
+                f"--accumulate {slices} cannot slice the {images} images per process: "
                 "use a divisor of them"
             )
-        if images == config.accumulate and not config.freeze_bn and not self._syncs_bn():
+        if (
+            images == config.optim.accumulate
+            and not config.optim.freeze_bn
+            and not self._syncs_bn()
+        ):
             raise InputError(
                 "batch statistics need two images per process and slice: use a larger "
                 "--batch-size, a smaller --accumulate or --freeze-bn"
@@ -117,34 +122,37 @@ class Trainer:
         self.stream = Stream(config, world, self.data, labeled, unlabeled)
         self._build(load_weights=former is None)
         if former is None:
-            torch.manual_seed(config.seed + world.rank)  # dropout differs between ranks
+            torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
         else:
             self._restore(former)
-        if config.cache is not None:  # last, as it may take an hour
+        if config.data.cache is not None:  # last, as it may take an hour
             world.on_each_machine(lambda: fill_cache(config, self.data, labeled, unlabeled))
 
     # ---- set-up
 
     def _build(self, load_weights: bool) -> None:
         config, device = self.config, self.world.device
-        torch.manual_seed(config.seed)  # equal initial weights for every rank and method
+        torch.manual_seed(config.run.seed)  # equal initial weights for every rank and method
         network = build_network(
-            config.network, config.backbone, len(self.data.classes), dropout=config.dropout
+            config.model.network,
+            config.model.backbone,
+            len(self.data.classes),
+            dropout=config.model.dropout,
         )
         self.weights_report = "random backbone weights (ImageNet's: --weights FILE)"
         if not load_weights:
             self.weights_report = f"weights of {self.folder.last}"
-        elif config.weights is not None:
-            self.weights_report = str(load_backbone_weights(network, Path(config.weights)))
+        elif config.model.weights is not None:
+            self.weights_report = str(load_backbone_weights(network, Path(config.model.weights)))
         self.method = build_method(
             config, network, self.world, self.autocast_dtype or torch.float32
         )
         if self._syncs_bn():
             synchronize_batch_norm(self.method, self.world.new_group())
         self.network = self.method.network
-        if config.checkpoint_activations:
+        if config.model.checkpoint_activations:
             self.network.checkpoint_activations()
-        if config.compile:
+        if config.model.compile:
             self.method.compile_features()
         self.method.to(device=device, memory_format=self.stream.memory_format)
         self.optimizer = build_optimizer(self.method, config)
@@ -153,7 +161,7 @@ class Trainer:
         )
 
     def _syncs_bn(self) -> bool:
-        return self.config.sync_bn and self.world.size > 1  # one process needs none
+        return self.config.optim.sync_bn and self.world.size > 1  # one process needs none
 
     def _restore(self, former: dict[str, Any]) -> None:
         checkpoint.load_model(self.method, former["method"], self.folder.last)
@@ -163,25 +171,23 @@ class Trainer:
         self.scaler.load_state_dict(former["scaler"])
         self.iteration, self.best = former["iteration"], former["best"]
         self.evaluated = former.get("evaluated", self.iteration)
-        if (total := former["config"]["iterations"]) != self.config.iterations:
+        if (total := former["config"]["iterations"]) != self.iterations:
             self.grew_from = total
         # A longer run's warm-up would be longer, and might end a second time.
-        self.num_warmup = former.get(
-            "warmup", dataclasses.replace(self.config, iterations=total).num_warmup
-        )
+        self.num_warmup = former.get("warmup", self.config.changed(iterations=total).num_warmup)
         if self.world.is_main:
             self.stream.skipped = former["skipped"]
         if len(former["random"]) == self.world.size:
             checkpoint.set_random_state(former["random"][self.world.rank], self.world.device)
         else:  # other ranks than before: no stored state is theirs
-            torch.manual_seed(self.config.seed + self.world.rank + self.iteration)
+            torch.manual_seed(self.config.run.seed + self.world.rank + self.iteration)
 
     # ---- the loop
 
     def run(self) -> dict[str, Any]:
         """Train to the last iteration; return the best and the last validation result."""
         self.world.on_main(lambda: self.folder.prepare(new=self.iteration == 0))
-        states = self.config.iterations, self.iteration, self.evaluated
+        states = self.iterations, self.iteration, self.evaluated
         self.log = RunLog(self.folder.path, *states, self.world.is_main)
         self.meters = Meters(self.world.device)
         self._announce()
@@ -195,7 +201,7 @@ class Trainer:
                     result = self._after_step() or result
                     if self.stopped_by is not None:
                         break
-                if self.iteration == self.config.iterations and not self.data.splits["val"]:
+                if self.iteration == self.iterations and not self.data.splits["val"]:
                     self._write_best()
         except InputError:
             # A bad file costs nothing that was trained; under torchrun saving would need all ranks.
@@ -206,7 +212,7 @@ class Trainer:
             raise
         finally:
             self.log.close()
-        if self.stopped_by is not None and self.iteration < self.config.iterations:
+        if self.stopped_by is not None and self.iteration < self.iterations:
             self.log.say(f"stopped at iteration {self.iteration}: the same command goes on there")
             raise SystemExit(128 + self.stopped_by)
         if self.best is not None:
@@ -222,8 +228,13 @@ class Trainer:
         DDP expects the same parameters to take part in every step: each phase has a wrapper.
         """
         config = self.config
-        contrastive_from = config.iterations if config.method == "supervised" else self.num_warmup
-        for end in (min(contrastive_from, config.iterations), config.iterations):
+        contrastive_from = (
+            self.iterations if config.loss.method == "supervised" else self.num_warmup
+        )
+        for end in (
+            min(contrastive_from, self.iterations),
+            self.iterations,
+        ):
             if self.iteration >= end:
                 continue
             both = self.iteration >= contrastive_from
@@ -244,11 +255,11 @@ class Trainer:
 
     def _profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
         config = self.config
-        if config.profile is None or not self.world.is_main:
+        if config.run.profile is None or not self.world.is_main:
             return steps
         trace = self.folder.path / "trace.json"
-        profile = StepProfile(config.profile, self.world.device, trace, self.log.say)
-        return profile.watch(steps, contrastive=config.method != "supervised")
+        profile = StepProfile(config.run.profile, self.world.device, trace, self.log.say)
+        return profile.watch(steps, contrastive=config.loss.method != "supervised")
 
     def _train_step(self, step: Step) -> None:
         with undisturbed():
@@ -267,11 +278,11 @@ class Trainer:
     def optimize(self, step: Step) -> dict[str, torch.Tensor]:
         """One optimizer step on the batches of ``step``; return the method's named scalars."""
         config = self.config
-        factor = poly(self.iteration, config.iterations, config.poly_power)
+        factor = poly(self.iteration, self.iterations, config.optim.poly_power)
         for group, rate in zip(self.optimizer.param_groups, base_rates(config), strict=True):
             group["lr"] = rate * factor
         self.model.train()
-        if config.freeze_bn:
+        if config.optim.freeze_bn:
             _freeze_batch_norm(self.model)
         amp = self.autocast_dtype is not None
         with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=amp):
@@ -287,11 +298,11 @@ class Trainer:
     def _after_step(self) -> dict[str, Any] | None:
         """Log, evaluate and save where due; return the evaluation's result if there was one."""
         config, iteration = self.config, self.iteration
-        final = iteration == config.iterations
+        final = iteration == self.iterations
         due_eval = self._evaluation_is_due()
-        due_save = final or due_eval or iteration % config.save_every == 0
+        due_save = final or due_eval or iteration % config.run.save_every == 0
         stopping = self.signal is not None and self.world.size == 1
-        if due_save or stopping or iteration % config.log_every == 0:
+        if due_save or stopping or iteration % config.run.log_every == 0:
             self._read_meters()  # before saving: what is not finite must not be kept
         due_save = due_save or self.stopped_by is not None
         # Asked of all: without --sync-bn each rank has running statistics of its own.
@@ -302,7 +313,7 @@ class Trainer:
         return self._evaluate() if due_eval else None
 
     def _evaluation_is_due(self) -> bool:
-        last = self.iteration == self.config.iterations
+        last = self.iteration == self.iterations
         due = last or self.iteration % self.config.num_eval_every == 0
         return due and bool(self.data.splits["val"])
 
@@ -315,7 +326,9 @@ class Trainer:
             self._stop_not_finite(min(bad))
         signals = [item["signal"] for item in readings if item["signal"] is not None]
         self.stopped_by = signals[0] if signals else None
-        line = train_line(readings, self.config.batch_size, self.optimizer.param_groups[0]["lr"])
+        line = train_line(
+            readings, self.config.optim.batch_size, self.optimizer.param_groups[0]["lr"]
+        )
         self.log.train(self.iteration, line)
 
     def _evaluate(self) -> dict[str, Any]:
@@ -329,12 +342,12 @@ class Trainer:
             self.data.splits["val"],
             self.data,
             self.world,
-            workers=self.config.workers,
+            workers=self.config.data.workers,
             autocast_dtype=self.autocast_dtype,
             channels_last=self.stream.memory_format is torch.channels_last,
             on_prediction=sheet.add if self.world.is_main else None,
         )
-        torch.backends.cudnn.benchmark = not self.config.deterministic
+        torch.backends.cudnn.benchmark = not self.config.run.deterministic
         self.log.val(self.iteration, result)
         if (picture := sheet.picture()) is not None:
             self.log.sample(self.iteration, picture)
@@ -351,7 +364,7 @@ class Trainer:
     def _model_state(self) -> dict[str, Any]:
         return {
             "network": self.network.state_dict(),
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.flat(),
             "classes": list(self.data.classes),
             "palette": [list(color) for color in self.data.palette],
             "iteration": self.iteration,
@@ -374,7 +387,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "warmup": self.num_warmup,
-            "position": self.iteration * self.config.batch_size,
+            "position": self.iteration * self.config.optim.batch_size,
             "inputs": self.inputs,
             "evaluated": self.evaluated,
             "skipped": sum(skipped for _, skipped in everyone),
@@ -419,21 +432,21 @@ class Trainer:
 
     def _announce(self) -> None:
         config, say = self.config, self.log.say
-        if self.iteration == config.iterations:
+        if self.iteration == self.iterations:
             say(f"{self.folder.path} is finished already (--restart starts over)")
         elif self.iteration:
             say(f"resuming {self.folder.path} at iteration {self.iteration}")
         if self.grew_from is not None:
             before, now = (
-                config.learning_rate * poly(self.iteration, total, config.poly_power)
-                for total in (self.grew_from, config.iterations)
+                config.optim.learning_rate * poly(self.iteration, total, config.optim.poly_power)
+                for total in (self.grew_from, self.iterations)
             )
             say(
-                f"--iterations grew from {self.grew_from} to {config.iterations}: the learning "
+                f"--iterations grew from {self.grew_from} to {self.iterations}: the learning "
                 f"rate follows the longer schedule, here {now:.3g} in place of {before:.3g}"
             )
         say(
-            f"{config.dataset}: {len(self.stream.labeled)} labeled, "
+            f"{config.data.dataset}: {len(self.stream.labeled)} labeled, "
             f"{len(self.stream.unlabeled)} unlabeled, {len(self.data.splits['val'])} validation "
             f"images, {len(self.data.classes)} classes"
         )
@@ -442,12 +455,15 @@ class Trainer:
         for warning in warnings if self.world.is_main else ():
             warn(warning)
         size = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
-        say(f"{config.method}: {config.network} on {config.backbone}, {size:.1f} M parameters")
+        say(
+            f"{config.loss.method}: {config.model.network} on {config.model.backbone}, "
+            f"{size:.1f} M parameters"
+        )
         say(self.weights_report)
         if self.method.report is not None:
             say(self.method.report)
         say(
-            f"{config.iterations} iterations on {self.world.size} x {self.world.device.type}, "
+            f"{self.iterations} iterations on {self.world.size} x {self.world.device.type}, "
             f"{self.precision}, into {self.folder.path}"
         )
         if not self.data.splits["val"]:
@@ -466,20 +482,20 @@ def _is_finite(module: nn.Module) -> bool:
 
 
 def _precision(config: Config, world: World) -> str:
-    if config.precision != "auto":
-        return config.precision
+    if config.optim.precision != "auto":
+        return config.optim.precision
     if world.device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def _set_determinism(config: Config, world: World) -> None:
-    if config.deterministic:
+    if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # On CUDA bilinear upsampling has no deterministic backward: warn, as nothing can replace it.
     warn_only = world.device.type == "cuda"
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=warn_only)
-    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.run.deterministic, warn_only=warn_only)
+    torch.backends.cudnn.benchmark = not config.run.deterministic
 
 
 def _freeze_batch_norm(model: nn.Module) -> None:

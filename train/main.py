@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Imported late, so that a mistyped option is answered at once.
         from cac_fast.train.engine import train
 
-        with distributed.world(settings.device) as world:
+        with distributed.world(settings.run.device) as world:
             train(settings, world)
 
     return distributed.run_command(command)

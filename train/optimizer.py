@@ -15,9 +15,9 @@ def build_optimizer(method: Supervised, config: Config) -> torch.optim.SGD:
     rest = [item for item in method.parameters() if id(item) not in inside]
     optimizer = torch.optim.SGD(
         [{"params": backbone}, {"params": rest}],
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        lr=config.optim.learning_rate,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
         fused=True,  # on a GPU one kernel a group, which reads fp16's overflow flag there too
     )
     start_momentum(optimizer)
@@ -26,7 +26,10 @@ def build_optimizer(method: Supervised, config: Config) -> torch.optim.SGD:
 
 def base_rates(config: Config) -> tuple[float, float]:
     """The groups' learning rates before the schedule."""
-    return config.learning_rate, config.learning_rate * config.head_learning_rate_factor
+    return (
+        config.optim.learning_rate,
+        config.optim.learning_rate * config.optim.head_learning_rate_factor,
+    )
 
 
 def start_momentum(optimizer: torch.optim.SGD) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -49,7 +48,7 @@ class RunFolder:
                 "machines see"
             )
         if not found:
-            if self.best.is_file() and not self.config.restart:
+            if self.best.is_file() and not self.config.run.restart:
                 raise InputError(
                     f"{self.best} is of a former run, whose last.pt is gone: use another "
                     "--output, or --restart, which deletes it"
@@ -77,7 +76,7 @@ class RunFolder:
 
     def _starts_over(self, first: bool) -> bool:
         """Whether ``--restart`` still has to be done: torchrun repeats it after a failure."""
-        if not self.config.restart:
+        if not self.config.run.restart:
             return False
         if not first:
             return self.to_restart.exists()
@@ -96,12 +95,12 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            if self.config.restart and new:
+            if self.config.run.restart and new:
                 former = "last.pt", "best.pt", "trace.json", "samples/[0-9]*.png", "to-restart"
                 for old in former:
                     for path in self.path.glob(old):
                         path.unlink()
-            settings = json.dumps(dataclasses.asdict(self.config), indent=2)
+            settings = json.dumps(self.config.flat(), indent=2)
             (self.path / "config.json").write_text(settings + "\n")
         except OSError as error:
             raise InputError(f"--output {self.path}: {error.strerror}") from error

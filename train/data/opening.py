@@ -25,9 +25,9 @@ MOST_READ = 64
 
 def open_lists(config: Config) -> tuple[SegmentationData, list[Sample], list[Sample]]:
     """The data, its labeled and its unlabeled images."""
-    data = open_data(config.dataset, _path(config.data_dir))
-    lists = _path(config.labeled), _path(config.unlabeled)
-    return data, *select(data, *lists, config.labeled_share, config.data_list)
+    data = open_data(config.data.dataset, _path(config.data.data_dir))
+    lists = _path(config.data.labeled), _path(config.data.unlabeled)
+    return data, *select(data, *lists, config.data.labeled_share, config.data.data_list)
 
 
 def look_at(
@@ -38,7 +38,7 @@ def look_at(
     Returns a table of what is in the masks, and what looks wrong with all images and masks; of
     unlabeled images, only what their headers and a few of those of 16 bits tell.
     """
-    reader = PixelReader(data, _path(config.cache))
+    reader = PixelReader(data, _path(config.data.cache))
     samples = [*labeled, *data.splits["val"]]
     seen = check_samples(samples, reader, show_progress("checking images"))
     parts = [Part("labeled", seen[: len(labeled)]), Part("validation", seen[len(labeled) :])]

@@ -36,16 +36,16 @@ class Step(NamedTuple):
 def fill_cache(
     config: Config, data: SegmentationData, labeled: list[Sample], unlabeled: list[Sample]
 ) -> None:
-    """Bring ``config.cache`` up to date with what the streams will read, and nothing more.
+    """Bring ``config.data.cache`` up to date with what the streams will read, and nothing more.
 
     Raises:
         InputError: the cache cannot be written.
     """
     images, masks = labeled, labeled
-    if config.method != "supervised":
+    if config.loss.method != "supervised":
         images = labeled + unlabeled
-        masks = images if config.false_negatives else labeled
-    reader = PixelReader(data, Path(config.cache))
+        masks = images if config.loss.false_negatives else labeled
+    reader = PixelReader(data, Path(config.data.cache))
     reader.fill(images, masks, show_progress)
 
 
@@ -68,8 +68,10 @@ class Stream:
         self.config, self.world, self.data = config, world, data
         self.labeled, self.unlabeled = labeled, unlabeled
         self.skipped = 0
-        self.recent: deque[tuple[int, list[str]]] = deque(maxlen=config.log_every)
-        channels_last = config.channels_last and (world.device.type == "cuda" or _is_light(config))
+        self.recent: deque[tuple[int, list[str]]] = deque(maxlen=config.run.log_every)
+        channels_last = config.model.channels_last and (
+            world.device.type == "cuda" or _is_light(config)
+        )
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = (
             torch.tensor([255 * value for value in values], device=world.device).view(1, 3, 1, 1)
@@ -109,34 +111,37 @@ class Stream:
 
     def _common(self, start: int) -> dict[str, Any]:
         return {
-            "seed": self.config.seed,
-            "batch_size": self.config.batch_size,
+            "seed": self.config.run.seed,
+            "batch_size": self.config.optim.batch_size,
             "rank": self.world.rank,
             "world_size": self.world.size,
             "start_iteration": start,
-            "workers": self.config.workers,
+            "workers": self.config.data.workers,
             "pin_memory": self.world.device.type == "cuda",
-            "cache": None if self.config.cache is None else Path(self.config.cache),
+            "cache": None if self.config.data.cache is None else Path(self.config.data.cache),
         }
 
     def _labeled_loader(self, start: int) -> torch.utils.data.DataLoader:
         config = self.config
         transform = LabeledTransform(
-            config.crop_size, config.labeled_scale, config.base_size, config.jitter_labeled
+            config.data.crop_size,
+            config.data.labeled_scale,
+            config.data.base_size,
+            config.data.jitter_labeled,
         )
         return loaders.labeled_loader(self.labeled, self.data, transform, **self._common(start))
 
     def _unlabeled_loader(self, start: int) -> torch.utils.data.DataLoader:
         config = self.config
-        iou_range = config.iou_range if config.context else (1.0, 1.0)
+        iou_range = config.data.iou_range if config.loss.context else (1.0, 1.0)
         transform = UnlabeledTransform(
-            config.crop_size, config.unlabeled_scale, config.base_size, iou_range
+            config.data.crop_size, config.data.unlabeled_scale, config.data.base_size, iou_range
         )
         return loaders.unlabeled_loader(
             self.unlabeled,
             self.data,
             transform,
-            with_truth=config.false_negatives,
+            with_truth=config.loss.false_negatives,
             **self._common(start),
         )
 
@@ -159,4 +164,4 @@ class Stream:
 def _is_light(config: Config) -> bool:
     """Whether the network has no 3x3 convolutions but depthwise ones and the stem: the weight
     gradients of the others are slower in channels_last on CPUs, and depthwise ones are faster."""
-    return config.network == "lraspp" and config.backbone.startswith("mobilenet")
+    return config.model.network == "lraspp" and config.model.backbone.startswith("mobilenet")

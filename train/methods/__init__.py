@@ -18,16 +18,16 @@ __all__ = ["CAC", "Supervised", "build_method"]
 def build_method(
     config: Config, network: Segmenter, world: World, bank_dtype: torch.dtype
 ) -> Supervised:
-    """The method that ``config.method`` names, around ``network``.
+    """The method that ``config.loss.method`` names, around ``network``.
 
     Raises:
         InputError: its loss cannot be had here, or is not right on this device.
     """
-    if config.method != "cac":
+    if config.loss.method != "cac":
         return Supervised(network, world, config)
     try:
         method = CAC(network, world, config, bank_dtype)
-        if config.contrastive:
+        if config.loss.contrastive:
             found = _verified(config, world, bank_dtype, method.bank.dim)
             method.dc_loss.backend = found.backend
             method.report = (
@@ -35,7 +35,7 @@ def build_method(
                 f"float64, that of plain PyTorch {found.plain_gradient_error:.0e}"
             )
     except ValueError as error:
-        raise InputError(f"--dc-backend {config.dc_backend}: {error}; use auto") from error
+        raise InputError(f"--dc-backend {config.loss.dc_backend}: {error}; use auto") from error
     return method
 
 
@@ -45,14 +45,14 @@ def _verified(config: Config, world: World, dtype: torch.dtype, dim: int) -> Ver
     Returns what was found of the back end that all ranks are to use. Raises ValueError for one that
     is not there, and InputError on all ranks where one of them finds it wrong.
     """
-    if config.dc_backend == "auto":
+    if config.loss.dc_backend == "auto":
         try:
-            return settle_backend(world.device, dtype, dim, config.temperature)
+            return settle_backend(world.device, dtype, dim, config.loss.temperature)
         except VerificationError as error:
             raise InputError(f"the loss: {error}; use --device cpu") from error
     found, wrong = None, None
     try:
-        found = verify(world.device, dtype, config.dc_backend, dim, config.temperature)
+        found = verify(world.device, dtype, config.loss.dc_backend, dim, config.loss.temperature)
     except VerificationError as error:
         wrong = str(error)
     for line in world.all_gather_objects(wrong):

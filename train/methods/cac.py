@@ -38,31 +38,31 @@ class CAC(Supervised):
 
     def __init__(self, network: Segmenter, world: World, config: Config, bank_dtype: Any) -> None:
         super().__init__(network, world, config)
-        self.weight = config.dc_weight
-        self.joint = config.forward == "joint"
+        self.weight = config.loss.dc_weight
+        self.joint = config.loss.forward == "joint"
         channels = network.feature_channels
         self.projector: nn.Module = nn.Identity()
-        if config.projector:
+        if config.loss.projector:
             self.projector = nn.Sequential(
                 nn.Conv2d(channels, channels, 1),
                 nn.ReLU(inplace=True),
                 nn.Conv2d(channels, PROJECTOR_CHANNELS, 1),
             )
             channels = PROJECTOR_CHANNELS
-        past = config.bank_past_steps
+        past = config.loss.bank_past_steps
         self.bank = FeatureBank(1 + past, channels, bank_dtype, world.new_group())
         self.dc_loss = DirectionalContrastiveLoss(
-            temperature=config.temperature,
-            threshold=config.threshold if config.positive_filtering else 0.0,
-            normalization=config.normalization,
+            temperature=config.loss.temperature,
+            threshold=config.loss.threshold if config.loss.positive_filtering else 0.0,
+            normalization=config.loss.normalization,
             bank=self.bank,
-            directional=config.directional,
-            contrastive=config.contrastive,
-            negative_sampling=config.negative_sampling,
-            negatives_per_view=config.negatives_per_view,
-            max_negatives=config.max_negatives,
-            seed=config.seed,
-            backend=config.dc_backend,
+            directional=config.loss.directional,
+            contrastive=config.loss.contrastive,
+            negative_sampling=config.loss.negative_sampling,
+            negatives_per_view=config.loss.negatives_per_view,
+            max_negatives=config.loss.max_negatives,
+            seed=config.run.seed,
+            backend=config.loss.dc_backend,
         )
 
     def set_unlabeled(self, used: bool) -> None:

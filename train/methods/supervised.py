@@ -23,7 +23,7 @@ class Supervised(nn.Module):
     scaled so that the mean of the gradients over ranks, which DDP takes, is the gradient of the
     global loss.
 
-    With ``config.accumulate`` > 1 the network sees the batch in so many slices, whose activations
+    With ``--accumulate`` > 1 the network sees the batch in so many slices, whose activations
     backward computes again, a slice at a time. The losses are taken once, of the whole batch, so
     that every denominator and every negative is that of the step in one pass. It costs one more
     forward pass, which a loss with fewer negatives for the earlier slices would have saved.
@@ -33,7 +33,7 @@ class Supervised(nn.Module):
         super().__init__()
         self.network = network
         self.world = world
-        self.num_slices = config.accumulate
+        self.num_slices = config.optim.accumulate
         self.features = network.features
         self.report: str | None = None
         """What a run says of its loss at the beginning."""
