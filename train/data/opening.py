@@ -45,7 +45,7 @@ def look_at(
     inventory = Inventory(data, parts)
     if (reason := inventory.refusal()) is not None:
         raise InputError(f"{reason} (python train/check.py shows all masks)")
-    alone = [] if config.method == "supervised" or unlabeled == labeled else unlabeled
+    alone = [] if config.loss.method == "supervised" or unlabeled == labeled else unlabeled
     return inventory.table(), inventory.warnings() + _unlabeled_warnings(alone, data)
 
 
