@@ -33,11 +33,7 @@ toys = pytest.mark.parametrize("name", TOYS)
 def use(name: str, patch: pytest.MonkeyPatch) -> None:
     """Let trainers have this method on the tiny network."""
     patch.setattr(run_state, "build_network", tiny_network)
-    patch.setattr(
-        run_state,
-        "build_method",
-        lambda config, networks, world, dtype: TOYS[name].build(networks, world, config, dtype),
-    )
+    patch.setattr(run_state, "method_class", lambda _: TOYS[name])
 
 
 def trainer(data: Path, output: Path, *more: str, world: World = CPU) -> engine.Trainer:

@@ -10,6 +10,7 @@ import torch
 
 from cac_fast.train.data.workers import is_lost_worker
 from cac_fast.train.errors import InputError
+from cac_fast.train.memory import is_full
 
 FORMAT = 1
 
@@ -29,7 +30,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # the latter is what PyTorch makes of the former
         temporary.unlink(missing_ok=True)
-        if is_lost_worker(error):
+        if is_lost_worker(error) or is_full(error):
             raise
         raise InputError(
             f"{path} cannot be written ({error}): make room, then give the same command again"
@@ -61,6 +62,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if is_full(error):
+            raise
         # PyTorch's own message runs over many lines and speaks of its internals.
         raise InputError(
             f"checkpoint {path} cannot be read ({type(error).__name__}): "

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from cac_fast.train import checkpoint
+from cac_fast.train import checkpoint, memory
 from cac_fast.train.announcement import announce
 from cac_fast.train.batch import Batch, Step
 from cac_fast.train.config import Config
 from cac_fast.train.data.workers import lost_workers, undisturbed
 from cac_fast.train.distributed import World
-from cac_fast.train.errors import InputError, RankInputError
+from cac_fast.train.errors import InputError
 from cac_fast.train.evaluation import evaluate
-from cac_fast.train.inference import out_of_memory
 from cac_fast.train.log import RunLog, train_line
 from cac_fast.train.networks import freeze_batch_norm
 from cac_fast.train.optimizer import groups, has_gradients, poly
@@ -40,7 +39,15 @@ def train(config: Config, world: World) -> dict[str, Any]:
     Raises:
         InputError: something in the settings or the data cannot be used.
     """
-    return Trainer(config, world).run()
+    with _fitting():
+        return Trainer(config, world).run()
+
+
+def _fitting() -> contextlib.AbstractContextManager[None]:
+    return memory.fitting(
+        "memory is full outside a step: end other programs that use it, or use --accumulate, a "
+        "smaller --crop-size or --batch-size, or --device cpu"
+    )
 
 
 class Trainer(RunState):
@@ -65,7 +72,7 @@ class Trainer(RunState):
         self.meters.restart_clock()
         result = None
         try:
-            with self.stop, lost_workers():
+            with self.stop, lost_workers(), _fitting():
                 if self.evaluated < self.iteration and self._evaluation_is_due():
                     result = self._evaluate()  # the former try was ended before it
                 for step in self._profiled(self._steps()):
@@ -127,16 +134,12 @@ class Trainer(RunState):
     def _train_step(self, step: Step) -> None:
         with undisturbed():
             self.in_step = True
-            try:
+            with memory.fitting(
+                f"a step does not fit in the memory of {self.world.device}: go on with "
+                "--checkpoint-activations, or start over with --accumulate, a smaller "
+                "--crop-size or a smaller --batch-size"
+            ):
                 losses = self.optimize(step)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                raise RankInputError(
-                    f"a step does not fit in the memory of {self.world.device}: go on with "
-                    "--checkpoint-activations, or start over with --accumulate, a smaller "
-                    "--crop-size or a smaller --batch-size"
-                ) from error
             self.iteration += 1
             self.in_step = False
             self.meters.add(self.iteration, losses, step)

@@ -15,7 +15,7 @@ from cac_fast.train.data.stream import Stream, fill_cache
 from cac_fast.train.distributed import World
 from cac_fast.train.log import RunLog
 from cac_fast.train.meters import Meters
-from cac_fast.train.methods import build_method
+from cac_fast.train.methods import method_class
 from cac_fast.train.networks import (
     Segmenter,
     build_network,
@@ -52,7 +52,8 @@ class RunState:
         self.precision = pick_precision(config, world)
         self.autocast_dtype = AUTOCAST[self.precision]
         self.folder = RunFolder(config, world)
-        self.inputs = world.on_main(lambda: open_inputs(config))
+        kind = method_class(config)
+        self.inputs = world.on_main(lambda: open_inputs(config, bool(kind.views)))
         self.data = self.inputs.data
         former = self.folder.former(self.inputs.digests())
 
@@ -71,10 +72,10 @@ class RunState:
         self.weights = "random backbone weights (ImageNet's: --weights FILE)"
         if former is not None:
             self.weights = f"weights of {self.folder.last}"
-        self.method = build_method(
-            config,
+        self.method = kind.build(
             lambda: self._new_network(load_weights=former is None),
             world,
+            config,
             self.autocast_dtype or torch.float32,
         )
         self.network = self.method.evaluated  # what is scored, and saved for use
