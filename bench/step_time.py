@@ -2,7 +2,8 @@
 
     python bench/step_time.py FILE.json ARGUMENTS OF train/main.py
 
-Nothing of it is kept but the FILE: {"labeled": seconds, "both": seconds or None for supervised}.
+Nothing of it is kept but the FILE: {"labeled": seconds, "both": seconds, or None where the method
+has no views of them}.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> None:
         with distributed.world(settings.run.device) as world:
             trainer = Trainer(settings, world)
             found = {"labeled": step_seconds(trainer, both=False), "both": None}
-            if settings.loss.method != "supervised":
+            if trainer.method.views:
                 found["both"] = step_seconds(trainer, both=True)
     Path(file).write_text(json.dumps(found) + "\n")
 

@@ -17,7 +17,17 @@ from small_training import CPU, arguments, losses, run
 from stand_ins import out_of_memory
 from torch.utils.data import DataLoader, Dataset
 
-from cac_fast.train import board, checkpoint, config, distributed, engine, evaluation, main
+from cac_fast.train import (
+    board,
+    checkpoint,
+    config,
+    distributed,
+    engine,
+    evaluation,
+    main,
+    meters,
+    run_state,
+)
 from cac_fast.train.data import workers
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import RunLog, read_metrics
@@ -143,11 +153,11 @@ def test_a_step_that_does_not_fit_names_the_remedies(monkeypatch, folder_data, t
 @pytest.mark.parametrize(
     ("place", "name", "saved"),
     [
-        (engine, "build_network", None),
-        (engine, "build_optimizer", None),
-        (engine, "fill_cache", None),
+        (run_state, "build_network", None),
+        (run_state, "build_optimizers", None),
+        (run_state, "fill_cache", None),
         (evaluation.ConfusionMatrix, "reduce", 5),
-        (engine.Meters, "read", 1),
+        (meters.Meters, "read", 1),
     ],
 )
 def test_memory_that_is_full_outside_a_step_is_one_line(

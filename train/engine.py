@@ -58,17 +58,7 @@ class Trainer(RunState):
         self.world.on_main(lambda: self.folder.prepare(new=self.iteration == 0))
         states = self.iterations, self.iteration, self.evaluated
         self.log = RunLog(self.folder.path, *states, self.world.is_main)
-        announce(
-            self.log.say,
-            self.config,
-            self.world,
-            self.inputs,
-            self.method,
-            weights=self.weights,
-            precision=self.precision,
-            iteration=self.iteration,
-            grew_from=self.grew_from,
-        )
+        announce(self)
         self.meters.restart_clock()
         result = None
         try:

@@ -115,20 +115,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-COLUMNS: dict[str, float | None] = {
-    "loss": 0.0,
-    "loss_ce": 0.0,
-    "loss_dc": 0.0,
-    "active": 0.0,
-    "pairs": 0.0,
-    "negatives": 0.0,
-    "lr": 0.0,
-    "images_per_s": 0.0,
-    "data_s": 0.0,
-    "peak_memory_mb": 0.0,
-    "positive_cosine": None,
-    "skipped_images": 0,
-}
+COLUMNS: dict[str, float | None] = dict.fromkeys(
+    "loss loss_ce loss_dc active pairs negatives lr images_per_s data_s peak_memory_mb".split(), 0.0
+) | {"positive_cosine": None, "skipped_images": 0}
 """What every ``"kind": "train"`` line begins with, so that those of all runs can be read alike, and
 the value where a step has none."""
 

@@ -69,9 +69,9 @@ class RunState:
 
         # What is trained.
         torch.manual_seed(config.run.seed)  # equal initial weights for every rank and method
-        self.weights = "random backbone weights (ImageNet's: --weights FILE)"
+        self.weights_report = "random backbone weights (ImageNet's: --weights FILE)"
         if former is not None:
-            self.weights = f"weights of {self.folder.last}"
+            self.weights_report = f"weights of {self.folder.last}"
         self.method = kind.build(
             lambda: self._new_network(load_weights=former is None),
             world,
@@ -107,7 +107,7 @@ class RunState:
             model.network, model.backbone, len(self.data.classes), dropout=model.dropout
         )
         if load_weights and model.weights is not None:
-            self.weights = str(load_backbone_weights(network, Path(model.weights)))
+            self.weights_report = str(load_backbone_weights(network, Path(model.weights)))
         return network
 
     def _place(self) -> None:
