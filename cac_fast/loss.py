@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cac_fast.backend import check_backend
 from cac_fast.bank import FeatureBank
 from cac_fast.checks import (
     check_choice,
@@ -17,7 +18,6 @@ from cac_fast.checks import (
     check_threshold,
     check_views,
 )
-from cac_fast.dispatch import check_backend
 from cac_fast.ops import dc_loss_rows
 from cac_fast.overlap import Overlap
 
