@@ -57,6 +57,9 @@ def build_info() -> dict[str, Any]:
     against); "bfloat16_units", whether this CPU's are used; "cuda_archs", a tuple of the
     architectures the GPU's part was built for, as in TORCH_CUDA_ARCH_LIST, and "nvcc", the
     compiler's version; () and None without that part.
+
+    >>> build_info()["built"] or "not built" in build_info()["reason"]
+    True
     """
     if reason := unavailable():
         return {"built": False, "reason": reason}

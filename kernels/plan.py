@@ -19,8 +19,10 @@ _COPIED_ELEMENTS_PER_PROGRAM = 4096
 class _Layout(NamedTuple):
     """What follows from shapes alone.
 
-    tiles: of anchors. anchors, negatives: rows of the copies. numbers: lengths of the parts of the
-    workspace. key_programs, programs: of the two launches.
+    tiles: of anchors.
+    anchors, negatives: rows of the copies.
+    numbers: lengths of the parts of the workspace.
+    key_programs, programs: of the two launches.
     """
 
     tiles: int
