@@ -80,7 +80,9 @@ def _operator(
     rows = choose_backend(backend, anchors, temperature)
     if anchors.numel() == 0 or negatives.numel() == 0:
         return _empty_result(anchors, torch.zeros)
-    return rows(operands.to(anchors.dtype), classes)
+    if positives.dtype != anchors.dtype or negatives.dtype != anchors.dtype:
+        operands = operands.to(anchors.dtype)
+    return rows(operands, classes)
 
 
 def _empty_result(anchors: Tensor, make: Any) -> tuple[Tensor, Tensor]:

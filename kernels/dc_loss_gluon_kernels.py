@@ -48,20 +48,9 @@ def piece_of(tile, program, share, num_admissible, borders_ptr, ends_ptr, BLOCK:
 
 @gluon.jit
 def _produce(
-    negatives,
-    negatives_there,
-    filled,
-    emptied,
-    share,
-    last_tile,
-    steps,
-    num_admissible,
-    borders_ptr,
-    ends_ptr,
-    BLOCK: gl.constexpr,
-    D_PAD: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    negatives, negatives_there, filled, emptied, share, last_tile, steps, num_admissible,
+    borders_ptr, ends_ptr, BLOCK: gl.constexpr, D_PAD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Copy the blocks that the program meets, in order, each to the next buffer that is empty."""
     program = gl.program_id(0)
     count = 0
@@ -83,23 +72,10 @@ def _produce(
 
 @gluon.jit
 def _weigh(
-    logits,
-    offset,
-    place,
-    low,
-    skip,
-    resume,
-    high,
-    full,
-    excluded_from,
-    excluded_to,
-    num_admissible,
-    scale,
-    BLOCK: gl.constexpr,
-    MASKED: gl.constexpr,
-    OFFSET: gl.constexpr,
+    logits, offset, place, low, skip, resume, high, full, excluded_from, excluded_to,
+    num_admissible, scale, BLOCK: gl.constexpr, MASKED: gl.constexpr, OFFSET: gl.constexpr,
     HEADROOM: gl.constexpr,
-):
+):  # fmt: skip
     """Weights of a block's products, and the rows' offsets, raised where a logit asks for it."""
     if MASKED:
         layout: gl.constexpr = logits.type.layout
@@ -121,39 +97,12 @@ def _add(weights, TILE: gl.constexpr, BLOCK: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    negatives_there,
-    filled,
-    emptied,
-    anchors_there,
-    my_turn,
-    other_turn,
-    share,
-    last_tile,
-    steps,
-    num_active,
-    num_admissible,
-    anchors_ptr,
-    anchors_stride,
-    anchors_stride_d,
-    order_ptr,
-    excluded_from_ptr,
-    excluded_to_ptr,
-    borders_ptr,
-    ends_ptr,
-    weighted_ptr,
-    total_ptr,
-    offset_ptr,
-    scale,
-    lowest,
-    D: gl.constexpr,
-    D_PAD: gl.constexpr,
-    TILE: gl.constexpr,
-    BLOCK: gl.constexpr,
-    OFFSET: gl.constexpr,
-    HEADROOM: gl.constexpr,
-    STAGES: gl.constexpr,
-    HALF: gl.constexpr,
-):
+    negatives_there, filled, emptied, anchors_there, my_turn, other_turn, share, last_tile, steps,
+    num_active, num_admissible, anchors_ptr, anchors_stride, anchors_stride_d, order_ptr,
+    excluded_from_ptr, excluded_to_ptr, borders_ptr, ends_ptr, weighted_ptr, total_ptr, offset_ptr,
+    scale, lowest, D: gl.constexpr, D_PAD: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr,
+    OFFSET: gl.constexpr, HEADROOM: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
     """Sums over the blocks that the program meets, for one half of each tile's anchors.
 
     While this warpgroup computes weights, the other one's products keep the matrix units busy: it
