@@ -55,10 +55,8 @@ def launch(
     """
     anchors, positives, negatives, *_, temperature = operands
     count, dim = anchors.shape
-    loss = anchors.new_empty(count, dtype=torch.float32)
-    gradient = anchors.new_empty((count, dim))
     if count == 0 or len(negatives) == 0:
-        return loss.zero_(), gradient.zero_()
+        return anchors.new_zeros(count, dtype=torch.float32), torch.zeros_like(anchors)
     tile, block, programs, padded = sizes
     numbers = tiles.numbers(anchors.dtype, temperature)
     with torch.cuda.device_of(anchors):
@@ -89,6 +87,8 @@ def launch(
             HEADROOM=numbers.headroom,
             **options,
         )
+        loss = anchors.new_empty(count, dtype=torch.float32)
+        gradient = anchors.new_empty((count, dim))
         dc_loss_combine[(num_tiles, tile // _COMBINED_ROWS)](
             anchors,
             positives,

@@ -27,13 +27,12 @@ def _refuses_nothing(anchors: Tensor) -> None:
 class Backend:
     """One implementation of the operator: three functions.
 
-    rows: from operands to the loss of each anchor (A,), without reduction, in
-        float32 (float64 for float64 anchors), and its gradient by the anchors (A, D) in their dtype
-        (Eq. 5). Both are 0 in rows that are not active or admit no negative. It may rely on
-        checked operands (`cac_fast.checks.check_operands`) on one device, whose features have one
-        dtype, and on anchors that it does not refuse. classes: None or a bound; all labels lie
-        below it, and a back end that can tell without waiting for the device raises ValueError
-        for one that does not.
+    rows: from operands to the loss of each anchor (A,), without reduction (Eq. 5), and its gradient
+        by the anchors (A, D). The loss is float32 (float64 for float64 anchors), the gradient has
+        the anchors' dtype; both are 0 in rows that are not active or admit no negative. It gets
+        operands that `check_operands` has checked, with features of one dtype, and no anchors that
+        it refuses. All labels lie below `classes`, if that is given: a back end that finds one that
+        does not, without waiting for the device, raises ValueError.
     unavailable: why the back end cannot be used on this machine, in one line; None where it can.
     refuses: why it cannot work on anchors like these, in one line; None where it can. Their
         device, dtype and D alone decide.
