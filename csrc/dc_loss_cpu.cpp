@@ -50,9 +50,8 @@ class OneThread {
 #endif
 };
 
-// Anchors x negatives of one tile.
-constexpr int64_t kHeight = 256;
-constexpr int64_t kWidth = 1024;
+constexpr int64_t kTileRows = 256;
+constexpr int64_t kTileColumns = 1024;
 
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -118,8 +117,8 @@ class Loss {
     }
     const Ordered admitted = order_by_label(std::move(columns), negative_labels);
 
-    spans_ = cut_spans(order_.labels, admitted.labels, kHeight);
-    tasks_ = split(spans_, kHeight, kWidth);
+    spans_ = cut_spans(order_.labels, admitted.labels, kTileRows);
+    tasks_ = split(spans_, kTileRows, kTileColumns);
     if (tasks_.empty()) return;
     find_excluded(admitted.labels);
     gather(Rows<scalar_t>(negatives), admitted.rows, negatives.options());
@@ -161,9 +160,9 @@ class Loss {
   void find_excluded(const std::vector<int64_t>& negative_labels) {
     excluded_.reserve(order_.size());
     for (const int64_t label : order_.labels) {
-      const auto [first, last] =
+      const auto [begin, end] =
           std::equal_range(negative_labels.begin(), negative_labels.end(), label);
-      excluded_.emplace_back(first - negative_labels.begin(), last - negative_labels.begin());
+      excluded_.emplace_back(begin - negative_labels.begin(), end - negative_labels.begin());
     }
   }
 
@@ -184,10 +183,10 @@ class Loss {
   Tensor gathered(const Span& span, Workspace& workspace) const {
     Tensor& anchors = workspace.anchors;
     if (!anchors.defined()) {
-      anchors = at::empty({kHeight, dim_}, options_.dtype(c10::CppTypeToScalarType<P>::value));
+      anchors = at::empty({kTileRows, dim_}, options_.dtype(c10::CppTypeToScalarType<P>::value));
     }
     P* to = anchors.mutable_data_ptr<P>();
-    for (int64_t i = span.first; i < span.last; ++i) {
+    for (int64_t i = span.begin; i < span.end; ++i) {
       const scalar_t* const row = anchors_[order_.rows[i]];
       for (int64_t d = 0; d < dim_; ++d) *to++ = static_cast<P>(row[d * anchors_.stride]);
     }
@@ -198,7 +197,9 @@ class Loss {
     const Span& span = spans_[task.span];
     const int64_t rows = span.rows();
     const Tensor anchors = gathered(span, workspace);
-    if (!workspace.logits.defined()) workspace.logits = at::empty({kHeight * kWidth}, options_);
+    if (!workspace.logits.defined()) {
+      workspace.logits = at::empty({kTileRows * kTileColumns}, options_);
+    }
     const T start = moving_ ? -std::numeric_limits<T>::infinity() : T(0);
     Sums<T> sums{
         std::vector<double>(rows, 0.0), std::vector<T>(rows, start),
@@ -207,7 +208,7 @@ class Loss {
       // A tile lies on one side of the negatives that the span leaves out.
       const bool before = column < span.middle_end;
       const int64_t side_end = before ? std::min(task.end, span.middle_end) : task.end;
-      const int64_t width = std::min(kWidth, side_end - column);
+      const int64_t width = std::min(kTileColumns, side_end - column);
       const int64_t first = before ? column : column - span.middle_end + span.high;
       Tensor logits = workspace.logits.narrow(0, 0, rows * width).view({rows, width});
       if constexpr (kUnits) {
@@ -238,28 +239,27 @@ class Loss {
   static Tensor rounded(const Tensor& weights, Workspace& workspace) {
     if (!workspace.weights.defined()) {
       const auto dtype = c10::CppTypeToScalarType<P>::value;
-      workspace.weights = at::empty({kHeight * kWidth}, weights.options().dtype(dtype));
+      workspace.weights = at::empty({kTileRows * kTileColumns}, weights.options().dtype(dtype));
     }
     return workspace.weights.narrow(0, 0, weights.numel()).view_as(weights).copy_(weights);
   }
 
   // Negatives in the dtype that is computed in.
   Tensor converted(const Tensor& part, Workspace& workspace) const {
-    if constexpr (std::is_same_v<scalar_t, T>) {
-      return part;
-    } else {
-      if (!workspace.converted.defined()) workspace.converted = at::empty({kWidth, dim_}, options_);
-      return workspace.converted.narrow(0, 0, part.size(0)).copy_(part);
+    if (std::is_same_v<scalar_t, T>) return part;
+    if (!workspace.converted.defined()) {
+      workspace.converted = at::empty({kTileColumns, dim_}, options_);
     }
+    return workspace.converted.narrow(0, 0, part.size(0)).copy_(part);
   }
 
   // Turns the logits of a tile into weights, and adds these to the totals.
   void weigh(const Span& span, int64_t first, int64_t width, T* logits, Sums<T>& sums) const {
     for (int64_t i = 0; i < span.rows(); ++i, logits += width) {
       // Ordered as they are, the negatives of the anchor's own label are neighbors.
-      const auto [excluded_first, excluded_last] = excluded_[span.first + i];
-      const int64_t left = std::clamp<int64_t>(excluded_first - first, 0, width);
-      const int64_t right = std::clamp<int64_t>(excluded_last - first, left, width);
+      const auto [excluded_from, excluded_to] = excluded_[span.begin + i];
+      const int64_t left = std::clamp<int64_t>(excluded_from - first, 0, width);
+      const int64_t right = std::clamp<int64_t>(excluded_to - first, left, width);
       std::fill(logits + left, logits + right, T(0));
       if (moving_) raise_offset(i, logits, left, right, width, sums);
       sums.total[i] += exp2_sum(logits, left, scale_, sums.offset[i]);
@@ -316,7 +316,7 @@ class Loss {
     for (int64_t i = 0; i < span.rows(); ++i) {
       const double total = sums.total[i];
       if (total == 0) continue;
-      const int64_t row = order_.rows[span.first + i];
+      const int64_t row = order_.rows[span.begin + i];
       const scalar_t* const anchor = anchors_[row];
       const scalar_t* const positive = positives_[row];
       double cosine = 0;
@@ -363,11 +363,9 @@ std::tuple<Tensor, Tensor> dc_loss_rows_cpp(
     const Tensor& anchor_labels, const Tensor& negative_labels, const Tensor& active,
     double temperature, bool bfloat16_units) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor labels = anchor_labels.contiguous();
-  const Tensor others = negative_labels.contiguous();
+  const Tensor labels = anchor_labels.contiguous(), others = negative_labels.contiguous();
   const Tensor rows = active.contiguous();
-  const auto accumulated =
-      anchors.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto accumulated = anchors.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor loss = at::zeros({anchors.size(0)}, anchors.options().dtype(accumulated));
   const Tensor gradient = at::zeros(anchors.sizes(), anchors.options());
   const auto run = [&](auto type) {

@@ -19,25 +19,25 @@ int64_t divide_up(int64_t value, int64_t divisor) {
 }
 
 struct Range {
-  int64_t first, last;
+  int64_t begin, end;
 };
 
 void cut_rows(const std::vector<int64_t>& labels, int64_t height, std::vector<Range>& ranges) {
   const auto count = static_cast<int64_t>(labels.size());
   bool shared = false;
-  for (int64_t first = 0, last; first < count; first = last) {
-    last = std::upper_bound(labels.begin() + first, labels.end(), labels[first]) - labels.begin();
-    const int64_t rows = last - first;
+  for (int64_t begin = 0, end; begin < count; begin = end) {
+    end = std::upper_bound(labels.begin() + begin, labels.end(), labels[begin]) - labels.begin();
+    const int64_t rows = end - begin;
     if (2 * rows >= height) {
       const int64_t pieces = divide_up(rows, height);
       for (int64_t piece = 0; piece < pieces; ++piece) {
-        ranges.push_back({first + rows * piece / pieces, first + rows * (piece + 1) / pieces});
+        ranges.push_back({begin + rows * piece / pieces, begin + rows * (piece + 1) / pieces});
       }
       shared = false;
-    } else if (shared && last - ranges.back().first <= height) {
-      ranges.back().last = last;
+    } else if (shared && end - ranges.back().begin <= height) {
+      ranges.back().end = end;
     } else {
-      ranges.push_back({first, last});
+      ranges.push_back({begin, end});
       shared = true;
     }
   }
@@ -88,15 +88,14 @@ std::vector<Span> cut_spans(
   cut_rows(labels, height, ranges);
   std::vector<Span> spans;
   spans.reserve(ranges.size());
-  const auto begin = negative_labels.begin();
-  const auto end = negative_labels.end();
-  for (const auto [first, last] : ranges) {
-    const int64_t smallest = labels[first];
-    const int64_t largest = labels[last - 1];
-    const int64_t low = std::lower_bound(begin, end, smallest) - begin;
-    const int64_t high = std::upper_bound(begin, end, largest) - begin;
+  const auto first = negative_labels.begin(), behind = negative_labels.end();
+  for (const auto [begin, end] : ranges) {
+    const int64_t smallest = labels[begin];
+    const int64_t largest = labels[end - 1];
+    const int64_t low = std::lower_bound(first, behind, smallest) - first;
+    const int64_t high = std::upper_bound(first, behind, largest) - first;
     const int64_t middle_end = smallest == largest ? low : high;
-    spans.push_back({first, last, low, middle_end, high, end - begin});
+    spans.push_back({begin, end, low, middle_end, high, behind - first});
   }
   return spans;
 }
@@ -111,8 +110,8 @@ std::vector<Task> split(const std::vector<Span>& spans, int64_t height, int64_t 
   for (size_t i = 0; i < spans.size(); ++i) {
     const int64_t columns = spans[i].columns();
     const int64_t step = tiles * width;
-    for (int64_t part = 0, first = 0; first < columns; ++part, first += step) {
-      tasks.push_back({static_cast<int64_t>(i), part, first, std::min(first + step, columns)});
+    for (int64_t part = 0, begin = 0; begin < columns; ++part, begin += step) {
+      tasks.push_back({static_cast<int64_t>(i), part, begin, std::min(begin + step, columns)});
     }
   }
   return tasks;

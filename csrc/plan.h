@@ -17,16 +17,16 @@ struct Ordered {
 // Orders the `rows` given by `labels[row]`.
 Ordered order_by_label(std::vector<int64_t> rows, const int64_t* labels);
 
-// Ordered anchors [first, last) and the ordered negatives they meet, as three intervals.
+// Ordered anchors [begin, end) and the ordered negatives they meet, as three intervals.
 //
 // Negatives [0, low) and [high, count) have labels that none of these anchors has. [low, high)
 // have labels from the smallest to the largest of the anchors': each anchor excludes a part
 // of them. With one label only that part is all of them, and `middle_end` is `low`, not `high`.
 struct Span {
-  int64_t first, last;
+  int64_t begin, end;
   int64_t low, middle_end, high, count;
 
-  int64_t rows() const { return last - first; }
+  int64_t rows() const { return end - begin; }
   int64_t columns() const { return middle_end + count - high; }
 };
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cac_fast.backend import BACKENDS
 from cac_fast.checks import check_temperature
-from cac_fast.dispatch import BACKENDS
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import Parser
 

@@ -1,0 +1,43 @@
+"""The contract of a back end: what it gets, what it returns, how it says that it cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from cac_fast.operands import Operands
+
+
+class Rows(Protocol):
+    def __call__(self, operands: Operands, classes: int | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+def _always_available() -> None:
+    return None
+
+
+def _refuses_nothing(anchors: Tensor) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operator: three functions.
+
+    rows: from operands to the loss of each anchor (A,), without reduction (Eq. 5), and its gradient
+        by the anchors (A, D). The loss is float32 (float64 for float64 anchors), the gradient has
+        the anchors' dtype; both are 0 in rows that are not active or admit no negative. It gets
+        operands that `check_operands` has checked, with features of one dtype, and no anchors that
+        it refuses. All labels lie below `classes`, if that is given: a back end that finds one that
+        does not, without waiting for the device, raises ValueError.
+    unavailable: why the back end cannot be used on this machine, in one line; None where it can.
+    refuses: why it cannot work on anchors like these, in one line; None where it can. Their
+        device, dtype and D alone decide.
+    """
+
+    rows: Rows
+    unavailable: Callable[[], str | None] = _always_available
+    refuses: Callable[[Tensor], str | None] = _refuses_nothing
