@@ -21,7 +21,7 @@ OLDEST_TESTED := bank choice cpp cuda derivatives eager extension gluon gpu_loss
 setup: $(READY)
 
 demo: $(READY)
-	$(VENV)/bin/python bench/demo.py
+	$(VENV)/bin/python bench/accuracy/demo.py
 
 # A process a core, each with one thread.
 test: lint
@@ -42,6 +42,7 @@ test-oldest: | $(OLDEST)/bin/pip
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 # What builds the extension comes first, since an install without build isolation builds with what
 # is in .venv.

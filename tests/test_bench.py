@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dc_loss
 from cac_fast import dispatch, reference
+from lib import baselines, cases, measure, providers, report
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import baselines  # noqa: E402
-import cases  # noqa: E402
-import dc_loss  # noqa: E402
-import measure  # noqa: E402
-import providers  # noqa: E402
-import report  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = cases.Case("small", 90, 400, "voc", "float32", channels=16)

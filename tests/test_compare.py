@@ -15,17 +15,13 @@ import pytest
 from data_folders import one_line, write_folder, write_image, write_mask
 from PIL import Image
 
+from accuracy import compare, demo
+from accuracy.shrink import shrunken
 from cac_fast.train import checkpoint
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
 from cac_fast.train.errors import InputError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import compare
-import demo
-from shrink import shrunken
 
 
 @pytest.fixture
@@ -271,8 +267,9 @@ def test_a_stop_waits_until_the_trainings_have_saved(tmp_path: Path) -> None:
         "import sys\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from pathlib import Path\n"
-        f"sys.path.insert(0, {str(Path(compare.__file__).parent)!r})\n"
-        "import compare, running\n"
+        f"sys.path.insert(0, {str(Path(compare.__file__).parents[1])!r})\n"
+        "from accuracy import compare\n"
+        "from lib import running\n"
         "running.ROOT = Path.cwd()\n"
         "with compare.programs.stopped_by_signals(), ThreadPoolExecutor(1) as pool:\n"
         "    for name in ('first', 'second'):\n"
@@ -446,7 +443,8 @@ def test_a_record_takes_runs_of_its_experiment_alone(
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"command": "python bench/compare.py --gone 1", "runs": []}']
+    "text",
+    ["{", "[]", "{}", '{"command": "python compare.py --gone 1", "runs": []}'],
 )
 def test_a_record_that_cannot_be_compared_is_refused(trainer: Trainer, text: str) -> None:
     path = trainer.output / "results/compare.json"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import outcome
+from accuracy import outcome
 
 
 def runs(method: str, *points: float, first_seed: int = 0, iou: tuple = ()) -> list[dict]:

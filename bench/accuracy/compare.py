@@ -1,7 +1,7 @@
 """Supervised-only against CAC: same data, seeds, lists, iterations; a table, a curve, a JSON file.
 
-    python bench/compare.py --name camvid --dataset folder --data-dir DIR --shares 1/16 -- \\
-        --backbone mobilenet_v2 --weights FILE --iterations 1500
+    python bench/accuracy/compare.py --name camvid --dataset folder --data-dir DIR \\
+        --shares 1/16 -- --backbone mobilenet_v2 --weights FILE --iterations 1500
 
 What follows ``--`` goes to ``train/main.py`` as it is. ``--arms`` adds to the two what a gain has
 to be seen against: ``supervised_all``, supervised with the masks of all the images (the headroom),
@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measure import ROOT, command_line, facts
-from outcome import content_digests, plot, report, summarize, unlike
-from running import RunError, programs, run
-from shrink import shrunken
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accuracy.outcome import content_digests, plot, report, summarize, unlike
+from accuracy.shrink import shrunken
 from cac_fast.train import checkpoint, config
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.data.lists import named
@@ -38,6 +38,8 @@ from cac_fast.train.distributed import run_command
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
 from cac_fast.train.options import Parser
+from lib.measure import ROOT, command_line, facts
+from lib.running import RunError, programs, run
 
 METHODS = ("supervised", "cac")
 LISTS = ("labeled.txt", "unlabeled.txt")
@@ -217,7 +219,7 @@ def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, flo
         if not seconds:
             file = options.runs / "step_time.json"
             options.runs.mkdir(parents=True, exist_ok=True)
-            run(["bench/step_time.py", str(file), *words], options.threads, "ten steps")
+            run(["bench/lib/step_time.py", str(file), *words], options.threads, "ten steps")
             seconds = json.loads(file.read_text())
         settings = config.parse(words)
         alone = settings.iterations if settings.method == "supervised" else settings.num_warmup
@@ -334,7 +336,7 @@ def compare(options: argparse.Namespace) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     digests = content_digests(data, files)
     commands, found, former_digests = former_record(target, options, digests)
-    commands.append(command_line("bench/compare.py", options.command))
+    commands.append(command_line("bench/accuracy/compare.py", options.command))
     record = {"command": " ; ".join(dict.fromkeys(commands)), **machine}
     record["digests"] = former_digests | digests
     hours: dict[str, float] = {}

@@ -1,6 +1,6 @@
 """Supervised-only against CAC on the embedded toy city: a table, a curve and pictures, in minutes.
 
-make demo        (or: python bench/demo.py)
+make demo        (or: python bench/accuracy/demo.py)
 """
 
 from __future__ import annotations
@@ -8,17 +8,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import compare
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accuracy import compare
 from cac_fast.train import load
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
 from cac_fast.train.samples import colorize
+from lib.measure import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "runs" / "demo"
 DATA = ROOT / "data" / "toycity"
 SCENES, ZOOM = 6, 2

@@ -10,10 +10,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from measure import can_plot
-
 from cac_fast.train.config import Config
 from cac_fast.train.data.layouts import SegmentationData
+from lib.measure import can_plot
 
 COLORS = {
     "supervised": "tab:gray",

@@ -1,6 +1,6 @@
 """Where CAC's gain on the toy city comes from: batch norm's statistics, the light or the context.
 
-    python bench/toycity_causes.py --runs runs/toycity
+    python bench/accuracy/toycity_causes.py --runs runs/toycity
 
 Takes the runs of the comparison on the toy city and scores their last states again: with
 batch-norm statistics taken anew from the same unlabeled crops for both methods (in training only
@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from causes import with_statistics_of
-from compare import METHODS
-from measure import ROOT, command_line, facts
 from PIL import Image
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accuracy.causes import with_statistics_of
+from accuracy.compare import METHODS
 from cac_fast.train import load
 from cac_fast.train.config import PRESETS
 from cac_fast.train.data.augment import UnlabeledTransform
@@ -30,6 +31,7 @@ from cac_fast.train.data.toycity.dataset import SEED, plan
 from cac_fast.train.data.toycity.scene import BEFORE, Scene, draw_scene
 from cac_fast.train.evaluation import ConfusionMatrix
 from cac_fast.train.inference import Predictor
+from lib.measure import ROOT, command_line, facts
 
 FURTHER = 60
 """Scenes a case."""
@@ -112,7 +114,7 @@ def main(arguments: list[str]) -> None:
         )
     if options.json is not None:
         record = {
-            "command": command_line("bench/toycity_causes.py", arguments),
+            "command": command_line("bench/accuracy/toycity_causes.py", arguments),
             **facts(torch.device("cpu")),
             "miou": scores,
         }

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import baselines
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from cac_fast import reference
+from lib import baselines
 
 TEMPERATURE = 0.1
 CHECKED_ROWS = 256
