@@ -46,7 +46,7 @@ lint: $(READY)
 
 # What builds the extension comes first, since an install without build isolation builds with what
 # is in .venv.
-$(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/* csrc/cuda/sm90/*) | $(VENV)/bin/pip
+$(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/cuda/* csrc/cuda/sm90/*) | $(VENV)/bin/pip
 	@echo "Installing into $(VENV); the first time this takes some minutes."
 	$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt setuptools wheel ninja torch numpy
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
