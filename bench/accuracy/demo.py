@@ -14,6 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy import compare
+from accuracy.arms import METHODS
 from cac_fast.train import load
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
@@ -29,7 +30,7 @@ SCENES, ZOOM = 6, 2
 def pictures(path: Path) -> None:
     """Validation scenes: image, truth, supervised-only, CAC, a row each."""
     data = open_data("toycity", DATA)
-    networks = [load(OUTPUT / f"{method}-lists-seed0" / "last.pt") for method in compare.METHODS]
+    networks = [load(OUTPUT / f"{method}-lists-seed0" / "last.pt") for method in METHODS]
     rows = []
     for sample in data.splits["val"][:: max(1, len(data.splits["val"]) // SCENES)][:SCENES]:
         image = read_image(sample.image)

@@ -10,7 +10,6 @@ CAC's see unlabeled images), and on further scenes in which context and light va
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -22,8 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from accuracy.arms import METHODS
 from accuracy.causes import with_statistics_of
-from accuracy.compare import METHODS
 from cac_fast.train import load
 from cac_fast.train.config import PRESETS
 from cac_fast.train.data.augment import UnlabeledTransform
@@ -31,7 +30,7 @@ from cac_fast.train.data.toycity.dataset import SEED, plan
 from cac_fast.train.data.toycity.scene import BEFORE, Scene, draw_scene
 from cac_fast.train.evaluation import ConfusionMatrix
 from cac_fast.train.inference import Predictor
-from lib.measure import ROOT, command_line, facts
+from lib.measure import ROOT, command_line, facts, write_record
 
 FURTHER = 60
 """Scenes a case."""
@@ -118,7 +117,7 @@ def main(arguments: list[str]) -> None:
             **facts(torch.device("cpu")),
             "miou": scores,
         }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.json, record)
 
 
 if __name__ == "__main__":
