@@ -137,7 +137,7 @@ mark=build/gpu.txt
 checksum() {
     {
         echo "$versions ${CAC_FAST_CUDA-} $TORCH_CUDA_ARCH_LIST"
-        find setup.py csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+        find setup.py csrc -name __pycache__ -prune -o -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
     } | sha256sum
 }
 

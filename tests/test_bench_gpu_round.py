@@ -246,6 +246,9 @@ def test_built_where_sources_differ_and_not_where_their_times_do(gpu_round: Roun
     assert not built()
     os.utime(gpu_round.source, (10**9, 10**9))
     os.utime(gpu_round.folder / "setup.py")
+    compiled = gpu_round.source.parent / "__pycache__/find_nvcc.pyc"  # by a build
+    compiled.parent.mkdir()
+    compiled.touch()
     assert not built()
     gpu_round.source.write_text("// other kernels\n")
     assert built()

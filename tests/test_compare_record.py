@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import compared
@@ -11,7 +12,9 @@ from compared import Trainer, scoring
 from data_folders import one_line, write_folder, write_image, write_mask
 
 from accuracy import arguments, compare, runs
+from accuracy.record import former_record
 from cac_fast.train.errors import InputError
+from lib.measure import ROOT
 
 source, trainer = compared.source, compared.trainer
 
@@ -127,3 +130,22 @@ def test_a_record_that_cannot_be_compared_is_refused(trainer: Trainer, text: str
         compare.compare(trainer.options)
     one_line(error, path, "cannot be compared", "--name")
     assert path.read_text() == text
+
+
+RECORDS = [
+    path
+    for path in sorted((ROOT / "bench/results").glob("*.json"))
+    if "/compare.py " in json.loads(path.read_text()).get("command", "")
+]
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_committed_records_can_grow(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "shrunken", lambda folder, factor: folder)
+    record = json.loads(path.read_text())
+    words = shlex.split(record["command"].split(" ; ")[-1])[2:]
+    former = former_record(path.with_suffix(""), compare.parse(words), {})
+    assert [run["scores"] for run in former.runs.values()] == [
+        run["scores"] for run in record["runs"]
+    ]
+    assert all(run["machines"][0]["torch"] for run in former.runs.values())
