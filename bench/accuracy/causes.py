@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
@@ -56,6 +58,14 @@ def with_statistics_of(predictor: Predictor, crops: list[Tensor]) -> Predictor:
     return changed.eval()
 
 
+def cut(
+    images: Iterable[Image.Image], transform: UnlabeledTransform, rng: np.random.Generator
+) -> list[Tensor]:
+    """Batches (8, 3, c, c) uint8 of a crop of each image."""
+    crops = [transform(image, None, rng)["image1"] for image in images]
+    return list(torch.stack(crops).split(BATCH))
+
+
 def unlabeled_crops(config: Config, samples: list[Sample]) -> list[Tensor]:
     """Batches (8, 3, c, c) uint8 as the trainer cuts them, without photometric changes."""
     transform = UnlabeledTransform(
@@ -63,8 +73,7 @@ def unlabeled_crops(config: Config, samples: list[Sample]) -> list[Tensor]:
     )
     rng = np.random.default_rng(0)
     chosen = [samples[index] for index in rng.permutation(len(samples))[:CROPS]]
-    crops = [transform(read_image(sample.image), None, rng)["image1"] for sample in chosen]
-    return list(torch.stack(crops).split(BATCH))
+    return cut((read_image(sample.image) for sample in chosen), transform, rng)
 
 
 def taught(method: CAC, stream: Stream, known: bool) -> dict[str, float]:

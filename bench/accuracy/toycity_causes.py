@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy.arms import METHODS
-from accuracy.causes import with_statistics_of
+from accuracy.causes import CROPS, cut, with_statistics_of
 from cac_fast.train import load
 from cac_fast.train.config import PRESETS
 from cac_fast.train.data.augment import UnlabeledTransform
@@ -34,7 +34,6 @@ from lib.measure import ROOT, command_line, facts, write_record
 
 FURTHER = 60
 """Scenes a case."""
-BATCHES, BATCH_SIZE = 16, 8
 CASES = {
     "labeled ones' context, daylight": (True, False),
     "labeled ones' context, any light": (True, True),
@@ -72,12 +71,8 @@ def unlabeled_crops() -> list[Tensor]:
         preset["crop_size"], preset["unlabeled_scale"], photometric=False
     )
     scenes = [scene for scene in plan() if scene.split == "train" and not scene.misleading]
-    scenes = scenes[: BATCHES * BATCH_SIZE]
-    rng = np.random.default_rng(0)
-    crops = [
-        transform(Image.fromarray(scene.draw().image), None, rng)["image1"] for scene in scenes
-    ]
-    return list(torch.stack(crops).split(BATCH_SIZE))
+    images = (Image.fromarray(scene.draw().image) for scene in scenes[:CROPS])
+    return cut(images, transform, np.random.default_rng(0))
 
 
 def main(arguments: list[str]) -> None:
