@@ -21,7 +21,7 @@ OLDEST_TESTED := bank choice cpp cuda derivatives eager extension gluon gpu_loss
 setup: $(READY)
 
 demo: $(READY)
-	$(VENV)/bin/python bench/demo.py
+	$(VENV)/bin/python bench/accuracy/demo.py
 
 # A process a core, each with one thread.
 test: lint
@@ -42,10 +42,11 @@ test-oldest: | $(OLDEST)/bin/pip
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 # What builds the extension comes first, since an install without build isolation builds with what
 # is in .venv.
-$(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/* csrc/cuda/sm90/*) | $(VENV)/bin/pip
+$(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/cuda/* csrc/cuda/sm90/*) | $(VENV)/bin/pip
 	@echo "Installing into $(VENV); the first time this takes some minutes."
 	$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt setuptools wheel ninja torch numpy
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'

@@ -19,15 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import measure
 import numpy as np
-import report
 import torch
-from cases import LABELS, Case, Check, Operands, make_operands, standard_cases
-from providers import Provider, find_providers
-from report import Row
 
 from cac_fast import backends, build_info
+from lib import measure, report
+from lib.cases import LABELS, Case, Check, Operands, make_operands, standard_cases
+from lib.providers import Provider, find_providers
+from lib.report import Row
 
 REPEATS = {"cpu": 10, "cuda": 30}
 # Share of the run's time that a provider may take for one row; more for what matters most.

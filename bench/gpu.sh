@@ -137,7 +137,7 @@ mark=build/gpu.txt
 checksum() {
     {
         echo "$versions ${CAC_FAST_CUDA-} $TORCH_CUDA_ARCH_LIST"
-        find setup.py csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+        find setup.py csrc -name __pycache__ -prune -o -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
     } | sha256sum
 }
 
@@ -230,7 +230,8 @@ except ValueError as refusal:
     run tiles 45 "$python" bench/tiles.py --json "$results-tiles.json"
     local once='import sys
 sys.path.insert(0, "bench")
-import cases, providers, torch
+import torch
+from lib import cases, providers
 device = torch.device("cuda")
 given = cases.make_operands(cases.standard_cases("cuda")[0], device)
 for name in sys.argv[1:]:
@@ -277,7 +278,7 @@ train() {
     set=$(basename "$data")
     options=(--dataset folder --data-dir "$data")
     # Trainings save when they are stopped: the same call goes on with them.
-    grace=15 run training 400 "$python" bench/compare.py --name "$device-$set" "${options[@]}" \
+    grace=15 run training 400 "$python" bench/accuracy/compare.py --name "$device-$set" "${options[@]}" \
         --results "$folder" --shares 1/8 --seeds 0,1,2 --test --jobs 6 --threads 2 -- \
         --network deeplabv3plus --backbone mobilenet_v2 --weights "$weights" \
         --cache "runs/$device-cache" --iterations 2000 --batch-size 8 --crop-size 320 \

@@ -3,7 +3,7 @@
     python bench/loader.py [--json FILE]
 
 A worker is one process with one thread. Its batches are made by the trainer's own loader, with and
-without the cache, and as the paper's authors do (bench/loader_baseline.py). The crops of all three
+without the cache, and as the paper's authors do (lib/loader_baseline.py). The crops of all three
 are compared before anything is timed; then all take turns, on the same images and boxes. What the
 trainer does on its device instead (colors, floats) is timed too, and added where it says so.
 """
@@ -21,16 +21,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import loader_baseline
-import measure
 import numpy as np
 import PIL
-import report
 import torch
 import torchvision
-from measure import progress
 from PIL import Image
-from report import three_digits
 from torch.utils.data import DataLoader
 
 from cac_fast.train.config import Config
@@ -44,6 +39,9 @@ from cac_fast.train.data.stream import Batch, Stream
 from cac_fast.train.data.toycity import CLASSES
 from cac_fast.train.data.toycity.scene import draw_scene
 from cac_fast.train.distributed import World
+from lib import loader_baseline, measure, report
+from lib.measure import progress
+from lib.report import three_digits
 
 KINDS = ("labeled", "unlabeled")
 WAYS = ("authors", "loader", "cached")

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import ROOT, command_line, facts, percentiles, progress, write_record
-from report import aligned, three_digits
 
 from cac_fast.train.log import read_metrics
+from lib.measure import ROOT, command_line, facts, percentiles, progress, write_record
+from lib.report import aligned, three_digits
 
 DATA = ["--dataset", "toycity", "--data-dir", str(ROOT / "data" / "toycity")]
 # Every step with unlabeled images; nothing but steps between two log lines.

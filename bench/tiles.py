@@ -17,16 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import measure
-import report
 import torch
-from cases import Case, Check, make_operands, standard_cases
-from providers import backend_provider, works_on
-from report import three_digits
-from side_by_side import side_by_side
 
 from cac_fast import backends
 from cac_fast.kernels import configs
+from lib import measure, report
+from lib.cases import Case, Check, make_operands, standard_cases
+from lib.providers import backend_provider, works_on
+from lib.report import three_digits
+from lib.side_by_side import side_by_side
 
 REPEATS = 20
 # Until all must be compiled and checked.

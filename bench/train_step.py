@@ -3,7 +3,7 @@
     python bench/train_step.py --baseline [--json FILE] [-- OPTION OF train/main.py ...]
 
 The step is the trainer's own, from the forward passes to the optimizer; data and logging are left
-out. The baseline (bench/train_step_baseline.py) is the same step as the paper's authors do it. Both
+out. The baseline (lib/train_step_baseline.py) is the same step as the paper's authors do it. Both
 start from equal weights, batch and negatives, and their losses and gradients must agree in float32
 before anything is timed; then all take turns. With it comes the trainer's step with the baseline's
 heads ("plain heads"). What follows ``--`` goes to the trainer as it is. Without options: the goal
@@ -22,24 +22,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import measure
 import numpy as np
-import report
 import torch
-from measure import progress
-from report import three_digits
-from train_step_case import Case, plain, problem
-from train_step_contenders import (
+
+from cac_fast import build_info
+from cac_fast.train.errors import InputError
+from cac_fast.train.networks import BACKBONES, NETWORKS
+from lib import measure, report
+from lib.measure import progress
+from lib.report import three_digits
+from lib.train_step_case import Case, plain, problem
+from lib.train_step_contenders import (
     TIMES,
     Contender,
     baseline_step,
     plain_heads_step,
     trainer_step,
 )
-
-from cac_fast import build_info
-from cac_fast.train.errors import InputError
-from cac_fast.train.networks import BACKBONES, NETWORKS
 
 # The goal rows.
 GOALS = {

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
 import loader
-import loader_baseline
+from lib import loader_baseline
 
 ARGUMENTS = "--device cpu --height 64 --crop-size 32 --pictures 2 --minutes 0".split()
 

@@ -14,13 +14,11 @@ from typing import NamedTuple
 
 import pytest
 
+import tiles
+from cac_fast.kernels import configs
+from lib.side_by_side import side_by_side
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import tiles  # noqa: E402
-from side_by_side import side_by_side  # noqa: E402
-
-from cac_fast.kernels import configs  # noqa: E402
 
 # The command under Triton's interpreter, with a small case, all of it in one process. Of the lines
 # to try one has a size that no kernel can have, one a wrong result.

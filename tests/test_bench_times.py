@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
+from lib import measure
 
-import measure  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 CUDA = torch.device("cuda")
 CYCLES_PER_SECOND = 1.7e9

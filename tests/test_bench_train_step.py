@@ -11,16 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_step
+from cac_fast.train.profiling import phase
+from lib import measure, train_step_case
+from lib.train_step_baseline import BaselineStep
+from lib.train_step_contenders import TIMES
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import measure  # noqa: E402
-import train_step  # noqa: E402
-import train_step_case  # noqa: E402
-from train_step_baseline import BaselineStep  # noqa: E402
-from train_step_contenders import TIMES  # noqa: E402
-
-from cac_fast.train.profiling import phase  # noqa: E402
 
 CPU = torch.device("cpu")
 # Two views of 64 locations each: 48 random ones of each view, two steps.

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tiny_scenes import write_scenes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import causes
-
+from accuracy import causes
 from cac_fast.train import config, engine
 from cac_fast.train.distributed import World
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import outcome
+from accuracy import outcome
 
 
 def runs(method: str, *points: float, first_seed: int = 0, iou: tuple = ()) -> list[dict]:
@@ -79,11 +76,16 @@ def test_classes_that_supervised_does_not_know_are_left_out() -> None:
     supervised = runs("supervised", 25, 25, iou=((0.6, 0.12, 0.02, None), (0.4, 0.10, 0.1, 0.3)))
     cac = runs("cac", 50, 50, iou=((0.8, 0.31, 0.9, 0.9), (0.4, 0.2, 0.9, 0.9)))
     known = row(supervised, cac)["known"]
+    assert "known" not in row(supervised, cac)["best"]
     assert known["classes"] == [0, 1]
     assert known["gain"] == pytest.approx(100 * ((1.11 - 0.72) / 2 + (0.6 - 0.5) / 2) / 2)
     lost = runs("supervised", 2, iou=((0.02, 0.05, None, 0.1),))
     assert row(lost, cac)["known"]["classes"] == []
     assert "known" not in row(runs("supervised", 25), runs("cac", 50))  # an older record
+    for run in [*supervised, *cac]:
+        run["iou"]["test_best"] = run["iou"]["test_last"][::-1]
+    best = row(supervised, cac)["best"]["known"]
+    assert best["classes"] == [2, 3] and best["gain"] == pytest.approx(known["gain"])
 
 
 def test_summary_is_shown_where_the_headroom_is_known() -> None:

@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -87,3 +89,52 @@ def test_every_folder_of_modules_is_a_package(folder: str) -> None:
     folders = {path.parent for path in (ROOT / folder).rglob("*.py")}
     assert folders
     assert [path for path in folders if not (path / "__init__.py").is_file()] == []
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    options = ["egg_info", "--egg-base", str(folder), "sdist", "--dist-dir", str(folder)]
+    run("setup.py", "--quiet", *options, folder=ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def modules(folder: Path) -> set[str]:
+    """What `folder` holds of cac_fast, as a wheel names it."""
+    names = {"cac_fast": "cac_fast", "kernels": "cac_fast/kernels", "train": "cac_fast/train"}
+    return {
+        str(name / path.relative_to(folder / place))
+        for place, name in names.items()
+        for path in (folder / place).rglob("*.py")
+    }
+
+
+def test_sdist_holds_all_that_is_built(sdist: Path) -> None:
+    kinds = {".cpp", ".h", ".cu", ".cuh", ".py"}
+    csrc = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.suffix in kinds}
+    assert len(csrc) > 20
+    assert {path for path in csrc if not (sdist / path).is_file()} == set()
+    assert modules(sdist) == modules(ROOT)
+
+
+def test_wheel_is_built_from_the_sdist_in_isolation(sdist: Path, tmp_path: Path) -> None:
+    """With what pyproject.toml asks for alone: no torch, so that nothing compiled is in it."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(sdist)]
+    outside = {"PYTHONPATH", "PIP_NO_BUILD_ISOLATION"}
+    kept = {name: value for name, value in os.environ.items() if name not in outside}
+    environment = kept | {"PIP_RETRIES": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if "No matching distribution found for setuptools" in done.stdout + done.stderr:
+        pytest.skip("setuptools, which the build asks for, cannot be had here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("cac_fast-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = {name for name in file.namelist() if ".dist-info/" not in name}
+        reasons = {f"cac_fast/{name}.txt" for name in ("_C", "_C_cuda")}
+        assert names == modules(ROOT) | reasons
+        for name in reasons:
+            assert "--no-build-isolation" in file.read(name).decode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +12,9 @@ import torch
 
 from cac_fast.backend import BACKENDS
 from cac_fast.proven import PROOFS, Proof, architecture
+from lib import measure
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import measure  # noqa: E402  (bench/measure.py)
 
 LINE = Proof("sm_90", "triton", "h100-dc_loss.json")
 

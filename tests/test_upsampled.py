@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,10 +12,7 @@ from cac_fast.train.networks.deeplabv3plus import DeepLabV3PlusHead
 from cac_fast.train.networks.pspnet import PSPHead
 from cac_fast.train.networks.segmenter import DilatedConv2d
 from cac_fast.train.networks.upsampled import conv_of_upsampled
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-from train_step_baseline import HEADS
+from lib.train_step_baseline import HEADS
 
 
 def plainly(x, weight, size, align_corners):

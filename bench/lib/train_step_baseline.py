@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import baselines
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from cac_fast.train.config import Config
 from cac_fast.train.engine import Trainer
 from cac_fast.train.networks.lraspp import LRASPPHead
 from cac_fast.train.profiling import phase
+from lib import baselines
 
 Batch = dict[str, Tensor]
 Rows = tuple[Tensor, Tensor]

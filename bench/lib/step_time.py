@@ -1,6 +1,6 @@
 """Seconds of a training step, without and with the unlabeled images, of a command's settings.
 
-    python bench/step_time.py FILE.json ARGUMENTS OF train/main.py
+    python bench/lib/step_time.py FILE.json ARGUMENTS OF train/main.py
 
 Nothing of it is kept but the FILE: {"labeled": seconds, "both": seconds, or None where the method
 has no views of them}.

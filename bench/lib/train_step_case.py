@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from train_step_baseline import BaselineStep
 
 from cac_fast.train import config
 from cac_fast.train.data.crops import CELL
 from cac_fast.train.data.stream import Step
 from cac_fast.train.distributed import World
 from cac_fast.train.engine import Trainer
+from lib.train_step_baseline import BaselineStep
 
 CLASSES = 19
 # Of a loss; of a parameter's gradient, relative to its norm: a rounding may turn a direction round.

@@ -23,7 +23,7 @@ import torch
 
 from cac_fast.proven import architecture
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROC = Path("/proc")
 
 

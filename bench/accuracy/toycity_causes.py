@@ -1,6 +1,6 @@
 """Where CAC's gain on the toy city comes from: batch norm's statistics, the light or the context.
 
-    python bench/toycity_causes.py --runs runs/toycity
+    python bench/accuracy/toycity_causes.py --runs runs/toycity
 
 Takes the runs of the comparison on the toy city and scores their last states again: with
 batch-norm statistics taken anew from the same unlabeled crops for both methods (in training only
@@ -10,19 +10,19 @@ CAC's see unlabeled images), and on further scenes in which context and light va
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from causes import with_statistics_of
-from compare import METHODS
-from measure import ROOT, command_line, facts
 from PIL import Image
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accuracy.arms import METHODS
+from accuracy.causes import CROPS, cut, with_statistics_of
 from cac_fast.train import load
 from cac_fast.train.config import PRESETS
 from cac_fast.train.data.augment import UnlabeledTransform
@@ -30,10 +30,10 @@ from cac_fast.train.data.toycity.dataset import SEED, plan
 from cac_fast.train.data.toycity.scene import BEFORE, Scene, draw_scene
 from cac_fast.train.evaluation import ConfusionMatrix
 from cac_fast.train.inference import Predictor
+from lib.measure import ROOT, command_line, facts, write_record
 
 FURTHER = 60
 """Scenes a case."""
-BATCHES, BATCH_SIZE = 16, 8
 CASES = {
     "labeled ones' context, daylight": (True, False),
     "labeled ones' context, any light": (True, True),
@@ -71,12 +71,8 @@ def unlabeled_crops() -> list[Tensor]:
         preset["crop_size"], preset["unlabeled_scale"], photometric=False
     )
     scenes = [scene for scene in plan() if scene.split == "train" and not scene.misleading]
-    scenes = scenes[: BATCHES * BATCH_SIZE]
-    rng = np.random.default_rng(0)
-    crops = [
-        transform(Image.fromarray(scene.draw().image), None, rng)["image1"] for scene in scenes
-    ]
-    return list(torch.stack(crops).split(BATCH_SIZE))
+    images = (Image.fromarray(scene.draw().image) for scene in scenes[:CROPS])
+    return cut(images, transform, np.random.default_rng(0))
 
 
 def main(arguments: list[str]) -> None:
@@ -112,11 +108,11 @@ def main(arguments: list[str]) -> None:
         )
     if options.json is not None:
         record = {
-            "command": command_line("bench/toycity_causes.py", arguments),
+            "command": command_line("bench/accuracy/toycity_causes.py", arguments),
             **facts(torch.device("cpu")),
             "miou": scores,
         }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.json, record)
 
 
 if __name__ == "__main__":

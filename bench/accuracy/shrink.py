@@ -6,12 +6,12 @@ import hashlib
 import os
 from pathlib import Path
 
-from measure import ROOT
 from PIL import Image
 
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.errors import InputError
+from lib.measure import ROOT
 
 
 def shrunken(source: Path, factor: int, parent: Path = ROOT / "data") -> Path:

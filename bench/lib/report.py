@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import TEMPERATURE, Case
-from measure import Times, can_plot, percentiles
+
+from lib.cases import TEMPERATURE, Case
+from lib.measure import Times, can_plot, percentiles
 
 # What the others are compared with; eager and triton are back ends as well.
 BASELINES = ("dense", "compiled", "chunked", "flex", "eager", "triton")
@@ -22,7 +23,7 @@ n: timed runs; median, p20, p80: milliseconds for loss and gradient, on a GPU wi
 host, wall: until the call returns, until its result is there; MB: peak memory beyond the arguments,
 in 10^6 bytes; TFLOP/s: effective ones, active x M x 4 D / median; /bare: median / that of two bare
 matrix products of as many pairs as are admitted; then how many times faster than the others. dense,
-compiled, chunked, flex: see bench/baselines.py."""
+compiled, chunked, flex: see bench/lib/baselines.py."""
 
 Row = dict[str, Any]
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from measure import ROOT
+from lib.measure import ROOT
 
 
 class RunError(Exception):

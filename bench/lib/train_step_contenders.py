@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import measure
 import numpy as np
 import torch
 from torch import Tensor, nn
-from train_step_baseline import HEADS, BaselineStep
-from train_step_case import Case, make_step, make_trainer, plain
 
 from cac_fast.train.engine import Trainer
 from cac_fast.train.profiling import clocked
+from lib import measure
+from lib.train_step_baseline import HEADS, BaselineStep
+from lib.train_step_case import Case, make_step, make_trainer, plain
 
 WARM_UPS = 2
 TIMES = ("median_ms", "p20_ms", "p80_ms", "cpu_ms", "images_per_s")

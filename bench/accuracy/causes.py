@@ -1,10 +1,10 @@
 """What a comparison's networks know that their scores do not tell.
 
-    python bench/causes.py --runs runs/camvid [--json FILE]
+    python bench/accuracy/causes.py --runs runs/camvid [--json FILE]
 
-For every run of ``bench/compare.py``: how many classes are known, and val and test again, with
-batch-norm statistics taken anew from the same unlabeled crops for both methods (small batches leave
-noisy ones). For those of CAC also the strength of its loss beside the cross entropy, and, where the
+For every run of ``compare.py``: how many classes are known, and val and test again, with batch-norm
+statistics taken anew from the same unlabeled crops for both methods (small batches leave noisy
+ones). For those of CAC also the strength of its loss beside the cross entropy, and, where the
 unlabeled images have masks, how well both ends of the pairs that it learns from know the truth: it
 can gain no more than what the positives know better.
 """
@@ -14,14 +14,17 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure import command_line, facts, progress, write_record
+from PIL import Image
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cac_fast import overlap_from_crops
 from cac_fast.loss import _active, _cells, _confidence, _partner_rows
@@ -37,6 +40,7 @@ from cac_fast.train.evaluation import evaluate
 from cac_fast.train.inference import Predictor
 from cac_fast.train.methods import CAC, build_method
 from cac_fast.train.networks import build_network
+from lib.measure import command_line, facts, progress, write_record
 
 ALONE = World(0, 1, torch.device("cpu"))
 CROPS, BATCH = 128, 8
@@ -53,6 +57,14 @@ def with_statistics_of(predictor: Predictor, crops: list[Tensor]) -> Predictor:
     return changed.eval()
 
 
+def cut(
+    images: Iterable[Image.Image], transform: UnlabeledTransform, rng: np.random.Generator
+) -> list[Tensor]:
+    """Batches (8, 3, c, c) uint8 of a crop of each image."""
+    crops = [transform(image, None, rng)["image1"] for image in images]
+    return list(torch.stack(crops).split(BATCH))
+
+
 def unlabeled_crops(config: Config, samples: list[Sample]) -> list[Tensor]:
     """Batches (8, 3, c, c) uint8 as the trainer cuts them, without photometric changes."""
     transform = UnlabeledTransform(
@@ -60,8 +72,7 @@ def unlabeled_crops(config: Config, samples: list[Sample]) -> list[Tensor]:
     )
     rng = np.random.default_rng(0)
     chosen = [samples[index] for index in rng.permutation(len(samples))[:CROPS]]
-    crops = [transform(read_image(sample.image), None, rng)["image1"] for sample in chosen]
-    return list(torch.stack(crops).split(BATCH))
+    return cut((read_image(sample.image) for sample in chosen), transform, rng)
 
 
 def taught(method: CAC, stream: Stream, known: bool) -> dict[str, float]:
@@ -160,7 +171,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data-dir", type=Path, help="where the data are now, if they were moved")
     parser.add_argument("--json", type=Path, help="also write what was found to this file")
     options = parser.parse_args(arguments)
-    record = {"command": command_line("bench/causes.py", arguments), **facts(ALONE.device)}
+    record = {"command": command_line("bench/accuracy/causes.py", arguments), **facts(ALONE.device)}
     found = []
     for run in sorted(path.parent for path in options.runs.glob("*/last.pt")):
         progress(f"scoring {run.name}")

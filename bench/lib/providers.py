@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import baselines
-import measure
 import torch
-from cases import Case, Operands
 from torch import Tensor
 
 from cac_fast.backend import BACKENDS
 from cac_fast.choice import choose_backend
+from lib import baselines, measure
+from lib.cases import Case, Operands
 
 # Tiles of the bare products, anchors x negatives; the fastest in the row at hand stands for them.
 PRODUCT_TILES = {

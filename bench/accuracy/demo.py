@@ -1,6 +1,6 @@
 """Supervised-only against CAC on the embedded toy city: a table, a curve and pictures, in minutes.
 
-make demo        (or: python bench/demo.py)
+make demo        (or: python bench/accuracy/demo.py)
 """
 
 from __future__ import annotations
@@ -8,17 +8,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import compare
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accuracy import compare
+from accuracy.arms import METHODS
 from cac_fast.train import load
 from cac_fast.train.colors import colorize
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
+from lib.measure import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "runs" / "demo"
 DATA = ROOT / "data" / "toycity"
 SCENES, ZOOM = 6, 2
@@ -27,7 +30,7 @@ SCENES, ZOOM = 6, 2
 def pictures(path: Path) -> None:
     """Validation scenes: image, truth, supervised-only, CAC, a row each."""
     data = open_data("toycity", DATA)
-    networks = [load(OUTPUT / f"{method}-lists-seed0" / "last.pt") for method in compare.METHODS]
+    networks = [load(OUTPUT / f"{method}-lists-seed0" / "last.pt") for method in METHODS]
     rows = []
     for sample in data.splits["val"][:: max(1, len(data.splits["val"]) // SCENES)][:SCENES]:
         image = read_image(sample.image)

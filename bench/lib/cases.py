@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import baselines
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import cac_fast.operands
 from cac_fast.backend import reference
+from lib import baselines
 
 TEMPERATURE = 0.1
 CHECKED_ROWS = 256

@@ -1,0 +1,1 @@
+"""What the methods gain: comparisons of trainings, and what explains them."""

@@ -1,0 +1,119 @@
+"""What a call of ``compare.py`` asks for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from accuracy.arms import ARMS, METHODS
+from accuracy.shrink import shrunken
+from cac_fast.train.errors import InputError
+from cac_fast.train.options import Parser
+from lib.measure import ROOT
+
+
+def numbers(text: str) -> list[int]:
+    """Integers between commas."""
+    return [int(word) for word in text.split(",")]
+
+
+def arms(text: str) -> list[str]:
+    """Names of ARMS between commas.
+
+    Raises:
+        InputError: one is not there.
+    """
+    names = text.split(",")
+    for name in names:
+        if name not in ARMS:
+            raise InputError(f"--arms {text}: there is no {name!r}, choose of {', '.join(ARMS)}")
+    return names
+
+
+def split_arguments(
+    arguments: list[str], description: str | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Read the arguments before ``--``; those behind it are for ``train/main.py``.
+
+    Raises:
+        InputError: an argument cannot be used.
+    """
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="compare", help="name of the result files")
+    parser.add_argument("--dataset", required=True, help="as train/main.py's")
+    parser.add_argument("--data-dir", help="as train/main.py's")
+    parser.add_argument(
+        "--arms", type=arms, default=",".join(METHODS), help=f"of {', '.join(ARMS)} (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=numbers, default="0,1,2")
+    parser.add_argument(
+        "--shares", default="1/8", help="labeled shares, or 'lists' for the data set's own lists"
+    )
+    parser.add_argument(
+        "--lists",
+        metavar="DIR",
+        help="in place of shares: the folder of labeled.txt and unlabeled.txt; {list} in it stands "
+        "for the seed modulo the number of such folders",
+    )
+    parser.add_argument("--test", action="store_true", help="evaluate on the test split as well")
+    parser.add_argument(
+        "--names",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="evaluate on these images of test by themselves, a NAME a line; the summary is of the "
+        "first such FILE",
+    )
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="train on a copy of a folder set at 1/N of its size"
+    )
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/NAME)")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads a run")
+    return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+
+
+def parse(arguments: list[str], description: str | None = None) -> argparse.Namespace:
+    """What a call asks for; a smaller copy of the data is made.
+
+    Raises:
+        InputError: as `split_arguments` and `shrunken`, of a copy that cannot be made, or of two
+            results that would have one name.
+    """
+    options, rest = split_arguments(arguments, description)
+    options.command, options.rest = arguments, rest
+    options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
+    options.folder = Path(options.data_dir).resolve() if options.data_dir else None
+    options.title = options.folder.name if options.folder else options.dataset
+    if options.lists is not None:
+        options.shares = Path(options.lists).name
+        options.lists = str(Path(options.lists).resolve())
+    options.names = [path.resolve() for path in options.names]
+    called = ["val", "test"]
+    for path in options.names:
+        if path.stem in called:
+            raise InputError(
+                f"--names {path}: there are results called {path.stem!r} already: rename the file"
+            )
+        called.append(path.stem)
+    if options.dataset == "toycity" and options.folder is None:
+        options.folder = ROOT / "data" / "toycity"
+    if options.shrink < 1:
+        raise InputError(f"--shrink {options.shrink} is no size: give 1 or more")
+    if options.shrink > 1:
+        if options.dataset != "folder":
+            raise InputError(
+                f"--shrink cannot copy the dataset {options.dataset}: leave it out, or use "
+                "--dataset folder"
+            )
+        if options.folder is None:
+            raise InputError("--shrink needs the folder that it copies: give --data-dir")
+        options.folder = shrunken(options.folder, options.shrink)
+    options.data = ["--dataset", options.dataset]
+    if options.folder is not None:
+        options.data += ["--data-dir", str(options.folder)]
+    return options

@@ -1,0 +1,56 @@
+"""How long the runs of a comparison will take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from accuracy.arms import ARMS
+from accuracy.runs import Job, data_arguments, is_finished
+from cac_fast.train import config
+from lib.running import run
+
+
+def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:
+    """Hours of a run of each arm, without evaluations, from ten steps of each.
+
+    Raises:
+        RunError: the steps could not be made.
+        InputError: a setting cannot be used.
+    """
+    hours = {}
+    # Those with unlabeled images first: such a measurement knows the steps without them too.
+    arms = sorted({arm for arm, _, _ in jobs}, key=lambda arm: ARMS[arm].method == "supervised")
+    seconds: dict[str, float] = {}
+    for arm in arms:
+        alone = ARMS[arm].method == "supervised"
+        job = next(job for job in jobs if job[0] == arm)
+        words = ["--method", ARMS[arm].method, *data_arguments(job, options), *options.data]
+        words += [*options.rest, *ARMS[arm].more]
+        if not (seconds and alone):
+            file = options.runs / "step_time.json"
+            options.runs.mkdir(parents=True, exist_ok=True)
+            run(["bench/lib/step_time.py", str(file), *words], options.threads, "ten steps")
+            seconds = json.loads(file.read_text())
+        settings = config.parse(words)
+        total = settings.optim.iterations
+        first = total if alone else min(settings.num_warmup, total)
+        both = (total - first) * (seconds["both"] or 0)
+        hours[arm] = (first * seconds["labeled"] + both) / 3600
+    return hours
+
+
+def plan(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:
+    """Say how many hours the runs that are not finished will take; those of each arm's runs."""
+    left = [job for job in jobs if not is_finished(job, options)]
+    if not left:
+        return {}
+    hours = planned_hours(left, options)
+    total = sum(hours[arm] for arm, _, _ in left) / options.jobs
+    parts = [
+        f"{arm} {sum(job[0] == arm for job in left)} x {hours[arm]:.2f}"
+        for arm in ARMS
+        if arm in hours
+    ]
+    print(f"planned: {total:.1f} hours without evaluations ({', '.join(parts)})", flush=True)
+    return hours

@@ -1,0 +1,139 @@
+"""The record that a comparison adds to, and whether it is of the same experiment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accuracy.arguments import split_arguments
+from accuracy.runs import Job
+from cac_fast.train import config
+from cac_fast.train.config import Config
+from cac_fast.train.data.layouts import SegmentationData
+from cac_fast.train.errors import InputError
+
+FACTS = ("device", "architecture", "cpu", "cpu_capability", "python", "torch", "triton")
+"""Where an older record says, for all its runs, what each run's ``machines`` say now."""
+
+
+class Former(NamedTuple):
+    """What a record holds already; hours: those planned for a run of each arm."""
+
+    commands: list[str]
+    runs: dict[Job, dict]
+    digests: dict[str, str]
+    hours: dict[str, float]
+
+
+def former_record(target: Path, options: Namespace, digests: dict[str, str]) -> Former:
+    """The record that this call adds to.
+
+    Raises:
+        InputError: its runs are of another experiment, or it does not say of which.
+    """
+    path = Path(f"{target}.json")
+    if not path.is_file():
+        return Former([], {}, {}, {})
+    asked, _ = split_arguments(options.command)
+    here = config.parse([*options.data, *options.rest])
+    different = []
+    try:
+        record = json.loads(path.read_text())
+        commands = record["command"].split(" ; ")
+        for command in commands:
+            former, rest = split_arguments(shlex.split(command)[2:])
+            there = config.parse(["--dataset", former.dataset, "--data-dir", ".", *rest])
+            different += config.differences(here, there.flat())
+            different += unlike(asked, here, former, there)
+        known = record.get("digests", {})  # there were none at first
+        different += [
+            f"{key} have changed" for key in digests if key in known and known[key] != digests[key]
+        ]
+        machine = {name: record[name] for name in FACTS if name in record}
+        runs = {
+            (run["method"], run["share"], run["seed"]): {"machines": [machine], **run}
+            for run in record["runs"]
+        }
+    except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
+        raise InputError(
+            f"the record {path} cannot be compared with this call ({type(error).__name__}: "
+            f"{error}): give another --name"
+        ) from error
+    if different:
+        raise InputError(
+            f"the record {path} is of runs with other settings or data "
+            f"({'; '.join(dict.fromkeys(different))}): give another --name"
+        )
+    return Former(commands, runs, known, record.get("planned_hours_a_run", {}))
+
+
+def content_digests(data: SegmentationData, files: dict[str, list[Path]]) -> dict[str, str]:
+    """Short hashes of what the runs of one record share, wherever it lies.
+
+    Of the names of the data's classes, images and masks, and of each entry of ``files``.
+    """
+
+    def short(*texts: str) -> str:
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+    images = [
+        (split, [(item.name, item.mask is not None) for item in samples])
+        for split, samples in sorted(data.splits.items())
+    ]
+    found = {"names of images and classes": short(repr((data.classes, images)))}
+    return found | {key: short(*(p.read_text() for p in paths)) for key, paths in files.items()}
+
+
+def unlike(here: Namespace, settings: Config, there: Namespace, former: Config) -> list[str]:
+    """Data, lists and lengths in which a call of ``compare.py`` differs from a former one.
+
+    ``here`` and ``there`` are the options before ``--``, the others those behind it.
+    """
+    pairs: dict[str, tuple[Any, Any]] = {
+        "--shrink": (here.shrink, there.shrink),
+        "--data-dir": (_data_folder(here), _data_folder(there)),
+    }
+    pairs |= {
+        name: (getattr(settings, name), getattr(former, name))
+        for name in ("iterations", "labeled", "unlabeled")
+    }
+    for name, paths in (("lists", _lists_by_share), ("names", _names_by_part)):
+        one, other = paths(here), paths(there)
+        pairs |= {f"--{name} {key}": (one[key], other[key]) for key in one if key in other}
+    return [
+        f"{name}: {former!s} there, {now!s} here"
+        for name, (now, former) in pairs.items()
+        if now != former and not _may_be_one(now, former)
+    ]
+
+
+def _data_folder(options: Namespace) -> str | None:
+    default = "data/toycity" if options.dataset == "toycity" else None
+    return options.data_dir or default
+
+
+def _lists_by_share(options: Namespace) -> dict[str, str | None]:
+    if options.lists is not None:
+        return {Path(options.lists).name: options.lists}
+    return dict.fromkeys(options.shares.split(","))
+
+
+def _names_by_part(options: Namespace) -> dict[str, str]:
+    return {path.stem: str(path) for path in options.names}
+
+
+def _may_be_one(one: Any, other: Any) -> bool:
+    # Records keep of a path what lies in the project, and of others the last part.
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return False
+    parts = [
+        [part for part in Path(os.path.normpath(path)).parts if part not in ("..", os.sep)]
+        for path in (one, other)
+    ]
+    length = min(map(len, parts))
+    return length == 0 or parts[0][-length:] == parts[1][-length:]

@@ -1,0 +1,161 @@
+"""The runs of a comparison: where they lie, what they see, and what comes of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from accuracy.arms import ARMS
+from cac_fast.train import checkpoint, config
+from cac_fast.train.errors import InputError
+from cac_fast.train.log import read_metrics
+from lib.measure import write_record
+from lib.running import RunError, run
+
+LISTS = ("labeled.txt", "unlabeled.txt")
+
+Job = tuple[str, str, int]
+"""Arm, share and seed."""
+
+
+def note_call(job: Job, options: argparse.Namespace) -> dict[str, list]:
+    """The commits and machines that a run was trained with, oldest first, from `read_note`.
+
+    Those of this call, ``options.note``, are among them unless the run is finished.
+
+    Raises:
+        InputError: as `is_finished`.
+    """
+    folder = run_folder(job, options)
+    note: dict[str, list] = {"commits": [], "machines": []}
+    if (folder / "last.pt").is_file() and "--restart" not in options.rest:
+        note = read_note(folder)
+        if is_finished(job, options):
+            return note
+    for key, value in options.note.items():
+        if note[key][-1:] != [value]:
+            note[key].append(value)
+    write_record(folder / "compare.json", note)
+    return note
+
+
+def read_note(folder: Path) -> dict[str, list]:
+    """What a run's ``compare.json`` says; a run that was started without it has unknown commits."""
+    path = folder / "compare.json"
+    noted = json.loads(path.read_text()) if path.is_file() else {"commits": ["unknown"]}
+    return {"machines": [], **noted}
+
+
+def scored_parts(options: argparse.Namespace) -> dict[str, list[str]]:
+    """What is scored of test, by name, and the options of ``train/evaluate.py`` for it."""
+    parts: dict[str, list[str]] = {"test": []} if options.test else {}
+    return parts | {path.stem: ["--names", str(path)] for path in options.names}
+
+
+def run_folder(job: Job, options: argparse.Namespace) -> Path:
+    """Where a run lies."""
+    arm, share, seed = job
+    return options.runs / f"{arm}-{share.replace('/', '_')}-seed{seed}"
+
+
+def list_folder(pattern: str, seed: int) -> Path:
+    """The folder of labeled.txt and unlabeled.txt: for ``{list}`` the seed modulo their number.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    number = 0
+    if "{list}" in pattern:
+        while Path(pattern.replace("{list}", str(number))).is_dir():
+            number += 1
+    folder = Path(pattern.replace("{list}", str(seed % max(1, number))))
+    for name in LISTS:
+        if not (folder / name).is_file():
+            raise InputError(f"--lists {pattern}: {folder / name} does not exist: correct it")
+    return folder
+
+
+def data_arguments(job: Job, options: argparse.Namespace) -> list[str]:
+    """The options of ``train/main.py`` that say which masks a run may see.
+
+    Raises:
+        InputError: as `list_folder`.
+    """
+    arm, share, seed = job
+    all_masks = ARMS[arm].all_masks
+    if options.lists is not None:
+        folder = list_folder(options.lists, seed)
+        if not all_masks:
+            names = ("labeled", "unlabeled")
+            return [word for name in names for word in (f"--{name}", str(folder / f"{name}.txt"))]
+        both = run_folder(job, options) / "labeled.txt"
+        texts = [(folder / name).read_text() for name in LISTS]
+        both.parent.mkdir(parents=True, exist_ok=True)
+        both.write_text("\n".join(text.rstrip("\n") for text in texts) + "\n")
+        return ["--labeled", str(both)]
+    if all_masks:
+        return ["--labeled-share", "full"]
+    return [] if share == "lists" else ["--labeled-share", share, "--data-list", str(seed)]
+
+
+def one_run(job: Job, options: argparse.Namespace) -> dict:
+    """Train one arm once; its last and best state on val and what is asked for of test.
+
+    Raises:
+        RunError: training or evaluation failed, or left no validation result.
+        InputError: as `note_call` and `list_folder`.
+    """
+    arm, share, seed = job
+    folder = run_folder(job, options)
+    label = f"{arm} {share} seed {seed}"
+    data = options.data
+    note = note_call(job, options)
+    words = ["--method", ARMS[arm].method, *data_arguments(job, options), "--seed", str(seed)]
+    words += ["--output", str(folder), *data, *options.rest, *ARMS[arm].more]
+    run(["train/main.py", *words], options.threads, label)
+    lines = read_metrics(folder / "metrics.jsonl")
+    curve = [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"]
+    if not curve:
+        raise RunError(f"{label} left no validation result in {folder / 'metrics.jsonl'}")
+    scores = {"val_last": curve[-1][1], "val_best": max(miou for _, miou in curve)}
+    iou = {}
+    for name, more in scored_parts(options).items():
+        for state in ("last", "best"):
+            file = folder / f"{state}-{name}.json"
+            where = ["--checkpoint", str(folder / f"{state}.pt"), "--split", "test", *more]
+            run(["train/evaluate.py", *where, *data, "--json", str(file)], options.threads, label)
+            result = json.loads(file.read_text())
+            scores[f"{name}_{state}"], iou[f"{name}_{state}"] = result["miou"], result["iou"]
+    names = {"method": arm, "share": share, "seed": seed, **note}
+    return {**names, "scores": scores, "iou": iou, "curve": curve}
+
+
+def unfinished_run(job: Job, options: argparse.Namespace) -> dict | None:
+    """How far a run has come that has no result yet; None where its folder says nothing."""
+    arm, share, seed = job
+    folder = run_folder(job, options)
+    lines = read_metrics(folder / "metrics.jsonl")
+    if not lines:
+        return None
+    return {
+        "method": arm,
+        "share": share,
+        "seed": seed,
+        "commits": read_note(folder)["commits"],
+        "iteration": lines[-1]["iteration"],
+        "curve": [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"],
+    }
+
+
+def is_finished(job: Job, options: argparse.Namespace) -> bool:
+    """Whether a run has made the iterations that this call asks for.
+
+    Raises:
+        InputError: the run's ``last.pt`` cannot be read, or a setting cannot be used.
+    """
+    last = run_folder(job, options) / "last.pt"
+    if "--restart" in options.rest or not last.is_file():
+        return False
+    wanted = config.parse([*options.data, *options.rest]).optim.iterations
+    return checkpoint.read(last)["iteration"] == wanted

@@ -1,0 +1,1 @@
+"""What the commands of bench/ share: cases, contenders, clocks, tables."""

@@ -1,0 +1,77 @@
+"""A small folder data set, and a trainer in place of the commands that a comparison runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from data_folders import write_folder
+
+from accuracy import compare, runs
+from cac_fast.train import checkpoint
+from lib.running import RunError
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "here" / "set", labeled=1, unlabeled=0)
+
+
+class Trainer:
+    """In place of the commands: leaves what they leave in a run folder; fails where told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, source: Path, output: Path) -> None:
+        self.output, self.iteration = output, 4
+        self.fails: str | None = None
+        self.commit, self.device = "first", "here"
+        self.trained: list[str] = []
+        words = "--dataset folder --shares 1/2 --seeds 0,1 --threads 1"
+        folders = ["--runs", output / "runs", "--results", output / "results"]
+        self.words = [*words.split(), "--data-dir", str(source), *map(str, folders)]
+        self.options = compare.parse([*self.words, "--", "--iterations", "4"])
+        monkeypatch.setattr(runs, "run", self.run)
+        monkeypatch.setattr(compare, "plot", lambda results, path: None)
+        monkeypatch.setattr(compare, "plan", lambda jobs, options: {})
+        monkeypatch.setattr(
+            compare, "facts", lambda device: {"device": self.device, "commit": self.commit}
+        )
+
+    def run(self, command: list[str], threads: int, label: str) -> None:
+        self.trained.append(label)
+        if label == self.fails:
+            raise RunError(f"{label} ended with code 1: boom")
+        folder = Path(command[command.index("--output") + 1])
+        lines = [{"kind": "val", "iteration": step, "miou": step / 10} for step in (2, 4)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "itera')
+        config = {"iterations": 4}
+        checkpoint.write(folder / "last.pt", {"iteration": self.iteration, "config": config})
+
+    def record(self) -> dict:
+        path = self.output / "results/compare.json"
+        return json.loads(path.read_text()) if path.is_file() else {"runs": []}
+
+    def commits(self) -> list[list[str]]:
+        return [run["commits"] for run in self.record()["runs"]]
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path) -> Trainer:
+    return Trainer(monkeypatch, source, tmp_path)
+
+
+def scoring(monkeypatch: pytest.MonkeyPatch, trainer: Trainer) -> list[list[str]]:
+    """Let the trainer's evaluations leave results, and keep the trainings' words."""
+    train, commands = trainer.run, []
+
+    def run(command: list[str], threads: int, label: str) -> None:
+        if command[0] == "train/evaluate.py":
+            result = {"miou": 0.5, "iou": [0.5, 0.5]}
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(result))
+            return
+        commands.append(command)
+        train(command, threads, label)
+
+    monkeypatch.setattr(runs, "run", run)
+    return commands
