@@ -14,7 +14,7 @@ pytest_plugins = ["rows_contract", "stand_ins"]
 
 # The same cases in every run, so that a failure is a change's doing;
 # `pytest --hypothesis-profile new` draws others, and `long` 72 times as many: 10,080 of the loss on
-# the CPU (README.md). No deadline: runners are busy.
+# the CPU (docs/trust.md). No deadline: runners are busy.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("new", deadline=None)
 settings.register_profile("long", derandomize=True, deadline=None, max_examples=7200)
