@@ -25,8 +25,9 @@ FOLDERS = {"cac_fast": "cac_fast", "cac_fast.kernels": "kernels", "cac_fast.trai
 
 TRAIN = ["torchvision>=0.26", "pillow>=10.1", "tensorboard", "tqdm", "nvidia-ml-py"]
 FAST = ["imagecodecs"]  # PNGs in half of Pillow's time, where there is a wheel of it
+TIMM = ["timm>=1.0.31"]  # more encoders: --backbone timm/NAME
 DEV = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "ninja", "pybind11"]
-DEV += ["matplotlib"]
+DEV += ["matplotlib", *TIMM]
 
 # No debugging information, which takes a good part of the build's time. OpenMP is what
 # at::parallel_for runs on in a Linux build of PyTorch.
@@ -300,5 +301,5 @@ setup(
     ext_modules=describe_extensions(),
     cmdclass={"build_ext": BuildOrSayWhy},
     install_requires=["torch>=2.11", "numpy"],
-    extras_require={"train": TRAIN, "fast": FAST, "dev": TRAIN + DEV},
+    extras_require={"train": TRAIN, "fast": FAST, "timm": TIMM, "dev": TRAIN + DEV},
 )

@@ -47,12 +47,13 @@ class Config:
     )
     backbone: str = setting(
         "resnet50",
-        "torchvision backbone",
-        ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101"),
+        "torchvision's backbone, or one of timm's that can be dilated",
+        ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101", "timm/NAME"),
     )
     weights: str | None = setting(
         None,
-        "torchvision's checkpoint for the backbone, or a run of this program (default: random)",
+        "the library's checkpoint for the backbone, a run of this program, or timm: what timm "
+        "fetches (default: random)",
     )
     dropout: bool = setting(True, "the networks' dropout")
 
@@ -191,7 +192,7 @@ class Config:
                 self.dataset,
                 self.method,
                 self.network,
-                self.backbone,
+                self.backbone.replace("/", "_"),
                 share,
                 f"list{self.data_list}",
                 f"seed{self.seed}",
@@ -378,11 +379,17 @@ def _convert(name: str, value: Any) -> Any:
         raise InputError(
             f"{wanted}: expected {names.get(kind, 'two numbers, as 0.5,2.0')}"
         ) from None
-    if choices and result not in choices:
+    if choices and not any(_admits(choice, result) for choice in choices):
         near = difflib.get_close_matches(str(result), choices, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise InputError(f"{wanted}: expected one of {', '.join(choices)}{hint}")
     return result
+
+
+def _admits(choice: str, value: str) -> bool:
+    """Whether a choice, a name or as prefix/NAME any with this prefix, admits a value."""
+    prefix, slash, _ = choice.rpartition("/")
+    return value == choice if not slash else value.startswith(prefix + slash)
 
 
 def _boolean(value: Any) -> bool:

@@ -113,6 +113,7 @@ class Trainer:
             torch.manual_seed(config.seed + world.rank)  # dropout differs between ranks
         else:
             self._restore(former)
+        self.stream.prepare_for(self.network.preprocessing)
         if config.cache is not None:  # last, as it may take an hour
             world.on_each_machine(lambda: fill_cache(config, self.data, labeled, unlabeled))
 
@@ -149,6 +150,7 @@ class Trainer:
         return self.config.sync_bn and self.world.size > 1  # one process needs none
 
     def _restore(self, former: dict[str, Any]) -> None:
+        self.network.backbone.adopt(former.get("backbone", {}))
         checkpoint.load_model(self.method, former["method"], self.folder.last)
         self.method.load_extra_state(former["extra"])
         self.optimizer.load_state_dict(former["optimizer"])
@@ -348,6 +350,7 @@ class Trainer:
     def _model_state(self) -> dict[str, Any]:
         return {
             "network": self.network.state_dict(),
+            "backbone": self.network.backbone.description(),
             "config": dataclasses.asdict(self.config),
             "classes": list(self.data.classes),
             "palette": [list(color) for color in self.data.palette],

@@ -14,9 +14,9 @@ from cac_fast.train.config import Config
 from cac_fast.train.data import loaders
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
 from cac_fast.train.data.cache import PixelReader
-from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.photometric import apply_photometric
+from cac_fast.train.data.preprocessing import Preprocessing
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError, RankInputError
 from cac_fast.train.profiling import phase
@@ -71,9 +71,17 @@ class Stream:
         self.recent: deque[tuple[int, list[str]]] = deque(maxlen=config.log_every)
         channels_last = config.channels_last and (world.device.type == "cuda" or _is_light(config))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.prepare_for(Preprocessing())
+
+    def prepare_for(self, expected: Preprocessing) -> None:
+        """From now on make images as a network expects them.
+
+        Raises InputError if crops are of no size for it.
+        """
+        expected.check_crop(self.config.crop_size)
         self.mean, self.std = (
-            torch.tensor([255 * value for value in values], device=world.device).view(1, 3, 1, 1)
-            for values in (IMAGENET_MEAN, IMAGENET_STD)
+            torch.tensor([255 * x for x in values], device=self.world.device).view(1, 3, 1, 1)
+            for values in (expected.mean, expected.std)
         )
 
     def steps(self, start: int, end: int, with_unlabeled: bool) -> Iterator[Step]:

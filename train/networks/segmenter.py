@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cac_fast.train.data.preprocessing import Preprocessing
 from cac_fast.train.networks.recompute import recompute_blocks
 
 
@@ -38,6 +39,11 @@ class Segmenter(nn.Module):
     def feature_stride(self) -> int:
         """Pixels of the image per location of `features`, per axis."""
         return self.head.feature_stride
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What images must be like."""
+        return self.backbone.preprocessing
 
     def checkpoint_activations(self) -> None:
         """Keep the inputs of the encoder's blocks alone; backward computes the rest again."""
