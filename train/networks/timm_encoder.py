@@ -40,7 +40,8 @@ class TimmEncoder(Encoder):
         self.name, self.library = name, f"timm {timm.__version__}"
         self.options: dict[str, Any] = {"features_only": True, "output_stride": output_stride}
         try:
-            strides = timm.create_model(name, **self.options).feature_info.reduction()
+            with torch.device("meta"):
+                strides = timm.create_model(name, **self.options).feature_info.reduction()
             self.options["out_indices"] = strides.index(low_stride), -1
             self.net: nn.Module = timm.create_model(name, **self.options)
             multiple = self._measure_multiple(output_stride)
@@ -83,7 +84,8 @@ class TimmEncoder(Encoder):
         content = super().read_weights(source)
         if is_run(content):
             return content
-        whole = timm.create_model(self.name)
+        with torch.device("meta"):
+            whole = timm.create_model(self.name)
         classifier = whole.pretrained_cfg.get("classifier") or ()
         last = (classifier,) if isinstance(classifier, str) else tuple(classifier)
         ending = tuple(f"{layer}." for layer in last)
