@@ -273,6 +273,26 @@ def test_checkpoint_decides_and_another_version_is_a_warning(capfd):
     assert encoder.preprocessing == before
 
 
+@pytest.mark.parametrize("backbone", ["timm/test_resnet", "resnet18"])
+def test_runs_go_on_as_their_checkpoint_says(folder_data, tmp_path, backbone):
+    """Not as the installed library does, which may be another one; old checkpoints say nothing."""
+    options = f"--backbone {backbone} --network lraspp --iterations 1 --method supervised".split()
+    run(folder_data, tmp_path / "run", *options)
+    state = checkpoint.read(tmp_path / "run" / "last.pt")
+    for mean in ((0.1, 0.2, 0.3), None):
+        if mean is None:
+            del state["backbone"]
+            mean = HALF.mean if backbone.startswith("timm/") else IMAGENET_MEAN
+        else:
+            state["backbone"]["preprocessing"]["mean"] = mean
+        checkpoint.write(tmp_path / "run" / "last.pt", state)
+        predictor = cac_fast.train.load(tmp_path / "run" / "last.pt")
+        assert predictor.mean.flatten().tolist() == pytest.approx(mean)
+        settings = config.parse(arguments(folder_data, tmp_path / "run", *options))
+        resumed = engine.Trainer(settings, CPU).stream.mean.flatten() / 255
+        assert resumed.tolist() == pytest.approx(mean)
+
+
 def test_torchvisions_backbones_have_imagenets_values_and_8():
     for backbone in ("resnet18", "mobilenet_v2"):
         encoder = build_backbone(backbone, 16, 4)
