@@ -32,13 +32,13 @@ from cac_fast.train.config import Config
 from cac_fast.train.data import png
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
 from cac_fast.train.data.cache import PixelReader
-from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD
 from cac_fast.train.data.layouts import SegmentationData, open_data
 from cac_fast.train.data.loaders import PositionSampler, batches, labeled_loader, unlabeled_loader
 from cac_fast.train.data.stream import Batch, Stream
 from cac_fast.train.data.toycity import CLASSES
 from cac_fast.train.data.toycity.scene import draw_scene
 from cac_fast.train.distributed import World
+from cac_fast.train.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from lib import loader_baseline, measure, report
 from lib.measure import progress
 from lib.report import three_digits

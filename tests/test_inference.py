@@ -10,10 +10,10 @@ from torch import nn
 
 import cac_fast.train
 from cac_fast.train import checkpoint
-from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD
 from cac_fast.train.errors import InputError
 from cac_fast.train.inference import Predictor, pad_image, windows
 from cac_fast.train.networks import build_network
+from cac_fast.train.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 CLASSES = ("a", "b", "c")
 PALETTE = ((0, 0, 0), (255, 0, 0), (0, 0, 255))

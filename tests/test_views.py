@@ -11,11 +11,11 @@ from small_training import CPU
 from cac_fast.train import config
 from cac_fast.train.data import opening
 from cac_fast.train.data.augment import PADDING_COLOR, UnlabeledTransform
-from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD
 from cac_fast.train.data.photometric import apply_photometric
 from cac_fast.train.data.stream import Stream
 from cac_fast.train.data.views import PAIR, View, draw_boxes
 from cac_fast.train.distributed import World
+from cac_fast.train.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 MIXED = {
     "weak": View(1),

@@ -68,12 +68,13 @@ class ModelSettings:
     )
     backbone: str = setting(
         "resnet50",
-        "torchvision backbone",
-        ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101"),
+        "torchvision's backbone, or one of timm's that can be dilated",
+        ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101", "timm/NAME"),
     )
     weights: str | None = setting(
         None,
-        "torchvision's checkpoint for the backbone, or a run of this program (default: random)",
+        "the library's checkpoint for the backbone, a run of this program, or timm: what timm "
+        "fetches (default: random)",
     )
     dropout: bool = setting(True, "the networks' dropout")
     channels_last: bool = setting(
@@ -240,7 +241,7 @@ class Config:
                 self.data.dataset,
                 self.loss.method,
                 self.model.network,
-                self.model.backbone,
+                self.model.backbone.replace("/", "_"),
                 share,
                 f"list{self.data.data_list}",
                 f"seed{self.run.seed}",
@@ -439,11 +440,17 @@ def _convert(name: str, value: Any) -> Any:
         raise InputError(
             f"{wanted}: expected {names.get(kind, 'two numbers, as 0.5,2.0')}"
         ) from None
-    if choices and result not in choices:
+    if choices and not any(_admits(choice, result) for choice in choices):
         near = difflib.get_close_matches(str(result), choices, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise InputError(f"{wanted}: expected one of {', '.join(choices)}{hint}")
     return result
+
+
+def _admits(choice: str, value: str) -> bool:
+    """Whether a choice, a name or as prefix/NAME any with this prefix, admits a value."""
+    prefix, slash, _ = choice.rpartition("/")
+    return value == choice if not slash else value.startswith(prefix + slash)
 
 
 def _boolean(value: Any) -> bool:

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cac_fast.train import checkpoint
-from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image, to_rgb
+from cac_fast.train.data.crops import CELL
+from cac_fast.train.data.images import read_image, to_rgb
 from cac_fast.train.errors import InputError
 from cac_fast.train.networks import build_network
+from cac_fast.train.preprocessing import Preprocessing
 
-MULTIPLE = 8  # images are padded to a multiple of this many pixels
 SMALLEST_INPUT = 32  # what the networks need, in pixels
 SMALLEST_TILE = 64
 LARGEST_MARGIN = 128
@@ -33,7 +34,8 @@ class Predictor(nn.Module):
     """A network with all that inference needs: class names, colors, normalization.
 
     Args:
-        network: maps normalized images (B, 3, H, W) to logits (B, K, H, W); keeps its mode.
+        network: maps normalized images (B, 3, H, W) to logits (B, K, H, W); keeps its mode. Its
+            `preprocessing` says how images are made ready (default: ImageNet's mean and std).
         classes: K names.
         palette: K colors (red, green, blue) in 0..255.
         channels_last: feed the network in that memory format.
@@ -55,8 +57,10 @@ class Predictor(nn.Module):
         self.classes = tuple(classes)
         self.palette = tuple(tuple(color) for color in palette)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+        expected = getattr(network, "preprocessing", Preprocessing())
+        self.multiple = expected.multiple
+        self.register_buffer("mean", torch.tensor(expected.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(expected.std).view(3, 1, 1))
 
     @torch.no_grad()
     def logits(self, image: Tensor) -> Tensor:
@@ -73,7 +77,8 @@ class Predictor(nn.Module):
         # As bytes to the device: a fourth of what floats would be.
         values = image.to(self.mean.device, non_blocking=True).to(self.mean.dtype)
         normalized = (values / 255 - self.mean) / self.std
-        padded = pad_image(normalized[None]).contiguous(memory_format=self.memory_format)
+        padded = pad_image(normalized[None], self.multiple)
+        padded = padded.contiguous(memory_format=self.memory_format)
         return self.network(padded)[0, :, :height, :width]
 
     def predict(
@@ -150,14 +155,14 @@ def windows(length: int, tile: int | None) -> list[Window]:
     ]
 
 
-def pad_image(images: Tensor) -> Tensor:
-    """Pad (B, C, H, W) floats at the bottom and right to multiples of 8, and to 32 at least.
+def pad_image(images: Tensor, multiple: int = CELL) -> Tensor:
+    """Pad (B, C, H, W) floats at the bottom and right to a multiple, and to 32 at least.
 
     The padding is the image mirrored at its edge (without repeating the edge), and where an image
     is too small to mirror that far, the last row or column of that.
     """
     height, width = images.shape[-2:]
-    down, right = _missing(height), _missing(width)
+    down, right = _missing(height, multiple), _missing(width, multiple)
     mirrored_down, mirrored_right = min(down, height - 1), min(right, width - 1)
     images = F.pad(images, (0, mirrored_right, 0, mirrored_down), mode="reflect")
     return F.pad(images, (0, right - mirrored_right, 0, down - mirrored_down), mode="replicate")
@@ -180,6 +185,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Predictor:
         raise InputError(
             f"checkpoint {path} holds no {error}: it is not one that training wrote"
         ) from error
+    network.backbone.adopt(state.get("backbone", {}))
     checkpoint.load_model(network, weights, path)
     return Predictor(network, classes, palette).to(device).eval()
 
@@ -223,8 +229,8 @@ def _picture(image: Picture) -> Image.Image | Tensor:
     return image
 
 
-def _missing(length: int) -> int:
-    return max(SMALLEST_INPUT, -(-length // MULTIPLE) * MULTIPLE) - length
+def _missing(length: int, multiple: int) -> int:
+    return max(SMALLEST_INPUT, -(-length // multiple) * multiple) - length
 
 
 def _cut(image: Image.Image | Tensor, rows: Window, columns: Window) -> Tensor:

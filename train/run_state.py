@@ -95,6 +95,7 @@ class RunState:
             torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
         else:
             self._restore(former)
+        self.stream.prepare_for(self.network.preprocessing)
         if config.data.cache is not None:  # last, as it may take an hour
             unlabeled = self.inputs.unlabeled if self.method.views else []
             lists = self.data, self.inputs.labeled, unlabeled
@@ -122,6 +123,8 @@ class RunState:
         self.method.to(device=self.world.device, memory_format=self.stream.memory_format)
 
     def _restore(self, former: dict[str, Any]) -> None:
+        for network in {*self.method.segmenters(), self.network}:
+            network.backbone.adopt(former.get("backbone", {}))
         checkpoint.load_model(self.method, former["method"], self.folder.last)
         self.method.load_extra_state(former["extra"])
         load_states(self.optimizers, [former["optimizer"], *former.get("optimizers", [])])
@@ -166,6 +169,7 @@ class RunState:
     def _model_state(self) -> dict[str, Any]:
         return {
             "network": self.network.state_dict(),
+            "backbone": self.network.backbone.description(),
             "config": self.config.flat(),
             "classes": list(self.data.classes),
             "palette": [list(color) for color in self.data.palette],

@@ -21,9 +21,10 @@ from torchvision.transforms import functional
 
 from cac_fast.train.data.augment import PADDING_COLOR
 from cac_fast.train.data.crops import draw_box, draw_pair, draw_size
-from cac_fast.train.data.images import IGNORE, IMAGENET_MEAN, IMAGENET_STD
+from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.layouts import Sample
 from cac_fast.train.data.loaders import LABELED, UNLABELED, item_index, position_rng
+from cac_fast.train.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 LABELED_SCALE, UNLABELED_SCALE, IOU_RANGE = (0.5, 2.0), (0.8, 2.0), (0.1, 1.0)
 JITTER = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)

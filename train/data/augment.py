@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from cac_fast.train.data.crops import CELL, draw_box, draw_pair, draw_size, whole_cells
-from cac_fast.train.data.images import IGNORE, IMAGENET_MEAN
+from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.photometric import draw_jitter, set_place
 from cac_fast.train.data.views import COLORS, PAIR, Views, crops_of, draw_boxes
 from cac_fast.train.errors import InputError
+from cac_fast.train.preprocessing import IMAGENET_MEAN
 
 Pixels = Image.Image | np.ndarray
 """An RGB image, or uint8 (H, W, 3); a mask, or uint8 (H, W). Arrays may be memory-mapped."""

@@ -12,8 +12,6 @@ from cac_fast.train.data import forms
 from cac_fast.train.data.png import read_plain
 from cac_fast.train.errors import InputError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 IGNORE = 255
 """The id of mask pixels that belong to no class."""
 

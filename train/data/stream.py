@@ -17,12 +17,12 @@ from cac_fast.train.data import loaders
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.crops import CELL
-from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.photometric import apply_photometric
 from cac_fast.train.data.views import PAIR, Views, crops_of
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError, RankInputError
+from cac_fast.train.preprocessing import Preprocessing
 from cac_fast.train.profiling import phase
 from cac_fast.train.progress import show_progress
 
@@ -69,9 +69,17 @@ class Stream:
             world.device.type == "cuda" or _is_light(config)
         )
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.prepare_for(Preprocessing())
+
+    def prepare_for(self, expected: Preprocessing) -> None:
+        """From now on make images as a network expects them.
+
+        Raises InputError if crops are of no size for it.
+        """
+        expected.check_crop(self.config.data.crop_size)
         self.mean, self.std = (
-            torch.tensor([255 * value for value in values], device=world.device).view(1, 3, 1, 1)
-            for values in (IMAGENET_MEAN, IMAGENET_STD)
+            torch.tensor([255 * x for x in values], device=self.world.device).view(1, 3, 1, 1)
+            for values in (expected.mean, expected.std)
         )
 
     def steps(self, start: int, end: int, with_unlabeled: bool) -> Iterator[Step]:

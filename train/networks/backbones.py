@@ -8,13 +8,14 @@ import torchvision
 from torch import Tensor, nn
 
 from cac_fast.train.errors import InputError
+from cac_fast.train.networks.encoder import Encoder
 
 BACKBONES = ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101")
 
 _MULTIGRID = (2, 4, 8)
 
 
-class ResNetBackbone(nn.Module):
+class ResNetBackbone(Encoder):
     """A torchvision ResNet without pooling and classifier.
 
     `forward` takes (B, 3, H, W) and returns the output of layer1 (`low_stride` 4) or layer2 (8) and
@@ -60,7 +61,7 @@ class ResNetBackbone(nn.Module):
 _MOBILE_STAGES = {"mobilenet_v2": (7, 14, 18), "mobilenet_v3_large": (7, 13, 17)}
 
 
-class MobileNetBackbone(nn.Module):
+class MobileNetBackbone(Encoder):
     """torchvision's mobilenet_v2 or mobilenet_v3_large without classifier.
 
     `forward` takes (B, 3, H, W) and returns the last block at `low_stride` (24 channels at 4; at 8
@@ -93,17 +94,20 @@ class MobileNetBackbone(nn.Module):
         return list(self.features[1:])
 
 
-def build_backbone(
-    name: str, output_stride: int, low_stride: int
-) -> ResNetBackbone | MobileNetBackbone:
-    """Build the backbone `name` (one of BACKBONES) with random weights.
+def build_backbone(name: str, output_stride: int, low_stride: int) -> Encoder:
+    """Build the backbone `name` (one of BACKBONES, or timm/NAME) with random weights.
 
     output_stride: of the high-level features, 8 or 16. low_stride: of the low-level ones, 4 or 8.
 
     Raises InputError for another name.
     """
+    if name.startswith("timm/"):
+        from cac_fast.train.networks.timm_encoder import TimmEncoder
+
+        return TimmEncoder(name.removeprefix("timm/"), output_stride, low_stride)
     if name not in BACKBONES:
-        raise InputError(f"unknown backbone '{name}': choose one of {', '.join(BACKBONES)}")
+        choices = ", ".join((*BACKBONES, "timm/NAME"))
+        raise InputError(f"unknown backbone '{name}': choose one of {choices}")
     kind = MobileNetBackbone if name in _MOBILE_STAGES else ResNetBackbone
     return kind(name, output_stride, low_stride)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cac_fast.train.networks.recompute import recompute_blocks
+from cac_fast.train.preprocessing import Preprocessing
 
 
 class Segmenter(nn.Module):
@@ -39,6 +40,11 @@ class Segmenter(nn.Module):
     def feature_stride(self) -> int:
         """Pixels of the image per location of `features`, per axis."""
         return self.head.feature_stride
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What images must be like."""
+        return self.backbone.preprocessing
 
     def checkpoint_activations(self) -> None:
         """Keep the inputs of the encoder's blocks alone; backward computes the rest again."""

@@ -34,7 +34,7 @@ class SyncBatchNorm2d(_BatchNorm):
 
     Args:
         norm: gives its settings, parameters and buffers; affine, with running statistics that move
-            by a momentum.
+            by a momentum. Modules inside it follow it, as timm's `BatchNormAct2d` has them.
         group: the ranks; None for all.
     """
 
@@ -44,14 +44,20 @@ class SyncBatchNorm2d(_BatchNorm):
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
+        for name, child in norm.named_children():  # timm's activation, which its norms hold
+            self.add_module(name, child)
         self.training = norm.training
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in the dtype of ``x``; in evaluation mode by the running statistics."""
-        if not self.training:
-            return super().forward(x)
-        self.num_batches_tracked.add_(1)
-        return _Normalize.apply(x, self.weight, self.bias, self)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            x = _Normalize.apply(x, self.weight, self.bias, self)
+        else:
+            x = super().forward(x)
+        for child in self.children():
+            x = child(x)
+        return x
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim != 4:

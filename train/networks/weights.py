@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class WeightsReport:
 def load_backbone_weights(network: Segmenter, path: str | Path) -> WeightsReport:
     """Copy the tensors of a file into `network`, in place.
 
-    The file holds a backbone's state_dict in torchvision's names, bare or wrapped as other programs
+    The file holds a backbone's state_dict in its library's names, bare or wrapped as other programs
     do ("state_dict", "model", "ema", ...; "module.", "backbone.", ... before each name), its floats
     in any precision; or it is a checkpoint of this program, or the folder of a run: then all of the
     network is loaded, but for what other classes or another head do not fit.
@@ -53,12 +54,11 @@ def load_backbone_weights(network: Segmenter, path: str | Path) -> WeightsReport
     Raises InputError if the file cannot be read (not there, truncated, not only tensors) or holds
     another architecture.
     """
-    path = find(Path(path))
-    content = _read(path)
-    of_run = "format" in content and isinstance(content.get("network"), dict)
+    content = network.backbone.read_weights(Path(path))
+    path, of_run = find(Path(path)), is_run(content)
     target = network if of_run else network.backbone
-    expected = _floats(target.state_dict())
-    given = _floats(content["network"]) if of_run else _bare(_unwrapped(content), expected)
+    expected = floats(target.state_dict())
+    given = floats(content["network"]) if of_run else bare(content, expected)
     common = {
         name: given[name]
         for name, tensor in expected.items()
@@ -85,7 +85,27 @@ def load_backbone_weights(network: Segmenter, path: str | Path) -> WeightsReport
     )
 
 
-def _floats(state: dict[str, object]) -> dict[str, Tensor]:
+def is_run(content: dict[str, Any]) -> bool:
+    """Whether the content of a file is a checkpoint of this program."""
+    return "format" in content and isinstance(content.get("network"), dict)
+
+
+def bare(content: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file's content under the names that are expected, as far as prefixes and
+    dicts around them hide these."""
+    found: dict[str, Tensor] = {}
+    for given, tensor in floats(_unwrapped(content)).items():
+        name, former = given, None
+        while name not in expected and name != former:
+            former = name
+            for prefix in _PREFIXES:
+                name = name.removeprefix(prefix)
+        found.setdefault(name, tensor)
+    return found
+
+
+def floats(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state_dict but for BatchNorm's counters."""
     return {
         str(name): value
         for name, value in state.items()
@@ -98,20 +118,7 @@ def _stage(name: str) -> str:
     return name.removeprefix("backbone.").split(".")[0]
 
 
-def _bare(state: dict[str, object], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict under the names that are expected, as far as prefixes hide them."""
-    bare: dict[str, Tensor] = {}
-    for given, tensor in _floats(state).items():
-        name, former = given, None
-        while name not in expected and name != former:
-            former = name
-            for prefix in _PREFIXES:
-                name = name.removeprefix(prefix)
-        bare.setdefault(name, tensor)
-    return bare
-
-
-def _unwrapped(content: dict[str, object]) -> dict[str, object]:
+def _unwrapped(content: dict[str, Any]) -> dict[str, Any]:
     """The state_dict in a file's content: the innermost under one of the usual names."""
     for _ in range(3):
         inner = next((content[key] for key in _WRAPPERS if _has_tensors(content.get(key))), None)
@@ -129,11 +136,22 @@ def _has_tensors(content: object, depth: int = 2) -> bool:
     )
 
 
-def _read(path: Path) -> dict[str, object]:
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a weights file, .safetensors or PyTorch's, without running code from it.
+
+    path: a file, or the folder of a run.
+
+    Raises InputError if it is not there, truncated, or holds more than tensors.
+    """
+    path = find(path)
     if not path.is_file():
         raise InputError(f"weights file '{path}' not found")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(path)
+    except ImportError as error:
+        raise InputError(
+            f"weights file '{path}' needs safetensors ({error}): pip install safetensors"
+        ) from error
     except Exception as error:  # torch.load raises many types, by where the file is broken
         raise InputError(
             f"weights file '{path}' cannot be read ({type(error).__name__}): it is truncated or "
@@ -144,6 +162,14 @@ def _read(path: Path) -> dict[str, object]:
             f"weights file '{path}' holds a {type(content).__name__}: a state_dict is expected"
         )
     return content
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _shorten(names: list[str], limit: int = 3) -> str:
