@@ -161,6 +161,21 @@ def test_restart_by_torchrun_starts_over_if_the_first_try_did_not(
     assert engine.Trainer(config.parse(again), CPU).iteration == 2
 
 
+def test_a_state_of_an_older_version_goes_on(folder_data, tmp_path):
+    """One without base rates and further optimizers, but with what is written no more."""
+    runs = tmp_path / "new", tmp_path / "older"
+    for output in runs:
+        run(folder_data, output, "--iterations", "3", "--deterministic")
+    state = checkpoint.read(runs[1] / "last.pt") | {"position": 6}
+    assert state.pop("optimizers") == []
+    for group in state["optimizer"]["param_groups"]:
+        del group["base_lr"]
+    checkpoint.write(runs[1] / "last.pt", state)
+    for output in runs:
+        run(folder_data, output, "--iterations", "5", "--deterministic")
+    assert_same_bits(*(weights(output / "last.pt") for output in runs))
+
+
 def test_momentum_of_another_memory_format(folder_data, tmp_path):
     trainer = engine.Trainer(config.parse(arguments(folder_data, tmp_path / "run")), CPU)
     weight = trainer.network.head.decoder[0][0].weight
