@@ -44,7 +44,6 @@ class SyncBatchNorm2d(_BatchNorm):
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        self.training = norm.training
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in the dtype of ``x``; in evaluation mode by the running statistics."""
