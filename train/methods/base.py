@@ -102,7 +102,8 @@ class Method(nn.Module):
     def more_optimizers(self) -> list[Optimizer]:
         """Optimizers beside the SGD, whose parameters it then leaves alone; asked for once.
 
-        Their learning rates follow the SGD's schedule.
+        Their learning rates follow the SGD's schedule. On a GPU they should be fused: with fp16
+        the host waits for the overflow flag of every other one.
         """
         return []
 
