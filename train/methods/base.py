@@ -50,7 +50,8 @@ class Method(nn.Module):
     """
 
     views: Mapping[str, View] = {}
-    """What :meth:`forward` gets of the unlabeled images; empty for a method that uses none."""
+    """What :meth:`forward` gets of the unlabeled images; empty for a method that uses none. Whether
+    a class has any must be known before it is built; the constructor may then choose others."""
 
     reductions: Mapping[str, str] = {}
     """How a scalar's values on the ranks become one: "sum", or the name of the scalar that weights
