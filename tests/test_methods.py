@@ -102,6 +102,10 @@ def test_two_networks_learn(folder_data, tmp_path, monkeypatch):
     assert len(backbones) + len(rest) == len(list(method.parameters()))
     for unlabeled in (False, True):
         assert one_step(trained, unlabeled) == names(method, "network", "second")
+    options = "--checkpoint-activations", "--restart"
+    recomputing = trainer(folder_data, tmp_path / "run", *options).method
+    for network in recomputing.segmenters():
+        assert all("forward" in vars(block) for block in network.backbone.blocks())
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda features, **_: compiled.append(features))
     method.compile_features()
@@ -129,6 +133,11 @@ def test_a_discriminator_has_an_optimizer_and_gradients_of_its_own(
     assert sgd.param_groups[1]["lr"] == pytest.approx(0.2 * factor)
 
     (step,) = trained.stream.steps(2, 3, True)
+    weights, random = list(method.parameters()), torch.get_rng_state()
+    expected = torch.autograd.grad(method(step.labeled, step.unlabeled)["loss"], weights)
+    torch.set_rng_state(random)
+    trained.optimize(step)
+    assert all(map(torch.equal, expected, (weight.grad for weight in weights)))
     predicted = method.logits(step.unlabeled["image_plain"]).softmax(1)
     fooled, told = method.fooled(predicted), method.told(predicted, step.labeled["label"])
     for part, loss in ((method.network, fooled), (method.discriminator, told)):

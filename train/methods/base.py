@@ -50,7 +50,8 @@ class Method(nn.Module):
     """
 
     views: Mapping[str, View] = {}
-    """What :meth:`forward` gets of the unlabeled images; empty for a method that uses none."""
+    """What :meth:`forward` gets of the unlabeled images; empty for a method that uses none. Whether
+    a class has any must be known before it is built; the constructor may then choose others."""
 
     reductions: Mapping[str, str] = {}
     """How a scalar's values on the ranks become one: "sum", or the name of the scalar that weights
@@ -102,7 +103,8 @@ class Method(nn.Module):
     def more_optimizers(self) -> list[Optimizer]:
         """Optimizers beside the SGD, whose parameters it then leaves alone; asked for once.
 
-        Their learning rates follow the SGD's schedule.
+        Their learning rates follow the SGD's schedule. On a GPU they should be fused: with fp16
+        the host waits for the overflow flag of every other one.
         """
         return []
 

@@ -46,7 +46,6 @@ class SyncBatchNorm2d(_BatchNorm):
             self.register_buffer(name, buffer)
         for name, child in norm.named_children():  # timm's activation, which its norms hold
             self.add_module(name, child)
-        self.training = norm.training
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in the dtype of ``x``; in evaluation mode by the running statistics."""
