@@ -193,7 +193,7 @@ def test_every_option_is_one_of_its_program(gpu_round: Round) -> None:
     assert (training.shares, training.seeds, training.jobs) == ("1/8", [0, 1, 2], 6)
     rest = [*training.data, *training.rest, "--output", "runs/x", "--method", "cac"]
     assert config.parse(rest).optim.iterations == 2000
-    assert config.parse(words["profile"]).base_size == 2048
+    assert config.parse(words["profile"]).data.base_size == 2048
 
 
 def test_all_is_run_within_limits_and_written_down(gpu_round: Round) -> None:

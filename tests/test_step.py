@@ -15,13 +15,14 @@ from cac_fast.train.data.stream import Step, Stream
 from cac_fast.train.distributed import World
 from cac_fast.train.methods import CAC
 from cac_fast.train.networks import Segmenter, recompute
+from cac_fast.train.networks.encoder import Encoder
 from cac_fast.train.networks.segmenter import conv_bn_relu, dropout_layer
 
 CPU = World(0, 1, torch.device("cpu"))
 IMAGES = 4
 
 
-class Backbone(nn.Module):
+class Backbone(Encoder):
     """Two blocks; counts how often they run."""
 
     def __init__(self) -> None:

@@ -99,7 +99,7 @@ def unlike(here: Namespace, settings: Config, there: Namespace, former: Config) 
         "--data-dir": (_data_folder(here), _data_folder(there)),
     }
     pairs |= {
-        name: (getattr(settings, name), getattr(former, name))
+        name: (settings.flat()[name], former.flat()[name])
         for name in ("iterations", "labeled", "unlabeled")
     }
     for name, paths in (("lists", _lists_by_share), ("names", _names_by_part)):
