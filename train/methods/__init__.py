@@ -11,6 +11,7 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.methods.cac import CAC
 from cac_fast.train.methods.supervised import Supervised
 from cac_fast.train.networks import Segmenter
+from cac_fast.train.registry import METHODS
 
 __all__ = ["CAC", "Supervised", "build_method"]
 
@@ -24,7 +25,7 @@ def build_method(
         InputError: its loss cannot be had here, or is not right on this device.
     """
     if config.loss.method != "cac":
-        return Supervised(network, world, config)
+        return METHODS.load(config.loss.method)(network, world, config)
     try:
         method = CAC(network, world, config, bank_dtype)
         if config.loss.contrastive:

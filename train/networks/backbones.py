@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torchvision
 from torch import Tensor, nn
 
-from cac_fast.train.errors import InputError
-
-BACKBONES = ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101")
+from cac_fast.train.registry import BACKBONES
 
 _MULTIGRID = (2, 4, 8)
 
@@ -93,19 +91,17 @@ class MobileNetBackbone(nn.Module):
         return list(self.features[1:])
 
 
-def build_backbone(
-    name: str, output_stride: int, low_stride: int
-) -> ResNetBackbone | MobileNetBackbone:
-    """Build the backbone `name` (one of BACKBONES) with random weights.
+def build_backbone(name: str, output_stride: int, low_stride: int) -> nn.Module:
+    """Build the backbone of this name in the registry with random weights.
 
     output_stride: of the high-level features, 8 or 16. low_stride: of the low-level ones, 4 or 8.
 
-    Raises InputError for another name.
+    Returns a module that maps (B, 3, H, W) to the low-level and the high-level features; it has
+    their `low_channels` and `high_channels`, and `blocks()`.
+
+    Raises InputError for an unknown name.
     """
-    if name not in BACKBONES:
-        raise InputError(f"unknown backbone '{name}': choose one of {', '.join(BACKBONES)}")
-    kind = MobileNetBackbone if name in _MOBILE_STAGES else ResNetBackbone
-    return kind(name, output_stride, low_stride)
+    return BACKBONES.load(name)(output_stride, low_stride)
 
 
 def _dilate(blocks: nn.Sequential, dilations: Sequence[int], strided: int) -> None:
