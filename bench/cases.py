@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import baselines
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cac_fast import reference
+import cac_fast.operands
+from cac_fast.backend import reference
 
 TEMPERATURE = 0.1
 CHECKED_ROWS = 256
@@ -60,16 +60,8 @@ class Case:
         return f"{self.name}: {size}M {self.negatives:,}, {self.labels} labels, {self.dtype}"
 
 
-class Operands(NamedTuple):
-    """The arguments of a back end."""
-
-    anchors: Tensor
-    positives: Tensor
-    negatives: Tensor
-    anchor_labels: Tensor
-    negative_labels: Tensor
-    active: Tensor
-    temperature: float
+class Operands(cac_fast.operands.Operands):
+    """The operands of a back end."""
 
     @property
     def admitted(self) -> int:
@@ -78,15 +70,6 @@ class Operands(NamedTuple):
         rows = self.anchor_labels[self.active].bincount(minlength=classes)
         columns = self.negative_labels.bincount(minlength=classes)
         return int(rows.sum() * columns.sum() - (rows * columns).sum())
-
-    def rows(self, chosen: Tensor) -> Operands:
-        """The same with some anchors only."""
-        return self._replace(
-            anchors=self.anchors[chosen],
-            positives=self.positives[chosen],
-            anchor_labels=self.anchor_labels[chosen],
-            active=self.active[chosen],
-        )
 
 
 def standard_cases(device: str) -> list[Case]:
@@ -158,14 +141,10 @@ class Check:
         rows = operands.active.nonzero().squeeze(1)
         self.rows = rows[torch.randperm(len(rows), generator=rng)[:CHECKED_ROWS].to(rows.device)]
         some = operands.rows(self.rows)
-        exact = some._replace(
-            anchors=some.anchors.double(),
-            positives=some.positives.double(),
-            negatives=some.negatives.double(),
-        )
+        exact = some.to(torch.float64)
         # A few rows at a time, as the reference is dense.
         parts = [
-            reference.dc_loss_rows(*exact.rows(part))
+            reference.dc_loss_rows(exact.rows(part))
             for part in torch.arange(len(self.rows), device=rows.device).split(16)
         ]
         self.expected = [torch.cat(part) for part in zip(*parts, strict=True)]

@@ -13,8 +13,8 @@ import torch
 from cases import Case, Operands
 from torch import Tensor
 
+from cac_fast.backend import BACKENDS
 from cac_fast.choice import choose_backend
-from cac_fast.dispatch import BACKENDS
 
 # Tiles of the bare products, anchors x negatives; the fastest in the row at hand stands for them.
 PRODUCT_TILES = {
@@ -61,13 +61,14 @@ def backend_provider(name: str, device: torch.device) -> Provider:
     """A back end of the operator."""
 
     def prepare(operands: Operands) -> Callable[[], tuple[Tensor, Tensor]]:
-        return partial(choose_backend(name, operands.anchors), *operands)
+        return partial(choose_backend(name, operands.anchors), operands)
 
     def refuses(case: Case) -> str | None:
         dtype = getattr(torch, case.dtype)
         if name == "reference" and dtype.itemsize == 2:
             return "it rounds every step to 16 bits, as dense does"
-        return BACKENDS[name].refuses(torch.empty(0, case.channels, dtype=dtype, device=device))
+        anchors = torch.empty(0, case.channels, dtype=dtype, device=device)
+        return BACKENDS[name].load().refuses(anchors)
 
     return Provider(name, prepare, None if name == "reference" else 0, refuses=refuses)
 
@@ -76,7 +77,7 @@ def works_on(name: str, device: torch.device) -> bool:
     """Whether a back end takes features of some dtype on a device."""
     dtypes = torch.float32, torch.bfloat16
     some = [torch.empty(0, Case.channels, dtype=dtype, device=device) for dtype in dtypes]
-    return any(BACKENDS[name].refuses(anchors) is None for anchors in some)
+    return any(BACKENDS[name].load().refuses(anchors) is None for anchors in some)
 
 
 def find_providers(device: torch.device) -> list[Provider]:
@@ -86,7 +87,7 @@ def find_providers(device: torch.device) -> list[Provider]:
     providers += [
         backend_provider(name, device)
         for name in sorted(BACKENDS, key=lambda name: name == "reference")
-        if BACKENDS[name].missing() is None and works_on(name, device)
+        if BACKENDS[name].load().unavailable() is None and works_on(name, device)
     ]
     providers += [
         provider("dense", baselines.dense, None, BASELINE_SLACK),

@@ -25,7 +25,7 @@ from providers import backend_provider, works_on
 from report import three_digits
 from side_by_side import side_by_side
 
-from cac_fast.dispatch import BACKENDS
+from cac_fast import backends
 from cac_fast.kernels import configs
 
 REPEATS = 20
@@ -200,7 +200,7 @@ def backends_here(device: torch.device) -> list[str]:
     return [
         name
         for name in ("triton", "triton:gluon")
-        if name in BACKENDS and BACKENDS[name].missing() is None and works_on(name, device)
+        if backends()[name] is None and works_on(name, device)
     ]
 
 

@@ -4,9 +4,9 @@ Context-aware Consistency" (Lai et al., CVPR 2021), with its feature bank and cr
 from __future__ import annotations
 
 from cac_fast._extension import build_info
+from cac_fast.backend import backends
 from cac_fast.bank import FeatureBank
 from cac_fast.choice import settle_backend, verify
-from cac_fast.dispatch import backends
 from cac_fast.loss import (
     DCLossOutput,
     DirectionalContrastiveLoss,

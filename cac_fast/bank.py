@@ -22,8 +22,18 @@ class FeatureBank:
     The ranks' rows travel while the caller goes on: a push starts the gather, and whatever reads
     the ring first waits for it (on CUDA the stream does, not the host).
 
-    steps: pushes kept. dim: channels. dtype: of the stored features. group: the ranks that share
-    the bank; None for all. With a group of its own the gather waits for no other collective.
+    steps: pushes kept.
+    dim: channels.
+    dtype: of the stored features.
+    group: the ranks that share the bank; None for all. With a group of its own the gather waits
+        for no other collective.
+
+    Raises ValueError for bad choices.
+
+    >>> bank = FeatureBank(steps=2, dim=4)
+    >>> bank.push(torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    >>> bank.labels
+    tensor([ 0,  1,  1, -1, -1, -1])
     """
 
     def __init__(
@@ -71,8 +81,9 @@ class FeatureBank:
     def push(self, features: Tensor, labels: Tensor) -> None:
         """Store one batch of every rank over the oldest one. All ranks must make the same pushes.
 
-        features: (M, dim) floating point. labels: (M,) integer. Both are detached; nothing that is
-        pushed ever receives a gradient.
+        features: (M, dim) floating point.
+        labels: (M,) integer.
+        Both are detached; nothing that is pushed ever receives a gradient.
 
         Raises ValueError for a wrong shape or dtype and for more rows than the ring has room for.
         """

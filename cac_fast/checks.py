@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from cac_fast.operands import Operands
 from cac_fast.overlap import Overlap
 
 
@@ -20,13 +21,14 @@ def check_classes(classes: int | None) -> None:
         raise ValueError(f"classes must be at least 1, not {classes}")
 
 
-def check_below(classes: int | None, anchor_labels: Tensor, negative_labels: Tensor) -> None:
-    """Asks the device."""
-    if classes is None:
-        return
-    for name, labels in (("anchor_labels", anchor_labels), ("negative_labels", negative_labels)):
-        if labels.numel() > 0 and (largest := int(labels.max())) >= classes:
-            raise ValueError(f"{name} must lie below classes, {classes}, and one is {largest}")
+def checked_labels(operands: Operands, classes: int | None) -> tuple[Tensor, Tensor]:
+    """The labels of both sides in int64; asks the device whether they lie below `classes`."""
+    both = operands.anchor_labels.long(), operands.negative_labels.long()
+    if classes is not None:
+        for name, labels in zip(("anchor_labels", "negative_labels"), both, strict=True):
+            if labels.numel() > 0 and (largest := int(labels.max())) >= classes:
+                raise ValueError(f"{name} must lie below classes, {classes}, and one is {largest}")
+    return both
 
 
 # A float32 cosine is right to 6e-8 at best, so that here logits are right to 0.06; much below,
@@ -103,20 +105,13 @@ def check_features(
         check_device(name, tensor, anchors.device)
 
 
-def check_operands(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    anchor_labels: Tensor,
-    negative_labels: Tensor,
-    active: Tensor,
-    temperature: float,
-) -> None:
-    check_features(anchors, positives, negatives, anchor_labels, negative_labels)
-    check_shape("active", active, (anchors.shape[0],))
+def check_operands(operands: Operands) -> None:
+    *features_and_labels, active, temperature = operands
+    check_features(*features_and_labels)
+    check_shape("active", active, (operands.anchors.shape[0],))
     if active.dtype != torch.bool:
         raise ValueError(f"active must be bool, not {active.dtype}")
-    check_device("active", active, anchors.device)
+    check_device("active", active, operands.anchors.device)
     check_temperature(temperature)
 
 

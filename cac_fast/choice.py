@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from cac_fast import dispatch
+from cac_fast.backend import BACKENDS, check_backend
+from cac_fast.backend.base import Rows
 from cac_fast.checks import check_operands
 from cac_fast.proven import proven_paths
 from cac_fast.tiles import needs_offset
@@ -31,7 +32,7 @@ _chosen: dict[tuple[torch.device, torch.dtype, int, bool], str] = {}
 _lock = Lock()
 
 
-def choose_backend(name: str, anchors: Tensor, temperature: float = 0.1) -> dispatch.Rows:
+def choose_backend(name: str, anchors: Tensor, temperature: float = 0.1) -> Rows:
     """The function behind a name; for "auto" that of the fastest back end that is right here.
 
     The first use of "auto" on a device, a dtype and a D compares a small case with float64, and the
@@ -43,7 +44,7 @@ def choose_backend(name: str, anchors: Tensor, temperature: float = 0.1) -> disp
     Raises ValueError for an unknown name and for a back end that cannot be used here or on these,
     and VerificationError where all that "auto" may take fail or are wrong.
     """
-    return dispatch.BACKENDS[_choose(name, anchors, temperature)].rows
+    return BACKENDS[_choose(name, anchors, temperature)].load().rows
 
 
 def verify(
@@ -53,17 +54,24 @@ def verify(
     dim: int = 128,
     temperature: float = 0.1,
 ) -> Verification:
-    """Compare a back end with the reference in float64, on random features on ``device``.
+    """Compare a back end with the reference in float64, on random features.
 
-    dtype: of the features. dim: D. temperature: tau. It takes a moment, and compiles what has to be
-    compiled. Random states are left alone.
+    It takes a moment, and compiles what has to be compiled. Random states are left alone.
+
+    device, dtype: of the features.
+    backend: "auto" or a name from `cac_fast.backends()`.
+    dim: D.
+    temperature: tau.
 
     Raises ValueError for bad choices, as the loss does, and VerificationError, which names the back
     end, where it fails or is further off in any row than rounding explains.
+
+    >>> verify(backend="eager", dim=16).gradient_error < 1e-5
+    True
     """
-    given = make_case(THOROUGH, torch.device(device), dtype, dim)
-    check_operands(*given, temperature)
-    return compare(_choose(backend, given[0], temperature), given, temperature)
+    operands = make_case(THOROUGH, torch.device(device), dtype, dim, temperature)
+    check_operands(operands)
+    return compare(_choose(backend, operands.anchors, temperature), operands)
 
 
 def settle_backend(
@@ -79,19 +87,27 @@ def settle_backend(
     then plain PyTorch, and on a CPU C++, then plain PyTorch: the first that agrees with float64 on
     every rank, by the comparison that `verify` makes. A warning names those that do not.
 
-    All ranks of `group` (None: all there are) call this together, each with its own device. Without
-    it each rank chooses for itself at its first loss, where nothing is exchanged.
+    All ranks of `group` call this together, each with its own device. Without it each rank chooses
+    for itself at its first loss, where nothing is exchanged.
+
+    device, dtype: of the features.
+    dim: D.
+    temperature: tau.
+    group: None for all ranks there are.
 
     Raises ValueError for bad choices, as the loss does, and VerificationError, on all ranks, where
     there is no such back end.
+
+    >>> settle_backend(dim=16).backend in ("cpp", "eager")
+    True
     """
-    given = problem = None
+    operands = problem = None
     try:
-        given = make_case(THOROUGH, torch.device(device), dtype, dim)
-        check_operands(*given, temperature)
+        operands = make_case(THOROUGH, torch.device(device), dtype, dim, temperature)
+        check_operands(operands)
     except Exception as error:  # told below, as the other ranks wait for this one
         problem = error
-    everyones = _all_gather([] if problem else _candidates(given[0]), group)
+    everyones = _all_gather([] if problem else _candidates(operands.anchors), group)
     if problem:
         raise problem
     wrong = []
@@ -100,12 +116,12 @@ def settle_backend(
             continue
         found = error = None
         try:
-            found = compare(name, given, temperature)
+            found = compare(name, operands)
         except VerificationError as problem:
             error = str(problem)
         errors = [text for text in _all_gather(error, group) if text is not None]
         if not errors:
-            _chosen[_key(given[0], temperature)] = name
+            _chosen[_key(operands.anchors, temperature)] = name
             if wrong and (len(everyones) == 1 or dist.get_rank(group) == 0):
                 _warn(name, wrong)
             return found
@@ -119,8 +135,8 @@ def _choose(name: str, anchors: Tensor, temperature: float) -> str:
     if name == "auto":
         key = _key(anchors, temperature)
         return _chosen.get(key) or _first_choice(key, anchors, temperature)
-    dispatch.check_backend(name)
-    if refusal := dispatch.BACKENDS[name].refuses(anchors):
+    check_backend(name)
+    if refusal := BACKENDS[name].load().refuses(anchors):
         raise ValueError(f"backend {name!r} cannot be used: {refusal}")
     return name
 
@@ -157,10 +173,10 @@ def _first_right(
     # With few channels, or at an extreme temperature, some gradients are too small to be compared
     # in 16 bits. The kernels are the same at these values.
     dim, temperature = max(anchors.shape[1], 16), min(max(temperature, 0.01), 10)
-    given = make_case(QUICK, anchors.device, anchors.dtype, dim)
+    operands = make_case(QUICK, anchors.device, anchors.dtype, dim, temperature)
     for name in candidates:
         try:
-            return compare(name, given, temperature).backend
+            return compare(name, operands).backend
         except VerificationError as error:
             wrong.append(str(error))
     raise VerificationError(
@@ -179,25 +195,25 @@ def _must_not_check(anchors: Tensor) -> bool:
 
 
 def _candidates(anchors: Tensor) -> list[str]:
-    """What "auto" may take for such anchors, the best first. Says once what is missing."""
+    """What "auto" may take for such anchors, the best first. Says once what is unavailable."""
     names = ["cpp", "eager"] if anchors.device.type == "cpu" else ["eager"]
     if anchors.device.type == "cuda":
         names = list(dict.fromkeys([*proven_paths(anchors.device), "triton", "eager"]))
     found = []
     for name in names:
-        backend = dispatch.BACKENDS[name]
-        if missing := backend.missing():
-            _say_what_is_missing(name, missing)
+        backend = BACKENDS[name].load()
+        if reason := backend.unavailable():
+            _say_what_is_unavailable(name, reason)
         elif not backend.refuses(anchors):
             found.append(name)
     return found
 
 
 @cache
-def _say_what_is_missing(name: str, missing: str) -> None:
+def _say_what_is_unavailable(name: str, reason: str) -> None:
     """Cached, so said once a process."""
     warnings.warn(
-        f"cac_fast does without its back end {name!r}: {missing}", RuntimeWarning, stacklevel=2
+        f"cac_fast does without its back end {name!r}: {reason}", RuntimeWarning, stacklevel=2
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cac_fast.backend import check_backend
 from cac_fast.bank import FeatureBank
 from cac_fast.checks import (
     check_choice,
@@ -17,13 +18,12 @@ from cac_fast.checks import (
     check_threshold,
     check_views,
 )
-from cac_fast.dispatch import check_backend
 from cac_fast.ops import dc_loss_rows
 from cac_fast.overlap import Overlap
 
 _REDUCTIONS = ("mean", "active_mean", "sum", "none")
 _NORMALIZATIONS = ("image", "active")
-_UNKNOWN = 255  # truth label
+_UNKNOWN_TRUTH = 255
 
 
 def directional_contrastive_loss(
@@ -59,6 +59,13 @@ def directional_contrastive_loss(
 
     Raises ValueError for wrong shapes, dtypes, devices and choices and for negatives that require
     grad.
+
+    >>> features, labels, confidence = torch.eye(2), torch.tensor([0, 1]), torch.full((2,), 0.5)
+    >>> loss = directional_contrastive_loss(
+    ...     features, features, -features, labels, labels, confidence, confidence + 0.4
+    ... )
+    >>> round(loss.item(), 7)  # log(1 + e^-10)
+    4.54e-05
     """
     check_choice("reduction", reduction, _REDUCTIONS)
     check_temperature(temperature)
@@ -84,12 +91,17 @@ def directional_contrastive_loss(
 class DCLossOutput:
     """What `DirectionalContrastiveLoss` returns; scalar tensors on the features' device.
 
-    loss: with a graph, even if no anchor is active. active: number of active anchors, both
-    directions. pairs: overlap locations. negatives: those that can be admitted, of the rows that
-    the loss meets: all that the bank holds, over ranks and steps, or `max_negatives` of them.
-    positive_cosine: mean cosine of the pairs, 0 without pairs. false_negatives: share, among the
-    admitted pairs of active anchor and negative of this rank and step, of those of one true class
-    (Fig. 6); None without truth.
+    loss: with a graph, even if no anchor is active.
+    active: number of active anchors, both directions.
+    pairs: overlap locations.
+    negatives: those that can be admitted, of the rows that the loss meets: all that the bank holds,
+        over ranks and steps, or `max_negatives` of them.
+    positive_cosine: mean cosine of the pairs, 0 without pairs.
+    false_negatives: share, among the admitted pairs of active anchor and negative of this rank and
+        step, of those of one true class (Fig. 6); None without truth.
+
+    >>> DCLossOutput(*torch.ones(5), false_negatives=None).loss
+    tensor(1.)
     """
 
     loss: Tensor
@@ -103,7 +115,8 @@ class DCLossOutput:
 class DirectionalContrastiveLoss(nn.Module):
     """Both directions of the loss over the two views of a batch of images (Eq. 8).
 
-    temperature: tau. threshold: gamma; 0 switches positive filtering off.
+    temperature: tau.
+    threshold: gamma; 0 switches positive filtering off.
     normalization: "image" divides each image's loss by its overlap locations and takes the mean
         over all images (the paper); "active" divides each direction by the active anchors
         of the batch (the authors' code).
@@ -111,17 +124,25 @@ class DirectionalContrastiveLoss(nn.Module):
     directional, contrastive, negative_sampling: switches of Table 3. Off, they mean: both
         directions are always active; squared l2 distance of each active pair instead of the
         contrast; all negatives but those of the anchor's own image location.
-    max_negatives: the loss meets a random subset of the bank, of so many rows, drawn from `seed`
-        and the number of pushes: its products stay as many as ranks and steps are added. With N of
-        M rows drawn, the sum over the negatives in Eq. 5 is M/N times that over the drawn ones, an
-        unbiased estimate of it; the loss, as its logarithm, is on average a little below that of
-        all negatives, by less the larger N. None: all.
     negatives_per_view: so many random locations of each view are negatives (all if there are
         fewer); None: all.
+    max_negatives: the loss meets a random subset of the bank, of so many rows: its products stay as
+        many as ranks and steps are added. With N of M rows drawn, the sum over the negatives in
+        Eq. 5 is M/N times that over the drawn ones, an unbiased estimate of it; the loss, as its
+        logarithm, is on average a little below that of all negatives, by less the larger N.
+        None: all.
+    seed: from which, and from the number of pushes, that subset is drawn.
     backend: "auto" or a name from `cac_fast.backends()`. What "auto" takes may differ between
         ranks, by rounding alone; after `cac_fast.settle_backend` on all of them it does not.
 
     Raises ValueError for bad choices.
+
+    >>> inside, no = torch.tensor([[2, 2]]), torch.tensor([False])
+    >>> overlap = overlap_from_crops(torch.tensor([[0, 1]]), no, no, inside, inside, size=(2, 2))
+    >>> features, logits = torch.randn(2, 1, 8, 2, 2), torch.randn(2, 1, 5, 2, 2)
+    >>> output = DirectionalContrastiveLoss(threshold=0.2)(*features, *logits, overlap)
+    >>> output.loss.shape, int(output.pairs)
+    (torch.Size([]), 2)
     """
 
     def __init__(
@@ -170,9 +191,11 @@ class DirectionalContrastiveLoss(nn.Module):
     ) -> DCLossOutput:
         """Loss of one batch: `start`, and at once what it returns.
 
-        features1, features2: (B, D, h, w) raw projector outputs of the two views. logits1, logits2:
-        (B, K, h, w) class logits, constants here. overlap: which cells pair. truth: two (B, h, w)
-        int64 true labels in [0, 255], 255 where unknown, for `false_negatives` alone.
+        features1, features2: (B, D, h, w) raw projector outputs of the two views.
+        logits1, logits2: (B, K, h, w) class logits, constants here.
+        overlap: which cells pair.
+        truth: two (B, h, w) int64 true labels from 0 to 255, 255 where unknown, for
+            `false_negatives` alone.
 
         The loss is a float32 (float64 for float64 features); the products inside are taken in the
         features' dtype, or autocast's. With a bank all ranks must call this together.
@@ -359,8 +382,8 @@ def _false_negatives(
     truth: Tensor, labels: Tensor, active: Tensor, chosen: Tensor, usable: Tensor
 ) -> Tensor:
     """Share of one true class among the admitted pairs of active anchor and chosen negative."""
-    anchors = active & (truth < _UNKNOWN)
-    negatives = usable & (truth[chosen] < _UNKNOWN)
+    anchors = active & (truth < _UNKNOWN_TRUTH)
+    negatives = usable & (truth[chosen] < _UNKNOWN_TRUTH)
 
     def equal_pairs(keys: Tensor) -> Tensor:
         pool = keys[chosen].masked_fill(~negatives, -1).sort().values
@@ -369,5 +392,5 @@ def _false_negatives(
 
     # Pairs of one label are not admitted: taken off both counts.
     admitted = anchors.sum() * negatives.sum() - equal_pairs(labels)
-    same_class = equal_pairs(truth) - equal_pairs(labels * (_UNKNOWN + 1) + truth)
+    same_class = equal_pairs(truth) - equal_pairs(labels * (_UNKNOWN_TRUTH + 1) + truth)
     return same_class / admitted.clamp_min(1)

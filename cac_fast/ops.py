@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cac_fast.checks import check_classes, check_constant, check_operands, check_temperature
 from cac_fast.choice import choose_backend
+from cac_fast.operands import Operands
 
 _NAME = "cac_fast::dc_loss_rows"
 
@@ -26,16 +27,13 @@ def dc_loss_rows(
 ) -> tuple[Tensor, Tensor]:
     """Directional contrastive loss of each anchor and its gradient (Eq. 5, without reduction).
 
-    anchors, positives: (A, D), negatives: (M, D), unit norm, floating point; products are taken of
-    values in the anchors' dtype, or autocast's where it is on, and summed in float32 (float64 for
-    float64).
-    anchor_labels (A,), negative_labels (M,): integers; an anchor admits the negatives of other
-    labels, none admits a negative whose label is below 0; its features must be finite all the same,
-    as a matrix product meets them. active: (A,) bool. temperature: tau.
+    The first seven: see `Operands`. Products are taken of values in the anchors' dtype, or
+        autocast's where it is on, and summed in float32 (float64 for float64). The features of all
+        negatives must be finite, as a matrix product meets them.
     backend: "auto" or a name from `cac_fast.backends()`.
     classes: if given, all labels lie below it, so that a GPU sorts them in fewer bytes than their
-    dtype has. A label that does not is a ValueError of the back ends `reference`, `eager` and
-    `cpp`; `triton` and `cuda`, which never wait for the device, may take it for one below 0.
+        dtype has. A label that does not is a ValueError of the back ends `reference`, `eager` and
+        `cpp`; `triton` and `cuda`, which never wait for the device, may take it for one below 0.
 
     Returns the loss (A,), float32 or float64, and its gradient by the anchors (A, D), in the dtype
     of the products; both are 0 in rows that are not active or admit no negative. Backward reaches
@@ -74,22 +72,15 @@ def _operator(
     backend: str = "auto",
     classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    features = (anchors, positives, negatives)
-    check_operands(*features, anchor_labels, negative_labels, active, temperature)
+    operands = Operands(
+        anchors, positives, negatives, anchor_labels, negative_labels, active, temperature
+    )
+    check_operands(operands)
     check_classes(classes)
     rows = choose_backend(backend, anchors, temperature)
     if anchors.numel() == 0 or negatives.numel() == 0:
         return _empty_result(anchors, torch.zeros)
-    return rows(
-        anchors,
-        positives.to(anchors.dtype),
-        negatives.to(anchors.dtype),
-        anchor_labels,
-        negative_labels,
-        active,
-        temperature,
-        classes,
-    )
+    return rows(operands.to(anchors.dtype), classes)
 
 
 def _empty_result(anchors: Tensor, make: Any) -> tuple[Tensor, Tensor]:
@@ -102,7 +93,7 @@ def _empty_result(anchors: Tensor, make: Any) -> tuple[Tensor, Tensor]:
 
 @_operator.register_fake
 def _(anchors: Tensor, *operands: Any, **choices: Any) -> tuple[Tensor, Tensor]:
-    check_operands(anchors, *operands[:6])
+    check_operands(Operands(anchors, *operands[:6]))
     return _empty_result(anchors, torch.empty)
 
 

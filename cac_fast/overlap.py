@@ -15,6 +15,10 @@ class Overlap:
     partner1: (B, h*w) int64, the cell of view 2 that shows the same image cell, -1 where there is
         none or where either of the two lies on padding. partner2: the same from view 2 to view 1.
     valid1, valid2: (B, h*w) bool, whether the cell lies wholly on the image.
+
+    >>> partner, valid = torch.tensor([[0, -1]]), torch.tensor([[True, True]])
+    >>> Overlap(partner, partner, valid, valid).counts
+    tensor([1])
     """
 
     partner1: Tensor
@@ -50,6 +54,10 @@ def overlap_from_crops(
     size: (h, w) of the feature map.
 
     Raises ValueError for a wrong shape or dtype.
+
+    >>> inside, no = torch.tensor([[2, 2]]), torch.tensor([False])
+    >>> overlap_from_crops(torch.tensor([[0, 1]]), no, no, inside, inside, size=(2, 2)).partner1
+    tensor([[-1,  0, -1,  2]])
     """
     batch = offset.shape[0] if offset.ndim else 0
     for name, tensor, shape in (

@@ -10,8 +10,9 @@ import torch
 class Proof(NamedTuple):
     """A path that ran and was right on a GPU.
 
-    architecture: as `architecture` names it. path: a back end's name. record: the file below
-    bench/results/ that shows it, as bench/dc_loss.py writes it.
+    architecture: as `architecture` names it.
+    path: a back end's name.
+    record: the file below bench/results/ that shows it, as bench/dc_loss.py writes it.
     """
 
     architecture: str

@@ -17,10 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cac_fast.operands import Operands
+
 
 class Sizes(NamedTuple):
-    """tile: anchors of a tile. block: negatives of a block. programs: how many share the blocks.
-    padded: channels of copies of features, a power of two."""
+    """What a plan is made for.
+
+    tile: anchors of a tile.
+    block: negatives of a block.
+    programs: how many share the blocks.
+    padded: channels of copies of features, a power of two.
+    """
 
     tile: int
     block: int
@@ -31,32 +38,35 @@ class Sizes(NamedTuple):
 class LabelOrder(NamedTuple):
     """Both sides ordered by label; the anchors that are not active come last.
 
-    anchors: (A,) int64, rows in order. negatives: (M,) int64, rows in order. excluded_from,
-    excluded_to: (A,) int32, what the anchor at each place excludes: negatives at places
-    [from, to). active, admissible: 0-d int32, how many anchors are active, and how many negatives
-    have a label of at least 0; the latter come first.
+    anchors: (A,) int64, rows in order.
+    negatives: (M,) int64, rows in order.
+    excluded_from, excluded_to: (A,) int32, what the anchor at each place excludes: negatives at
+        places [from, to).
+    num_active: 0-d int32, how many anchors are active.
+    num_admissible: 0-d int32, how many negatives have a label of at least 0; they come first.
     """
 
     anchors: Tensor
     negatives: Tensor
     excluded_from: Tensor
     excluded_to: Tensor
-    active: Tensor
-    admissible: Tensor
+    num_active: Tensor
+    num_admissible: Tensor
 
 
 class Plan(NamedTuple):
     """Tiles of anchors, the blocks of negatives they meet, and who computes what.
 
-    borders: (T, 4) int32, per tile the blocks low <= skip <= resume <= high: those in [0, low)
-    and [high, full), with full = max(high, admissible // block size), hold no excluded negative;
-    those in [skip, resume) hold nothing else; [low, skip), [resume, high) and the last block, if
-    it is not full, need a mask. A tile meets its blocks in this order: first all that need no
-    mask, then the others.
+    borders: (T, 4) int32, per tile the blocks low <= skip <= resume <= high: those in [0, low) and
+        [high, full), with full = max(high, num_admissible // block size), hold no excluded
+        negative; those in [skip, resume) hold nothing else; [low, skip), [resume, high) and the
+        last block, if it is not full, need a mask. A tile meets its blocks in this order: first
+        all that need no mask, then the others.
     ends: (T,) int64, running sum of the blocks each tile meets: all tiles' blocks in one list.
-    share: 0-d int64, how much of that list a program computes: program p the blocks from
-    p * share to (p + 1) * share.
-    first_tile, last_tile: (programs,) int32, the tiles these lie in; meaningless without a share.
+    share: 0-d int64, how much of that list a program computes: program p the blocks in
+        [p * share, (p + 1) * share).
+    first_tile, last_tile: (programs,) int32, the first and the last tile, itself included, that
+        these lie in; meaningless without a share.
     """
 
     borders: Tensor
@@ -69,6 +79,7 @@ class Plan(NamedTuple):
 class Prepared(NamedTuple):
     """All that a kernel needs before it starts.
 
+    order, plan: of the two sides' rows.
     negatives: (whole blocks of rows, padded), a copy in order, with zeros behind the last one.
     anchors: the same of whole tiles; None where the kernel reads the anchors as they are.
     """
@@ -82,10 +93,11 @@ class Prepared(NamedTuple):
 class Numbers(NamedTuple):
     """What the kernels compute with, so that weights e^{logit} stay within the numbers there are.
 
-    scale: log2(e) / tau, since weights are powers of 2. inverse_temperature: 1 / tau.
-    offset_needed: whether each row takes an offset from its logits. lowest: the offset of a row
-    that has met nothing yet, times log2(e). headroom: with offsets, the largest weight of a row is
-    2^headroom.
+    scale: log2(e) / tau, since weights are powers of 2.
+    inverse_temperature: 1 / tau.
+    offset_needed: whether each row takes an offset from its logits.
+    lowest: the offset of a row that has met nothing yet, times log2(e).
+    headroom: with offsets, the largest weight of a row is 2^headroom.
     """
 
     scale: float
@@ -165,9 +177,9 @@ def order_by_label(
     keys = label_keys(anchor_labels, dtype).masked_fill(~active, largest)
     keys, anchors = keys.sort(stable=True)
     negative_keys, negatives = label_keys(negative_labels, dtype).sort(stable=True)
-    admissible = (negative_keys < largest - 1).sum(dtype=torch.int32)
+    num_admissible = (negative_keys < largest - 1).sum(dtype=torch.int32)
     excluded_from, excluded_to = (
-        torch.searchsorted(negative_keys, keys, right=right, out_int32=True).minimum(admissible)
+        torch.searchsorted(negative_keys, keys, right=right, out_int32=True).minimum(num_admissible)
         for right in (False, True)
     )
     return LabelOrder(
@@ -176,7 +188,7 @@ def order_by_label(
         excluded_from,
         excluded_to,
         active.sum(dtype=torch.int32),
-        admissible,
+        num_admissible,
     )
 
 
@@ -187,7 +199,7 @@ def plan(order: LabelOrder, tile: int, block: int, programs: int) -> Plan:
     """
     count = len(order.anchors)
     first = torch.arange(0, count, tile, device=order.anchors.device)
-    last = (first + (tile - 1)).clamp_max(count - 1).minimum((order.active - 1).clamp_min(0))
+    last = (first + (tile - 1)).clamp_max(count - 1).minimum((order.num_active - 1).clamp_min(0))
     first = first.minimum(last)
     from_first, from_last = order.excluded_from[first], order.excluded_from[last]
     to_first, to_last = order.excluded_to[first], order.excluded_to[last]
@@ -196,8 +208,8 @@ def plan(order: LabelOrder, tile: int, block: int, programs: int) -> Plan:
     skip = _blocks(from_last, block)
     resume = (to_first // block).maximum(skip)
     high = _blocks(to_last, block)
-    met = _blocks(order.admissible, block) - (resume - skip)
-    used = torch.arange(0, count, tile, device=first.device) < order.active
+    met = _blocks(order.num_admissible, block) - (resume - skip)
+    used = torch.arange(0, count, tile, device=first.device) < order.num_active
     ends = (met * used).cumsum(0)
 
     share = (ends[-1] + (programs - 1)) // programs
@@ -224,22 +236,19 @@ def gather(features: Tensor, order: Tensor, block: int, padded: int) -> Tensor:
 
 
 def prepare(
-    anchors: Tensor,
-    negatives: Tensor,
-    anchor_labels: Tensor,
-    negative_labels: Tensor,
-    active: Tensor,
+    operands: Operands,
     sizes: Sizes,
     classes: int | None = None,
     copy_anchors: bool = False,
 ) -> Prepared:
-    """Order, plan and copies for anchors (A, D) and negatives (M, D), A and M at least 1.
+    """Order, plan and copies of the features, for A and M of at least 1.
 
-    anchor_labels (A,), negative_labels (M,): integers of any dtype. active: (A,) bool. classes: if
-    given, labels lie below it, so that smaller keys are sorted; one that does not may count as one
-    below 0. copy_anchors: whether the kernel wants the anchors in order as well.
+    classes: if given, labels lie below it, so that smaller keys are sorted; one that does not may
+        count as one below 0.
+    copy_anchors: whether the kernel wants the anchors in order as well.
     """
-    order = order_by_label(anchor_labels, negative_labels, active, classes)
+    anchors, _, negatives, *labels_and_active, _ = operands
+    order = order_by_label(*labels_and_active, classes)
     return Prepared(
         order,
         plan(order, sizes.tile, sizes.block, sizes.programs),

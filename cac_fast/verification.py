@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cac_fast import reference
-from cac_fast.dispatch import BACKENDS
+from cac_fast.backend import BACKENDS, reference
+from cac_fast.operands import Operands
 
 # Anchors and negatives. Enough anchors that every program of a large GPU meets several blocks, and
 # few enough negatives that one block of them counts.
@@ -17,20 +17,28 @@ THOROUGH = {"cpu": (600, 2900), "cuda": (20_000, 2900)}
 # For the first use of a loss, which should hardly be noticed.
 QUICK = {"cpu": (200, 700), "cuda": (4000, 2900)}
 _CLASSES = 21
-# Anchors at a time that the dense reference computes.
-_SLICE = 500
+_DENSE_ANCHORS_AT_A_TIME = 500
 
 
 class VerificationError(RuntimeError):
-    """A back end fails on this machine, or is wrong: one line."""
+    """A back end fails on this machine, or is wrong: one line.
+
+    >>> raise VerificationError("back end 'cpp' fails on cpu (MemoryError: no room)")
+    Traceback (most recent call last):
+    cac_fast.verification.VerificationError: back end 'cpp' fails on cpu (MemoryError: no room)
+    """
 
 
 @dataclass(frozen=True)
 class Verification:
     """What was found: the largest errors of any row, relative to the norm of what is right.
 
-    backend: its name. loss_error, gradient_error: how far it is off float64. plain_loss_error,
-    plain_gradient_error: how far plain PyTorch is, dense and in the same dtype.
+    backend: its name.
+    loss_error, gradient_error: how far it is off float64.
+    plain_loss_error, plain_gradient_error: how far plain PyTorch is, dense and in the same dtype.
+
+    >>> Verification("cpp", 1e-7, 2e-7, 1e-7, 3e-7).backend
+    'cpp'
     """
 
     backend: str
@@ -41,21 +49,20 @@ class Verification:
 
 
 @torch.no_grad()
-def compare(name: str, given: tuple[Tensor, ...], temperature: float) -> Verification:
-    """Compare a back end with the reference in float64 on the arguments that `make_case` gives.
+def compare(name: str, operands: Operands) -> Verification:
+    """Compare a back end with the reference in float64.
 
     Raises VerificationError, which names the back end, where it fails or is further off in any row
     than rounding explains, and where the comparison itself fails.
     """
-    device, dtype = given[0].device, given[0].dtype
+    device, dtype = operands.anchors.device, operands.anchors.dtype
     with torch.autocast(device.type, enabled=False):
         verb = "cannot be compared with float64"
         try:
-            wide = (tensor.double() if tensor.is_floating_point() else tensor for tensor in given)
-            truth = _dense(tuple(wide), temperature)
-            plain = _errors(_dense(given, temperature), truth)
+            truth = _dense(operands.to(torch.float64))
+            plain = _errors(_dense(operands), truth)
             verb = "fails"
-            mine = _errors(BACKENDS[name].rows(*given, temperature), truth)
+            mine = _errors(BACKENDS[name].load().rows(operands), truth)
         except Exception as error:  # a compiler or a driver may throw anything
             first = f"{error}".strip().partition("\n")[0]
             raise VerificationError(
@@ -69,7 +76,7 @@ def compare(name: str, given: tuple[Tensor, ...], temperature: float) -> Verific
     else:  # TF32 included, where PyTorch takes it as well
         rounding = tuple(2 * error for error in plain)
     # Ten times what float32 costs: of a logit, some 1e-7/tau.
-    bounds = (rounding[0] + 1e-5, rounding[1] + 2e-6 / min(temperature, 1))
+    bounds = (rounding[0] + 1e-5, rounding[1] + 2e-6 / min(operands.temperature, 1))
     for what, off, usual, bound in zip(("loss", "gradient"), mine, plain, bounds, strict=True):
         if not off <= bound:  # nor is NaN
             raise VerificationError(
@@ -80,9 +87,13 @@ def compare(name: str, given: tuple[Tensor, ...], temperature: float) -> Verific
 
 
 def make_case(
-    sizes: dict[str, tuple[int, int]], device: torch.device, dtype: torch.dtype, dim: int
-) -> tuple[Tensor, ...]:
-    """Arguments of a back end but the temperature: clustered classes, one in half of all places.
+    sizes: dict[str, tuple[int, int]],
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    temperature: float,
+) -> Operands:
+    """Clustered classes, one in half of all places.
 
     sizes: `THOROUGH` or `QUICK`. Random states are left alone.
     """
@@ -103,18 +114,16 @@ def make_case(
     negatives, negative_labels = drawn(negative_count)
     negative_labels[::7] = -1
     active = torch.rand(anchor_count, **own) < 0.5
-    given = (anchors, positives, negatives, anchor_labels, negative_labels, active)
-    return tuple(tensor.to(device) for tensor in given)
+    tensors = (anchors, positives, negatives, anchor_labels, negative_labels, active)
+    return Operands(*(tensor.to(device) for tensor in tensors), temperature)
 
 
-def _dense(given: tuple[Tensor, ...], temperature: float) -> tuple[Tensor, Tensor]:
+def _dense(operands: Operands) -> tuple[Tensor, Tensor]:
     """The reference, a slice of the anchors at a time."""
-    anchors, positives, negatives, anchor_labels, negative_labels, active = given
-    per_anchor = (anchors, positives, anchor_labels, active)
-    slices = zip(*(tensor.split(_SLICE) for tensor in per_anchor), strict=True)
+    step = _DENSE_ANCHORS_AT_A_TIME
     parts = [
-        reference.dc_loss_rows(a, p, negatives, labels, negative_labels, used, temperature)
-        for a, p, labels, used in slices
+        reference.dc_loss_rows(operands.rows(slice(begin, begin + step)))
+        for begin in range(0, len(operands.anchors), step)
     ]
     loss, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
     return loss, gradient

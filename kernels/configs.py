@@ -12,8 +12,13 @@ import torch
 
 
 class Config(NamedTuple):
-    """tile: anchors of a tile. block: negatives of a block. warps, stages: Triton's num_warps and
-    num_stages. programs: how many of them are to share a multiprocessor."""
+    """A line of the table.
+
+    tile: anchors of a tile.
+    block: negatives of a block.
+    warps, stages: Triton's num_warps and num_stages.
+    programs: how many of them are to share a multiprocessor.
+    """
 
     tile: int
     block: int
@@ -60,8 +65,11 @@ TABLE: dict[str, dict[str, dict[int, Config]]] = {
 
 
 class Specialized(NamedTuple):
-    """As Config, for the kernel whose warps have roles. stages: blocks that shared memory holds.
-    registers: of a computing thread."""
+    """As Config, for the kernel whose warps have roles.
+
+    stages: blocks that shared memory holds.
+    registers: of a computing thread.
+    """
 
     tile: int
     block: int
@@ -78,7 +86,11 @@ GLUON: dict[int, Specialized] = {
 
 
 class Gpu(NamedTuple):
-    """family: a line of the table. multiprocessors: how many there are."""
+    """What sizes depend on.
+
+    family: a line of the table.
+    multiprocessors: how many there are.
+    """
 
     family: str
     multiprocessors: int

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -10,142 +11,104 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cac_fast import tiles
-from cac_fast.kernels import configs, plan
+from cac_fast.kernels import configs
+from cac_fast.kernels import plan as plans
 from cac_fast.kernels.dc_loss_kernels import dc_loss_combine, dc_loss_partial
+from cac_fast.operands import Operands
 
 _COMBINED_ROWS = 16
 
 
-def dc_loss_rows(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    anchor_labels: Tensor,
-    negative_labels: Tensor,
-    active: Tensor,
-    temperature: float,
-    classes: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As `cac_fast.kernels.dc_loss_rows`."""
-    count = len(anchors)
-    if count == 0 or len(negatives) == 0:
-        return anchors.new_zeros(count, dtype=torch.float32), torch.zeros_like(anchors)
-    with torch.cuda.device_of(anchors):
-        return _launch(
-            anchors,
-            positives,
-            negatives,
-            anchor_labels,
-            negative_labels,
-            active,
-            temperature,
-            classes,
-        )
-
-
-def _launch(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    anchor_labels: Tensor,
-    negative_labels: Tensor,
-    active: Tensor,
-    temperature: float,
-    classes: int | None,
-) -> tuple[Tensor, Tensor]:
-    dim = anchors.shape[1]
-    padded = max(16, triton.next_power_of_2(dim))
+def dc_loss_rows(operands: Operands, classes: int | None = None) -> tuple[Tensor, Tensor]:
+    """As `cac_fast.backend.triton.dc_loss_rows`."""
+    anchors = operands.anchors
+    padded = max(16, triton.next_power_of_2(anchors.shape[1]))
     gpu = configs.describe(anchors.device)
     kind = configs.precision(anchors.dtype, gpu.family)
     config = configs.find(gpu.family, kind, padded)
-    programs = config.programs * gpu.multiprocessors
     tma = gpu.family == "sm_90"
-    sizes = tiles.Sizes(config.tile, config.block, programs, padded)
-    order, parts, sorted_negatives, _ = plan.prepare(
-        anchors, negatives, anchor_labels, negative_labels, active, sizes, classes
-    )
-
-    count_tiles = len(parts.ends)
-    sums = new_sums(anchors, (count_tiles + programs - 1) * config.tile, padded)
-    numbers = tiles.numbers(anchors.dtype, temperature)
-    dc_loss_partial[(programs,)](
-        anchors,
-        TensorDescriptor.from_tensor(sorted_negatives, [config.block, padded])
-        if tma
-        else sorted_negatives,
-        order.anchors,
-        order.excluded_from,
-        order.excluded_to,
-        order.active,
-        order.admissible,
-        *parts,
-        *sums,
-        *anchors.stride(),
-        count_tiles,
-        numbers.scale,
-        numbers.lowest,
-        D=dim,
-        D_PAD=padded,
-        TILE=config.tile,
-        BLOCK=config.block,
+    return launch(
+        dc_loss_partial,
+        operands,
+        classes,
+        tiles.Sizes(config.tile, config.block, config.programs * gpu.multiprocessors, padded),
+        TensorDescriptor.from_tensor if tma else lambda negatives, _: negatives,
         TMA=tma,
-        OFFSET=numbers.offset_needed,
-        HEADROOM=numbers.headroom,
         PRECISION="ieee" if kind == "half" else kind,
         STAGES=config.stages,
         num_warps=config.warps,
     )
-    return combine(anchors, positives, order, parts, sums, numbers, config.tile, padded)
 
 
-class Sums(NamedTuple):
-    """Of each slot's rows. weighted: (slots * padded,) float32. total, offset: (slots,) float32."""
-
-    weighted: Tensor
-    total: Tensor
-    offset: Tensor
-
-
-def new_sums(anchors: Tensor, slots: int, padded: int) -> Sums:
-    """Where a kernel leaves its sums, not initialized."""
-    sums = anchors.new_empty(slots * (padded + 2), dtype=torch.float32)
-    return Sums(*sums.split((slots * padded, slots, slots)))
-
-
-def combine(
-    anchors: Tensor,
-    positives: Tensor,
-    order: tiles.LabelOrder,
-    parts: tiles.Plan,
-    sums: Sums,
-    numbers: tiles.Numbers,
-    tile: int,
-    padded: int,
+def launch(
+    partial: Any,
+    operands: Operands,
+    classes: int | None,
+    sizes: tiles.Sizes,
+    describe: Callable[[Tensor, list[int]], Any],
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Loss (A,) and gradient (A, D) from the sums of a plan's tiles."""
+    """The plan, the kernel `partial` on its tiles, and the kernel that combines their sums.
+
+    describe: from the ordered negatives and the shape of a block to what the kernel reads them by.
+    options: further arguments of the kernel.
+    """
+    anchors, positives, negatives, *_, temperature = operands
     count, dim = anchors.shape
     loss = anchors.new_empty(count, dtype=torch.float32)
     gradient = anchors.new_empty((count, dim))
-    dc_loss_combine[(len(parts.ends), tile // _COMBINED_ROWS)](
-        anchors,
-        positives,
-        order.anchors,
-        order.active,
-        parts.ends,
-        parts.share,
-        *sums,
-        loss,
-        gradient,
-        *anchors.stride(),
-        *positives.stride(),
-        count,
-        numbers.scale,
-        numbers.lowest,
-        numbers.inverse_temperature,
-        D=dim,
-        D_PAD=padded,
-        TILE=tile,
-        ROWS=_COMBINED_ROWS,
-        OFFSET=numbers.offset_needed,
-    )
+    if count == 0 or len(negatives) == 0:
+        return loss.zero_(), gradient.zero_()
+    tile, block, programs, padded = sizes
+    numbers = tiles.numbers(anchors.dtype, temperature)
+    with torch.cuda.device_of(anchors):
+        order, plan, ordered_negatives, _ = plans.prepare(operands, sizes, classes)
+        num_tiles = len(plan.ends)
+        slots = (num_tiles + programs - 1) * tile
+        sums = anchors.new_empty(slots * (padded + 2), dtype=torch.float32)
+        weighted_total_offset = sums.split((slots * padded, slots, slots))
+        partial[(programs,)](
+            anchors,
+            describe(ordered_negatives, [block, padded]),
+            order.anchors,
+            order.excluded_from,
+            order.excluded_to,
+            order.num_active,
+            order.num_admissible,
+            *plan,
+            *weighted_total_offset,
+            *anchors.stride(),
+            num_tiles,
+            numbers.scale,
+            numbers.lowest,
+            D=dim,
+            D_PAD=padded,
+            TILE=tile,
+            BLOCK=block,
+            OFFSET=numbers.offset_needed,
+            HEADROOM=numbers.headroom,
+            **options,
+        )
+        dc_loss_combine[(num_tiles, tile // _COMBINED_ROWS)](
+            anchors,
+            positives,
+            order.anchors,
+            order.num_active,
+            plan.ends,
+            plan.share,
+            *weighted_total_offset,
+            loss,
+            gradient,
+            *anchors.stride(),
+            *positives.stride(),
+            count,
+            numbers.scale,
+            numbers.lowest,
+            numbers.inverse_temperature,
+            D=dim,
+            D_PAD=padded,
+            TILE=tile,
+            ROWS=_COMBINED_ROWS,
+            OFFSET=numbers.offset_needed,
+        )
     return loss, gradient

@@ -31,7 +31,7 @@ def block_of(place, low, skip, resume, high, full):
 
 
 @gluon.jit
-def piece_of(tile, program, share, admissible, borders_ptr, ends_ptr, BLOCK: gl.constexpr):
+def piece_of(tile, program, share, num_admissible, borders_ptr, ends_ptr, BLOCK: gl.constexpr):
     """What of a tile's list is this program's, as [begin, end), and the tile's borders."""
     tile_end = gl.load(ends_ptr + tile)
     tile_start = gl.load(ends_ptr + tile - 1, mask=tile > 0, other=0)
@@ -42,7 +42,7 @@ def piece_of(tile, program, share, admissible, borders_ptr, ends_ptr, BLOCK: gl.
     skip = gl.load(borders_ptr + tile * 4 + 1)
     resume = gl.load(borders_ptr + tile * 4 + 2)
     high = gl.load(borders_ptr + tile * 4 + 3)
-    full = gl.maximum(high, admissible // BLOCK)
+    full = gl.maximum(high, num_admissible // BLOCK)
     return begin, end, low, skip, resume, high, full
 
 
@@ -55,7 +55,7 @@ def _produce(
     share,
     last_tile,
     steps,
-    admissible,
+    num_admissible,
     borders_ptr,
     ends_ptr,
     BLOCK: gl.constexpr,
@@ -68,7 +68,7 @@ def _produce(
     for step in range(steps):
         tile = last_tile - step
         begin, end, low, skip, resume, high, full = piece_of(
-            tile, program, share, admissible, borders_ptr, ends_ptr, BLOCK
+            tile, program, share, num_admissible, borders_ptr, ends_ptr, BLOCK
         )
         for place in range(begin, end):
             stage = count % STAGES
@@ -93,7 +93,7 @@ def _weigh(
     full,
     excluded_from,
     excluded_to,
-    admissible,
+    num_admissible,
     scale,
     BLOCK: gl.constexpr,
     MASKED: gl.constexpr,
@@ -106,7 +106,7 @@ def _weigh(
         columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
         column = (block_of(place, low, skip, resume, high, full) * BLOCK + columns)[None, :]
         admitted = (column < excluded_from[:, None]) | (column >= excluded_to[:, None])
-        logits = gl.where(admitted & (column < admissible), logits, float("-inf"))
+        logits = gl.where(admitted & (column < num_admissible), logits, float("-inf"))
     logits *= scale
     if OFFSET:
         offset = gl.maximum(offset, gl.max(logits, 1) - HEADROOM)
@@ -130,8 +130,8 @@ def _consume(
     share,
     last_tile,
     steps,
-    active,
-    admissible,
+    num_active,
+    num_admissible,
     anchors_ptr,
     anchors_stride,
     anchors_stride_d,
@@ -173,13 +173,13 @@ def _consume(
     for step in range(steps):
         tile = last_tile - step
         begin, end, low, skip, resume, high, full = piece_of(
-            tile, program, share, admissible, borders_ptr, ends_ptr, BLOCK
+            tile, program, share, num_admissible, borders_ptr, ends_ptr, BLOCK
         )
         if begin < end:
             first = tile * TILE + HALF * ROWS
             place_of = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, copied))
             dims = gl.arange(0, D_PAD, layout=gl.SliceLayout(0, copied))
-            used = place_of < active
+            used = place_of < num_active
             row = gl.load(order_ptr + place_of, mask=used, other=0)
             b_anchors = gl.load(
                 anchors_ptr
@@ -192,7 +192,7 @@ def _consume(
             fence_async_shared()
 
             place_of = first + gl.arange(0, ROWS, layout=by_row)
-            used = place_of < active
+            used = place_of < num_active
             excluded_from = gl.load(excluded_from_ptr + place_of, mask=used, other=0)
             excluded_to = gl.load(excluded_to_ptr + place_of, mask=used, other=0)
             unmasked = low + full - high
@@ -215,7 +215,7 @@ def _consume(
             logits = warpgroup_mma_wait(0, deps=[later])
             weights, offset = _weigh(
                 logits, offset, begin, low, skip, resume, high, full,
-                excluded_from, excluded_to, admissible, scale,
+                excluded_from, excluded_to, num_admissible, scale,
                 BLOCK, True, OFFSET, HEADROOM,
             )  # fmt: skip
             total = _add(weights, ROWS, BLOCK)
@@ -225,14 +225,14 @@ def _consume(
                 packed, sums, total, offset, count, zeros,
                 negatives_there, filled, emptied, anchors_there, my_turn, other_turn,
                 begin + 1, gl.minimum(end, unmasked),
-                low, skip, resume, high, full, excluded_from, excluded_to, admissible, scale,
+                low, skip, resume, high, full, excluded_from, excluded_to, num_admissible, scale,
                 ROWS, BLOCK, False, OFFSET, HEADROOM, STAGES, HALF,
             )  # fmt: skip
             packed, sums, total, offset, count = _add_blocks(
                 packed, sums, total, offset, count, zeros,
                 negatives_there, filled, emptied, anchors_there, my_turn, other_turn,
                 gl.maximum(begin + 1, unmasked), end,
-                low, skip, resume, high, full, excluded_from, excluded_to, admissible, scale,
+                low, skip, resume, high, full, excluded_from, excluded_to, num_admissible, scale,
                 ROWS, BLOCK, True, OFFSET, HEADROOM, STAGES, HALF,
             )  # fmt: skip
 
@@ -278,7 +278,7 @@ def _add_blocks(
     full,
     excluded_from,
     excluded_to,
-    admissible,
+    num_admissible,
     scale,
     ROWS: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -311,7 +311,7 @@ def _add_blocks(
         before = offset
         weights, offset = _weigh(
             logits, offset, place, low, skip, resume, high, full,
-            excluded_from, excluded_to, admissible, scale,
+            excluded_from, excluded_to, num_admissible, scale,
             BLOCK, MASKED, OFFSET, HEADROOM,
         )  # fmt: skip
         added = _add(weights, ROWS, BLOCK)
@@ -338,8 +338,8 @@ def dc_loss_partial(
     order_ptr,
     excluded_from_ptr,
     excluded_to_ptr,
-    active_ptr,
-    admissible_ptr,
+    num_active_ptr,
+    num_admissible_ptr,
     borders_ptr,
     ends_ptr,
     share_ptr,
@@ -370,8 +370,8 @@ def dc_loss_partial(
     # The tiles of a program without a share mean nothing.
     has_share = program * share < gl.load(ends_ptr + tiles - 1)
     steps = gl.where(has_share, last_tile - first_tile + 1, 0)
-    active = gl.load(active_ptr)
-    admissible = gl.load(admissible_ptr)
+    num_active = gl.load(num_active_ptr)
+    num_admissible = gl.load(num_admissible_ptr)
 
     dtype: gl.constexpr = negatives.dtype
     ROWS: gl.constexpr = TILE // 2
@@ -394,7 +394,7 @@ def dc_loss_partial(
                 _consume,
                 (
                     negatives_there, filled, emptied, anchors_there.index(0), turn0, turn1,
-                    share, last_tile, steps, active, admissible,
+                    share, last_tile, steps, num_active, num_admissible,
                     anchors_ptr, anchors_stride, anchors_stride_d, order_ptr,
                     excluded_from_ptr, excluded_to_ptr, borders_ptr, ends_ptr,
                     weighted_ptr, total_ptr, offset_ptr, scale, lowest,
@@ -405,7 +405,7 @@ def dc_loss_partial(
                 _consume,
                 (
                     negatives_there, filled, emptied, anchors_there.index(1), turn1, turn0,
-                    share, last_tile, steps, active, admissible,
+                    share, last_tile, steps, num_active, num_admissible,
                     anchors_ptr, anchors_stride, anchors_stride_d, order_ptr,
                     excluded_from_ptr, excluded_to_ptr, borders_ptr, ends_ptr,
                     weighted_ptr, total_ptr, offset_ptr, scale, lowest,
@@ -416,7 +416,7 @@ def dc_loss_partial(
                 _produce,
                 (
                     negatives, negatives_there, filled, emptied,
-                    share, last_tile, steps, admissible, borders_ptr, ends_ptr,
+                    share, last_tile, steps, num_admissible, borders_ptr, ends_ptr,
                     BLOCK, D_PAD, STAGES,
                 ),
             ),

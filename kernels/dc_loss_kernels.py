@@ -18,7 +18,7 @@ def _add_blocks(
     negatives,
     excluded_from,
     excluded,
-    admissible,
+    num_admissible,
     begin,
     end,
     jump1_at,
@@ -56,7 +56,7 @@ def _add_blocks(
             column = block * BLOCK + columns
             # Below `excluded_from` this wraps round to a large number.
             beyond = (column[None, :] - excluded_from[:, None]).to(tl.uint32, bitcast=True)
-            admitted = (beyond >= excluded[:, None]) & (column < admissible)[None, :]
+            admitted = (beyond >= excluded[:, None]) & (column < num_admissible)[None, :]
             logits = tl.where(admitted, logits, float("-inf"))
         if OFFSET:
             raised = tl.maximum(offset, tl.max(logits, 1) - HEADROOM)
@@ -81,8 +81,8 @@ def dc_loss_partial(
     order_ptr,
     excluded_from_ptr,
     excluded_to_ptr,
-    active_ptr,
-    admissible_ptr,
+    num_active_ptr,
+    num_admissible_ptr,
     borders_ptr,
     ends_ptr,
     share_ptr,
@@ -115,8 +115,8 @@ def dc_loss_partial(
         return
     first_tile = tl.load(first_tile_ptr + program)
     last_tile = tl.load(last_tile_ptr + program)
-    active = tl.load(active_ptr)
-    admissible = tl.load(admissible_ptr)
+    num_active = tl.load(num_active_ptr)
+    num_admissible = tl.load(num_admissible_ptr)
     rows = tl.arange(0, TILE)
     dims = tl.arange(0, D_PAD).to(tl.int64)
     # The last tile first: its share begins at the first negatives, as that of every other program
@@ -129,7 +129,7 @@ def dc_loss_partial(
         end = (tl.minimum(stop, tile_end) - tile_start).to(tl.int32)
 
         place = tile * TILE + rows
-        used = place < active
+        used = place < num_active
         row = tl.load(order_ptr + place, mask=used, other=0)
         b_anchors = tl.load(
             anchors_ptr + row[:, None] * anchors_stride + dims[None, :] * anchors_stride_d,
@@ -143,7 +143,7 @@ def dc_loss_partial(
         skip = tl.load(borders_ptr + tile * 4 + 1)
         resume = tl.load(borders_ptr + tile * 4 + 2)
         high = tl.load(borders_ptr + tile * 4 + 3)
-        full = tl.maximum(high, admissible // BLOCK)
+        full = tl.maximum(high, num_admissible // BLOCK)
         unmasked = low + full - high
 
         weighted = tl.zeros((TILE, D_PAD), tl.float32)
@@ -151,14 +151,14 @@ def dc_loss_partial(
         offset = tl.full((TILE,), lowest, tl.float32)
         weighted, total, offset = _add_blocks(
             weighted, total, offset, b_anchors, negatives,
-            excluded_from, excluded, admissible,
+            excluded_from, excluded, num_admissible,
             begin, tl.minimum(end, unmasked),
             low, high - low, 0, 0, 0, 0,
             scale, TILE, BLOCK, D_PAD, TMA, False, OFFSET, HEADROOM, PRECISION, STAGES,
         )  # fmt: skip
         weighted, total, offset = _add_blocks(
             weighted, total, offset, b_anchors, negatives,
-            excluded_from, excluded, admissible,
+            excluded_from, excluded, num_admissible,
             tl.maximum(begin, unmasked) - unmasked + low, end - unmasked + low,
             skip, resume - skip, high, full - high, 0, 0,
             scale, TILE, BLOCK, D_PAD, TMA, True, OFFSET, HEADROOM, PRECISION, STAGES,
@@ -180,7 +180,7 @@ def dc_loss_combine(
     anchors_ptr,
     positives_ptr,
     order_ptr,
-    active_ptr,
+    num_active_ptr,
     ends_ptr,
     share_ptr,
     weighted_ptr,
@@ -233,7 +233,7 @@ def dc_loss_combine(
     place = tile * TILE + rows
     inside = place < count
     row = tl.load(order_ptr + place, mask=inside, other=0)
-    used = inside & (place < tl.load(active_ptr))
+    used = inside & (place < tl.load(num_active_ptr))
     mask = used[:, None] & (dims < D)[None, :]
     b_anchors = tl.load(
         anchors_ptr + row[:, None] * anchors_stride + dims[None, :] * anchors_stride_d,

@@ -6,21 +6,23 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from cac_fast import tiles
 from cac_fast.kernels.plan_kernels import dc_loss_keys, dc_loss_plan
+from cac_fast.operands import Operands
 
-_KEYS = 1024  # of one program
-_CHUNK = 128  # anchors that one program searches for, and tiles that are planned at a time
-_COPIED = 4096  # elements of one program
+_KEYS_PER_PROGRAM = 1024
+_SEARCHES_AT_A_TIME = 128
+_COPIED_ELEMENTS_PER_PROGRAM = 4096
 
 
 class _Layout(NamedTuple):
     """What follows from shapes alone.
 
-    tiles: of anchors. anchors, negatives: rows of the copies. numbers: lengths of the parts of the
-    workspace. key_programs, programs: of the two launches.
+    tiles: of anchors.
+    anchors, negatives: rows of the copies.
+    numbers: lengths of the parts of the workspace.
+    key_programs, programs: of the two launches.
     """
 
     tiles: int
@@ -39,8 +41,8 @@ def _lay_out(count: int, others: int, sizes: tiles.Sizes, copy_anchors: bool) ->
     # depends on the number of anchors.
     fixed = sizes.programs, sizes.programs, 1, 1
     numbers = (*fixed, -sum(fixed) % 4, 4 * count_tiles, count, -count % 4, count)
-    copied = _COPIED // sizes.padded
-    programs = 1 + _cdiv(count, _CHUNK) + _cdiv(rows, copied)
+    copied = _COPIED_ELEMENTS_PER_PROGRAM // sizes.padded
+    programs = 1 + _cdiv(count, _SEARCHES_AT_A_TIME) + _cdiv(rows, copied)
     if copy_anchors:
         programs += _cdiv(count_tiles * sizes.tile, copied)
     return _Layout(
@@ -48,25 +50,22 @@ def _lay_out(count: int, others: int, sizes: tiles.Sizes, copy_anchors: bool) ->
         count_tiles * sizes.tile,
         rows,
         numbers,
-        _cdiv(count + others, _KEYS),
+        _cdiv(count + others, _KEYS_PER_PROGRAM),
         programs,
     )
 
 
 def prepare(
-    anchors: Tensor,
-    negatives: Tensor,
-    anchor_labels: Tensor,
-    negative_labels: Tensor,
-    active: Tensor,
+    operands: Operands,
     sizes: tiles.Sizes,
     classes: int | None = None,
     copy_anchors: bool = False,
 ) -> tiles.Prepared:
     """As `tiles.prepare`, to the last bit; on the current stream of the current device.
 
-    A view costs a call, so `active` and `admissible` are (1,) here, and `borders` is flat.
+    A view costs a call, so `num_active` and `num_admissible` are (1,) here, and `borders` is flat.
     """
+    anchors, _, negatives, anchor_labels, negative_labels, active, _ = operands
     count, dim = anchors.shape
     others = len(negatives)
     layout = _lay_out(count, others, sizes, copy_anchors)
@@ -85,7 +84,7 @@ def prepare(
         count,
         others,
         BITS=bits,
-        CHUNK=_KEYS,
+        CHUNK=_KEYS_PER_PROGRAM,
     )
     anchor_keys, negative_keys = keys.split((count, others))
     anchor_keys, anchor_order = anchor_keys.sort(stable=True)
@@ -122,8 +121,8 @@ def prepare(
         TILE=sizes.tile,
         BLOCK=sizes.block,
         BITS=bits,
-        CHUNK=_CHUNK,
-        ROWS=_COPIED // padded,
+        CHUNK=_SEARCHES_AT_A_TIME,
+        ROWS=_COPIED_ELEMENTS_PER_PROGRAM // padded,
         COPY_ANCHORS=copy_anchors,
     )
     order = tiles.LabelOrder(anchor_order, negative_order, excluded_from, excluded_to, *counts)

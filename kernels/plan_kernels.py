@@ -83,17 +83,17 @@ def _plan(
     CHUNK: tl.constexpr,
 ):
     inactive = tl.full((), 2 ** (BITS - 1) - 1, tl.int64)
-    active = _below(anchor_keys_ptr, count, inactive)
-    admissible = _below(negative_keys_ptr, negatives, inactive - 1)
-    tl.store(counts_ptr, active)
-    tl.store(counts_ptr + 1, admissible)
+    num_active = _below(anchor_keys_ptr, count, inactive)
+    num_admissible = _below(negative_keys_ptr, negatives, inactive - 1)
+    tl.store(counts_ptr, num_active)
+    tl.store(counts_ptr + 1, num_admissible)
 
     tiles = tl.cdiv(count, TILE)
     total = tl.full((), 0, tl.int64)
     for begin in range(0, tiles, CHUNK):
         tile = begin + tl.arange(0, CHUNK)
         inside = tile < tiles
-        last = tl.minimum(tl.minimum(tile * TILE + TILE, count), tl.maximum(active, 1)) - 1
+        last = tl.minimum(tl.minimum(tile * TILE + TILE, count), tl.maximum(num_active, 1)) - 1
         first = tl.minimum(tile * TILE, last)
         key_first = tl.load(anchor_keys_ptr + first, mask=inside, other=0).to(tl.int64)
         key_last = tl.load(anchor_keys_ptr + last, mask=inside, other=0).to(tl.int64)
@@ -105,7 +105,9 @@ def _plan(
         tl.store(borders_ptr + tile * 4 + 1, skip, mask=inside)
         tl.store(borders_ptr + tile * 4 + 2, resume, mask=inside)
         tl.store(borders_ptr + tile * 4 + 3, tl.cdiv(to_last, BLOCK), mask=inside)
-        met = tl.where(tile * TILE < active, tl.cdiv(admissible, BLOCK) - (resume - skip), 0)
+        met = tl.where(
+            tile * TILE < num_active, tl.cdiv(num_admissible, BLOCK) - (resume - skip), 0
+        )
         met = tl.where(inside, met, 0).to(tl.int64)
         tl.store(ends_ptr + tile, total + tl.cumsum(met, 0), mask=inside)
         total += tl.sum(met, 0)

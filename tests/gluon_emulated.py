@@ -12,7 +12,7 @@ import emulated_gluon
 import pytest
 import torch
 from emulated_gluon import Deadlock, Misuse, Schedule
-from rows_contract import HalfRowsContract, Rows, compare, operands
+from rows_contract import HalfRowsContract, Rows, compare, flat, operands
 
 from cac_fast import tiles
 from cac_fast.kernels import configs, plan
@@ -40,7 +40,7 @@ def schedule(chosen: tuple[int, ...] | int, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def rows() -> Rows:
-    return emulated_gluon.launcher().dc_loss_rows
+    return flat(emulated_gluon.launcher().dc_loss_rows)
 
 
 class TestEmulated(HalfRowsContract):
@@ -167,7 +167,7 @@ FAULTS = {
 def test_notices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some schedule of the faulty kernel gives a wrong result or an error, and never hangs."""
     monkeypatch.setattr(configs, "describe", lambda _: configs.Gpu("sm_90", 2))
-    wrong = emulated_gluon.launcher(*FAULTS[fault]).dc_loss_rows
+    wrong = flat(emulated_gluon.launcher(*FAULTS[fault]).dc_loss_rows)
 
     def run() -> None:
         for chosen in SCHEDULES:

@@ -15,11 +15,16 @@ from torch import Tensor
 
 from cac_fast import tiles
 from cac_fast.kernels import plan
+from cac_fast.operands import Operands
 
 SIZES = tiles.Sizes(tile=16, block=32, programs=5, padded=16)
 DTYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def without_positives(a: Tensor, n: Tensor, y: Tensor, z: Tensor, active: Tensor) -> Operands:
+    return Operands(a, a, n, y, z, active, 0.1)
 
 
 def check(
@@ -28,7 +33,7 @@ def check(
     """given: anchors, negatives, their labels, active."""
     for copy_anchors in (False, True):
         found, expected = (
-            prepare(*given, sizes, classes, copy_anchors)
+            prepare(without_positives(*given), sizes, classes, copy_anchors)
             for prepare in (plan.prepare, tiles.prepare)
         )
         assert (found.anchors is None) == (not copy_anchors)
@@ -102,9 +107,11 @@ def test_sizes_that_divide_nothing(count: int, others: int) -> None:
 
 
 def test_more_tiles_and_programs_than_are_planned_at_a_time() -> None:
-    a, _, n, y, z, active = operands("voc", torch.float32, 2 * plan._CHUNK * 16 + 40, 600, 1)
-    check((a, n, y, z, active | True), SIZES._replace(programs=plan._CHUNK + 7))
-    check((a, n, y, z, active), SIZES._replace(programs=2 * plan._CHUNK + 1))
+    a, _, n, y, z, active = operands(
+        "voc", torch.float32, 2 * plan._SEARCHES_AT_A_TIME * 16 + 40, 600, 1
+    )
+    check((a, n, y, z, active | True), SIZES._replace(programs=plan._SEARCHES_AT_A_TIME + 7))
+    check((a, n, y, z, active), SIZES._replace(programs=2 * plan._SEARCHES_AT_A_TIME + 1))
 
 
 def test_views_of_any_layout() -> None:
@@ -118,14 +125,14 @@ def test_labels_that_break_the_bound_count_as_none() -> None:
     y, z = torch.tensor([1, 254, 300, 2]), torch.tensor([1, 300, 254, 2, 255, 2**60])
     given = features(4, 3), features(6, 3), y, z, torch.ones(4, dtype=torch.bool)
     check(given, classes=4)
-    order = plan.prepare(*given, SIZES, 4).order
-    assert int(order.admissible) == 2
+    order = plan.prepare(without_positives(*given), SIZES, 4).order
+    assert int(order.num_admissible) == 2
     assert order.negatives.tolist() == [0, 3, 1, 2, 4, 5]
 
 
 def test_parts_begin_where_triton_need_not_compile_again() -> None:
     for count in range(1, 20):
         a, _, n, y, z, active = operands("few", torch.float32, count, 7, 4)
-        order, parts, *_ = plan.prepare(a, n, y, z, active, SIZES)
+        order, parts, *_ = plan.prepare(without_positives(a, n, y, z, active), SIZES)
         for part in (*order[:4], parts.borders, parts.ends, parts.share):
             assert part.data_ptr() % 16 == 0

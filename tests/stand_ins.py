@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from cac_fast import choice, eager
-from cac_fast.dispatch import BACKENDS, Backend
+from cac_fast import choice
+from cac_fast.backend import BACKENDS, eager
+from cac_fast.backend.base import Backend
+from cac_fast.operands import Operands
 
 
 def failing(*given: Any) -> tuple[Tensor, Tensor]:
@@ -33,26 +37,36 @@ def slow(*given: Any) -> tuple[Tensor, Tensor]:
     return eager.dc_loss_rows(*given)
 
 
+def put_back_end(monkeypatch: pytest.MonkeyPatch, name: str, backend: Backend) -> None:
+    """In the place of the one of that name."""
+    monkeypatch.setitem(BACKENDS, name, SimpleNamespace(load=lambda: backend))
+
+
+def change_back_end(monkeypatch: pytest.MonkeyPatch, name: str, **parts: Any) -> None:
+    """Give the one of that name other functions."""
+    put_back_end(monkeypatch, name, replace(BACKENDS[name].load(), **parts))
+
+
 class Table:
     """Stands in for back ends, and counts what is asked of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
         self.calls: Counter[str] = Counter()
-        self.given: list[tuple[Any, ...]] = []
+        self.given: list[Operands] = []
         monkeypatch.setattr(choice, "_chosen", {})
         monkeypatch.delenv("CAC_FAST_CHECK", raising=False)
 
     def put(self, name: str, rows: Any = eager.dc_loss_rows) -> None:
         def counted(*given: Any) -> tuple[Tensor, Tensor]:
             self.calls[name] += 1
-            self.given.append(given)
+            self.given.append(given[0])
             return rows(*given)
 
         def asked(*_: Any) -> None:
             self.calls["questions"] += 1
 
-        self.monkeypatch.setitem(BACKENDS, name, Backend(counted, asked, asked))
+        put_back_end(self.monkeypatch, name, Backend(counted, asked, asked))
 
 
 @pytest.fixture

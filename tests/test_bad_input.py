@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stand_ins import change_back_end
 from tiny_scenes import write_scenes
 
-from cac_fast.dispatch import BACKENDS
+from cac_fast.backend import BACKENDS
 from cac_fast.train import distributed, errors, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,13 +88,13 @@ def test_back_end_that_is_not_there(capfd, data):
     ("name", "remedy"), [("reference", "use --dc-backend eager"), ("eager", "use --device cpu")]
 )
 def test_back_end_that_is_wrong_on_this_machine(capfd, data, monkeypatch, name, remedy):
-    right = BACKENDS[name].rows
+    right = BACKENDS[name].load().rows
 
     def doubled(*given):
         loss, gradient = right(*given)
         return loss * 2, gradient
 
-    monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], rows=doubled))
+    change_back_end(monkeypatch, name, rows=doubled)
     line = fails(capfd, data, "--dc-backend", name)
     assert f"{name!r} is wrong on cpu: its loss is 1.0e+00 off" in line
     assert line.endswith(remedy)

@@ -8,14 +8,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rows_contract import dense, flat
+from stand_ins import change_back_end
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cac_fast import dispatch, reference
+import cac_fast.backend
+from cac_fast import choice
+from cac_fast.backend import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -48,7 +53,7 @@ def exact(operands: cases.Operands) -> cases.Operands:
 
 def assert_close(found: tuple[Tensor, Tensor], operands: cases.Operands, eps: float) -> None:
     """Relative to 80 eps; a loss is a difference of logits up to 10, so to 10 eps absolute."""
-    expected = reference.dc_loss_rows(*exact(operands))
+    expected = dense(*exact(operands))
     for mine, theirs, absolute in zip(found, expected, (10 * eps, 0), strict=True):
         assert not mine[~operands.active].any()
         rows = int(operands.active.sum())
@@ -61,7 +66,7 @@ def assert_close(found: tuple[Tensor, Tensor], operands: cases.Operands, eps: fl
 def test_baseline_equals_reference(run, name: str, labels: str) -> None:
     operands = cases.make_operands(replace(SMALL, labels=labels), CPU)
     operands.negative_labels[::7] = -1
-    assert reference.dc_loss_rows(*operands)[0].any()
+    assert dense(*operands)[0].any()
     assert_close(run(name, exact(operands)), operands, 2.3e-16)
     found = run(name, operands)
     assert [values.dtype for values in found] == [torch.float32] * 2
@@ -147,7 +152,7 @@ def statuses(rows: list[dict]) -> dict[str, str]:
     return {row["provider"]: row["status"] for row in rows}
 
 
-EAGER_ROWS = dispatch.BACKENDS["eager"].rows
+EAGER_ROWS = flat(BACKENDS["eager"].load().rows)
 EAGER = providers.backend_provider("eager", torch.device("cpu"))
 
 
@@ -213,8 +218,7 @@ def test_wrong_result_in_bfloat16_is_caught() -> None:
 
 
 def test_wrong_result_ends_the_command_with_1(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    wrong = replace(dispatch.BACKENDS["eager"], rows=scaled_gradient)
-    monkeypatch.setitem(dispatch.BACKENDS, "eager", wrong)
+    change_back_end(monkeypatch, "eager", rows=lambda operands: scaled_gradient(*operands))
     arguments = "--device cpu --sizes 90x400 --providers eager --repeats 1".split()
     assert dc_loss.main(arguments) == 1
     assert "eager wrong: error of the gradient" in capsys.readouterr().out
@@ -230,10 +234,10 @@ def test_failing_provider_does_not_stop_the_others() -> None:
 
 
 def test_backends_that_can_be_used_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = dispatch.BACKENDS["eager"]
+    other = BACKENDS["eager"].load()
     table = {
         "eager": other,
-        "missing": replace(other, missing=lambda: "not built"),
+        "missing": replace(other, unavailable=lambda: "not built"),
         "elsewhere": replace(other, refuses=lambda anchors: f"not on the {anchors.device}"),
         "float32 only": replace(
             other, refuses=lambda anchors: None if anchors.dtype == torch.float32 else "dtype"
@@ -242,8 +246,12 @@ def test_backends_that_can_be_used_take_part(monkeypatch: pytest.MonkeyPatch) ->
             other, refuses=lambda anchors: None if anchors.dtype.itemsize == 2 else "dtype"
         ),
     }
-    monkeypatch.setattr(providers, "BACKENDS", table)
-    monkeypatch.setattr(dispatch, "BACKENDS", table)
+    table = {
+        name: SimpleNamespace(load=lambda backend=backend: backend)
+        for name, backend in table.items()
+    }
+    for module in (providers, choice, cac_fast.backend):
+        monkeypatch.setattr(module, "BACKENDS", table)
     items = providers.find_providers(CPU)
     names = [item.name for item in items]
     kinds = ["float32 only", "16 bits only"]
@@ -261,8 +269,7 @@ def test_every_back_end_is_asked_with_anchors_like_its_own(
     # Where a GPU is, both of its back ends look at the features' dimensions.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in ("triton", "cuda"):
-        there = replace(dispatch.BACKENDS[name], missing=lambda: None)
-        monkeypatch.setitem(dispatch.BACKENDS, name, there)
+        change_back_end(monkeypatch, name, unavailable=lambda: None)
     names = [item.name for item in providers.find_providers(CPU)]
     assert "triton" in names
     assert "cuda" not in names

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from rows_contract import flat
 from stand_ins import Table, failing, silently, slow, wrong_gradient, wrong_loss
 from test_ops import operands
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cac_fast import VerificationError, choice, directional_contrastive_loss, eager, ops, proven
-from cac_fast.dispatch import BACKENDS
+from cac_fast import VerificationError, choice, directional_contrastive_loss, ops, proven
+from cac_fast.backend import BACKENDS, eager
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -23,7 +24,7 @@ def loss(backend: str = "auto", **more: Any) -> Tensor:
 
 
 def expected() -> Tensor:
-    return eager.dc_loss_rows(*operands(dtype=torch.float32).values())[0]
+    return flat(eager.dc_loss_rows)(*operands(dtype=torch.float32).values())[0]
 
 
 # ---- the first use
@@ -147,7 +148,7 @@ def test_no_false_alarm(
 ) -> None:
     """Sizes and temperatures at which 16 bits leave nothing of some gradients included."""
     for name in ("cpp", "eager"):
-        if BACKENDS[name].missing():
+        if BACKENDS[name].load().unavailable():
             continue
         monkeypatch.setattr(choice, "_chosen", {})
         monkeypatch.setattr(choice, "_candidates", lambda _, name=name: [name])
@@ -177,7 +178,7 @@ def test_first_candidate_unchecked_or_the_former_choice(
             for module, state in states:
                 patch.setattr(module, state, lambda: True)
             given = operands(dtype=torch.float32)
-            return choice.choose_backend("auto", given["anchors"])(*given.values())[0]
+            return flat(choice.choose_backend("auto", given["anchors"]))(*given.values())[0]
 
     table.put("cpp", wrong_loss)
     assert torch.equal(meanwhile(), expected() * 1.01)
@@ -257,5 +258,5 @@ def test_proven_paths_come_first(gpu: Tensor, monkeypatch: pytest.MonkeyPatch) -
 def test_other_devices_have_plain_pytorch(table: Table) -> None:
     anchors = torch.empty(4, 16, device="meta")
     assert choice._candidates(anchors) == ["eager"]
-    assert choice.choose_backend("auto", anchors) is BACKENDS["eager"].rows
+    assert choice.choose_backend("auto", anchors) is BACKENDS["eager"].load().rows
     assert not table.calls["eager"]

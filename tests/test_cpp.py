@@ -9,15 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rows_contract import check_bounds, check_cancellation, distance, draws, exact
+from rows_contract import check_bounds, check_cancellation, dense, distance, draws, exact, flat
 from torch import Tensor
 
-from cac_fast import _extension, build_info, directional_contrastive_loss, reference
-from cac_fast._extension import dc_loss_rows, why_not
+from cac_fast import _extension, build_info, directional_contrastive_loss
+from cac_fast._extension import unavailable
+from cac_fast.backend import cpp
+
+dc_loss_rows = flat(cpp.dc_loss_rows)
 
 # Outputs and work space alike.
 pytestmark = [
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
     pytest.mark.usefixtures("poisoned"),
 ]
 
@@ -122,7 +125,7 @@ def test_error_of_short_dtypes_is_at_most_that_of_plain_pytorch(
 ) -> None:
     given = operands("voc", dtype, d=128)
     expected = exact(given, temperature)
-    plain = reference.dc_loss_rows(*given, temperature)
+    plain = dense(*given, temperature)
     found = dc_loss_rows(*given, temperature)
     for mine, theirs, truth in zip(found, plain, expected, strict=True):
         assert distance(mine, truth) <= 1.5 * distance(theirs, truth)
@@ -256,13 +259,15 @@ def test_memory_has_no_term_of_anchors_times_negatives() -> None:
     program = """
 import resource, torch
 from cac_fast import _extension
-assert _extension.why_not() is None
+from cac_fast.backend import cpp
+from cac_fast.operands import Operands
+assert _extension.unavailable() is None
 torch.set_num_threads(1)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def run(count):
     features = [torch.nn.functional.normalize(torch.randn(count, 4), dim=1) for _ in range(3)]
     labels = torch.arange(count)
-    _extension.dc_loss_rows(*features, labels, labels, labels >= 0, 0.1)
+    cpp.dc_loss_rows(Operands(*features, labels, labels, labels >= 0, 0.1))
 run(1000)
 before = peak()
 run(16000)

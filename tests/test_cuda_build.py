@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import cac_fast
-from cac_fast import _extension, cuda, dispatch
+from cac_fast import _extension
+from cac_fast.backend import BACKENDS, cuda
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc" / "cuda"
 
 built = pytest.mark.skipif(
-    _extension.why_not("_C_cuda") is not None, reason=str(_extension.why_not("_C_cuda"))
+    _extension.unavailable("_C_cuda") is not None, reason=str(_extension.unavailable("_C_cuda"))
 )
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on the path")
@@ -48,7 +49,7 @@ def test_make_setup_builds_it() -> None:
         pytest.skip("this environment was not made by make")
     if torch.version.cuda is None or os.environ.get("CAC_FAST_CUDA") == "0":
         pytest.skip("not asked for, or not possible with this PyTorch")
-    assert _extension.why_not("_C_cuda") is None
+    assert _extension.unavailable("_C_cuda") is None
 
 
 @needs_nvcc
@@ -132,9 +133,9 @@ def test_it_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_path_for_sm_90a_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = dispatch.BACKENDS["cuda:sm_90a"]
+    backend = BACKENDS["cuda:sm_90a"].load()
     like = type("Anchors", (), {"device": torch.device("cuda"), "shape": (0, 128)})
-    monkeypatch.setattr(_extension, "why_not", lambda _: None)
+    monkeypatch.setattr(_extension, "unavailable", lambda _: None)
     monkeypatch.setattr(_extension, "cuda_archs", lambda: ("8.0+PTX", "9.0a"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -147,15 +148,15 @@ def test_the_path_for_sm_90a_says_what_it_refuses(monkeypatch: pytest.MonkeyPatc
             torch.cuda, "get_device_capability", lambda _, capability=capability: capability
         )
         like.dtype = torch.bfloat16
-        for said, expected in ((backend.missing(), missing), (backend.refuses(like), refusal)):
+        for said, expected in ((backend.unavailable(), missing), (backend.refuses(like), refusal)):
             assert said is None if expected is None else expected in said
-        assert dispatch.BACKENDS["cuda"].missing() is None
+        assert BACKENDS["cuda"].load().unavailable() is None
         like.dtype = torch.float32
         assert "torch.bfloat16, torch.float16, not on torch.float32" in backend.refuses(like)
-        assert dispatch.BACKENDS["cuda"].refuses(like) is None
+        assert BACKENDS["cuda"].load().refuses(like) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(_extension, "cuda_archs", lambda: ("8.0", "9.0"))
-    assert "built without code for sm_90a" in backend.missing()
+    assert "built without code for sm_90a" in backend.unavailable()
 
 
 def test_wherever_there_is_code_for_hopper_it_is_that_for_sm_90a() -> None:

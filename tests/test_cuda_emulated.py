@@ -23,11 +23,12 @@ from rows_contract import (
     compare,
     error,
     exact,
+    flat,
     operands,
 )
 from torch import Tensor
 
-from cac_fast import cuda
+from cac_fast.backend import cuda
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -84,7 +85,7 @@ def setting(library: None, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def rows() -> Rows:
-    return cuda.dc_loss_rows
+    return SM_80
 
 
 def set_emulation(programs: int, seed: int) -> None:
@@ -100,7 +101,8 @@ class TestEmulated(RowsContract):
     temperature_size = (60, 150, 48)
 
 
-SM_90A = partial(cuda.dc_loss_rows, sm_90a=True)
+SM_80 = flat(cuda.dc_loss_rows)
+SM_90A = flat(partial(cuda.dc_loss_rows, sm_90a=True))
 
 
 class TestEmulatedSm90(HalfRowsContract):
@@ -133,7 +135,7 @@ def test_channels_of_sm_90a(dtype: torch.dtype, dim: int) -> None:
         compare(SM_90A, operands("voc", dtype, 200, 1300, dim), temperature)
 
 
-both = pytest.mark.parametrize("rows", [cuda.dc_loss_rows, SM_90A], ids=["sm_80", "sm_90a"])
+both = pytest.mark.parametrize("rows", [SM_80, SM_90A], ids=["sm_80", "sm_90a"])
 
 
 @both

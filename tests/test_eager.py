@@ -7,15 +7,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from rows_contract import Rows, RowsContract, operands
+from rows_contract import Rows, RowsContract, dense, flat, operands
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cac_fast import (
-    eager,
-    ops,
-    reference,
-)
+from cac_fast import ops
+from cac_fast.backend import eager
+
+eager_rows = flat(eager.dc_loss_rows)
 
 
 @pytest.fixture
@@ -106,12 +105,12 @@ def test_eager_memory_is_bounded_by_the_tile(monkeypatch: pytest.MonkeyPatch) ->
     *given, active = operands("few", torch.float32, a, m, d)
     for temperature in (0.1, 0.001):
         with Watch() as watch:
-            eager.dc_loss_rows(*given, torch.ones_like(active), temperature)
+            eager_rows(*given, torch.ones_like(active), temperature)
         # The labels are the largest argument here, 8 bytes each.
         assert watch.largest <= 8 * m
         assert watch.pairs > 0
     with Watch() as watch:
-        reference.dc_loss_rows(*given, active, 0.1)
+        dense(*given, active, 0.1)
     assert watch.largest >= 4 * a * m, "the watch sees what a dense back end makes"
 
 
@@ -127,7 +126,7 @@ def test_eager_never_computes_excluded_pairs_of_large_groups(
     for labels in ("few", "one"):
         given = operands(labels, torch.float32, 400, 2000, 2)
         with Watch() as watch:
-            eager.dc_loss_rows(*given, 0.1)
+            eager_rows(*given, 0.1)
         assert watch.pairs == watch.weighted_pairs == admitted_pairs(*given[3:])
         assert watch.pairs > 0
 
@@ -141,7 +140,7 @@ def test_eager_gives_half_a_tile_of_one_label_a_tile_of_its_own(
     labels = torch.tensor([0] * 16 + [1] * 16 + [2] * 50)
     active = torch.ones(82, dtype=torch.bool)
     with Watch() as watch:
-        eager.dc_loss_rows(*features, labels, negative_labels, active, 0.1)
+        eager_rows(*features, labels, negative_labels, active, 0.1)
     assert watch.pairs == admitted_pairs(labels, negative_labels, active)
     assert watch.rows <= 32
 
@@ -150,7 +149,7 @@ def test_eager_skips_most_excluded_pairs_on_voc() -> None:
     *given, _ = operands("voc", torch.float32, 2000, 8000, 2)
     active = torch.arange(2000) % 3 == 0
     with Watch() as watch:
-        eager.dc_loss_rows(*given, active, 0.1)
+        eager_rows(*given, active, 0.1)
     admitted = admitted_pairs(*given[3:], active)
     assert admitted <= watch.pairs == watch.weighted_pairs <= 1.05 * admitted
     assert watch.pairs < 0.5 * int(active.sum()) * 8000
@@ -159,7 +158,7 @@ def test_eager_skips_most_excluded_pairs_on_voc() -> None:
 def test_nothing_is_computed_without_an_active_anchor() -> None:
     *given, active = operands("voc", torch.float32)
     with Watch() as watch:
-        loss, gradient = eager.dc_loss_rows(*given, torch.zeros_like(active), 0.1)
+        loss, gradient = eager_rows(*given, torch.zeros_like(active), 0.1)
     assert watch.pairs == 0
     assert not loss.any()
     assert not gradient.any()

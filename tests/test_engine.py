@@ -12,7 +12,7 @@ import torch
 from small_training import assert_same_bits, losses, run, weights
 from tiny_scenes import write_scenes
 
-from cac_fast.dispatch import BACKENDS
+from cac_fast.backend import BACKENDS
 from cac_fast.train import checkpoint, engine
 from cac_fast.train.errors import InputError
 
@@ -31,8 +31,8 @@ GOLDEN = [
     "backend",
     [
         name
-        for name, backend in BACKENDS.items()
-        if not backend.missing() and not backend.refuses(torch.empty(0, 128))
+        for name, backend in ((name, entry.load()) for name, entry in BACKENDS.items())
+        if not backend.unavailable() and not backend.refuses(torch.empty(0, 128))
     ],
 )
 def test_golden_losses(folder_data, tmp_path, backend):

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stand_ins import change_back_end
 
-from cac_fast import _extension, choice, dispatch, ops
+from cac_fast import _extension, choice, ops
+from cac_fast.backend import cpp
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +25,7 @@ def test_make_setup_builds_it() -> None:
         pytest.skip("this environment was not made by make")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("there is no C++ compiler")
-    assert _extension.why_not() is None
+    assert _extension.unavailable() is None
 
 
 def test_build_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +62,7 @@ import cac_fast
 print(cac_fast.backends()["cpp"])
 print(cac_fast.build_info() == {{"built": False, "reason": cac_fast.backends()["cpp"]}})
 try:
-    cac_fast.dispatch.check_backend("cpp")
+    cac_fast.backend.check_backend("cpp")
 except ValueError as error:
     print(error)
 """
@@ -71,8 +73,7 @@ except ValueError as error:
 
 
 def test_auto_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = dispatch.Backend(_extension.dc_loss_rows, lambda: "taken away by a test")
-    monkeypatch.setitem(dispatch.BACKENDS, "cpp", missing)
+    change_back_end(monkeypatch, "cpp", unavailable=lambda: "taken away by a test")
     monkeypatch.setattr(choice, "_chosen", {})
     features = torch.nn.functional.normalize(torch.randn(5, 4), dim=1)
     labels = torch.arange(5)
@@ -89,11 +90,11 @@ def test_auto_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_auto_takes_it_on_the_cpu() -> None:
-    if _extension.why_not() is not None:
-        pytest.skip(_extension.why_not())
+    if _extension.unavailable() is not None:
+        pytest.skip(_extension.unavailable())
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         anchors = torch.empty(0, 4, dtype=dtype)
-        assert choice.choose_backend("auto", anchors) is _extension.dc_loss_rows
+        assert choice.choose_backend("auto", anchors) is cpp.dc_loss_rows
     with pytest.raises(ValueError, match="backend 'cpp' cannot be used: it works on the CPU"):
         choice.choose_backend("cpp", torch.empty(0, 4, device="meta"))
     with pytest.raises(ValueError, match=r"'cpp' cannot be used: it works on torch.float64"):

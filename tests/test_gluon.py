@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cac_fast import kernels
+from cac_fast.backend import BACKENDS
+from cac_fast.backend import triton as kernels
+from cac_fast.backend import triton_gluon as gluon
 from cac_fast.choice import choose_backend
-from cac_fast.dispatch import BACKENDS
-from cac_fast.kernels import gluon
 
 HERE = Path(__file__).parent
 
@@ -81,25 +81,25 @@ def test_every_share_of_every_list_of_blocks() -> None:
 
 
 def test_package_imports_without_importing_triton() -> None:
-    done = run("-c", "import cac_fast.kernels.gluon, sys; print('triton' in sys.modules)")
+    done = run("-c", "import cac_fast.backend.triton_gluon, sys; print('triton' in sys.modules)")
     assert done.stdout.strip() == "False", done.stderr
 
 
 def test_says_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "TRITON_INTERPRET" in gluon.why_not()
+    assert "TRITON_INTERPRET" in gluon.unavailable()
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert gluon.why_not() == "needs a GPU of compute capability 9.0"
+    assert gluon.unavailable() == "needs a GPU of compute capability 9.0"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", [(10, 0), (8, 0)].__getitem__)
-    assert gluon.why_not() == "needs a GPU of compute capability 9.0"
+    assert gluon.unavailable() == "needs a GPU of compute capability 9.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", [(10, 0), (9, 0)].__getitem__)
-    monkeypatch.setattr(kernels, "why_not", lambda: "is missing")
-    assert gluon.why_not() == "is missing"
-    monkeypatch.setattr(kernels, "why_not", lambda: None)
+    monkeypatch.setattr(kernels, "unavailable", lambda: "is missing")
+    assert gluon.unavailable() == "is missing"
+    monkeypatch.setattr(kernels, "unavailable", lambda: None)
     monkeypatch.setattr(gluon, "_has_gluon", lambda: False)
-    assert "Triton 3.6 or newer" in gluon.why_not()
+    assert "Triton 3.6 or newer" in gluon.unavailable()
     monkeypatch.undo()
     pytest.importorskip("triton")
     assert gluon._has_gluon()
@@ -128,7 +128,7 @@ def test_refuses_another_gpu_beside_the_right_one(monkeypatch: pytest.MonkeyPatc
 
 
 def test_is_a_back_end() -> None:
-    assert BACKENDS["triton:gluon"].rows is gluon.dc_loss_rows
-    if gluon.why_not():
+    assert BACKENDS["triton:gluon"].load().rows is gluon.dc_loss_rows
+    if gluon.unavailable():
         with pytest.raises(ValueError, match="'triton:gluon' cannot be used: "):
             choose_backend("triton:gluon", torch.zeros(4, 16, dtype=torch.bfloat16))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from rows_contract import operands
+from rows_contract import flat, operands
 
 from cac_fast import tiles
 from cac_fast.kernels import configs
@@ -198,7 +198,7 @@ def test_a_launch_compiles_what_is_checked_here(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(plan, "prepare", tiles.prepare)
     for anchors in (300, 100):
         given = operands("voc", torch.bfloat16, anchors, 1000, 64)
-        dc_loss_gluon.dc_loss_rows(*given, 0.1)
+        flat(dc_loss_gluon.dc_loss_rows)(*given, 0.1)
     first, again = partial.made
     assert first.asm["ptx"] == compiled("bf16", 64, False, 64, dc_loss_gluon_kernels).asm["ptx"]
     # One tile or many: no reason to compile again.

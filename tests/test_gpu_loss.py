@@ -11,7 +11,9 @@ import torch
 from rows_contract import LAYOUTS, HalfRowsContract, Rows, RowsContract, compare, error, operands
 
 import cac_fast
-from cac_fast import kernels, ops, tiles
+from cac_fast import ops, tiles
+from cac_fast.backend import triton as kernels
+from cac_fast.operands import Operands
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
@@ -58,13 +60,15 @@ def test_plan_by_triton_is_that_of_pytorch(labels: str, dtype: torch.dtype) -> N
     if prepare is tiles.prepare:
         pytest.skip(f"triton: {cac_fast.backends()['triton']}")
     for a, m in ((1, 2), (1500, 5000), (40_000, 700)):
-        anchors, _, negatives, y, z, active = operands(
+        anchors, positives, negatives, y, z, active = operands(
             labels, torch.bfloat16, a, m, 100, device="cuda"
         )
         sizes = tiles.Sizes(128, 64, 132, 128)
         of_dtype = (each.clamp_max(100).to(dtype) for each in (y, z))
-        given = anchors, negatives, *of_dtype, active, sizes, None
-        found, expected = (make(*given, copy_anchors=True) for make in (prepare, tiles.prepare))
+        given = Operands(anchors, positives, negatives, *of_dtype, active, 0.1)
+        found, expected = (
+            make(given, sizes, copy_anchors=True) for make in (prepare, tiles.prepare)
+        )
         for mine, theirs in (
             (found.order, expected.order),
             (found.plan, expected.plan),

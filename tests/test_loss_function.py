@@ -10,12 +10,8 @@ import torch
 from paper_loss import cosine
 from torch import Tensor
 
-from cac_fast import (
-    backends,
-    directional_contrastive_loss,
-    eager,
-    ops,
-)
+from cac_fast import backends, directional_contrastive_loss, ops
+from cac_fast.backend import eager
 
 
 def rows(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cac_fast import directional_contrastive_loss
-from cac_fast.dispatch import BACKENDS
+from cac_fast.backend import BACKENDS
 from cac_fast.ops import dc_loss_rows
 
 
@@ -18,8 +18,8 @@ def able(device: str, dtype: torch.dtype) -> list[str]:
     anchors = torch.empty(0, 16, dtype=dtype, device=device)
     return [
         name
-        for name, backend in BACKENDS.items()
-        if not backend.missing() and not backend.refuses(anchors)
+        for name, backend in ((name, entry.load()) for name, entry in BACKENDS.items())
+        if not backend.unavailable() and not backend.refuses(anchors)
     ]
 
 

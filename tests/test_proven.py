@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cac_fast.dispatch import BACKENDS
+from cac_fast.backend import BACKENDS
 from cac_fast.proven import PROOFS, Proof, architecture
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"

@@ -15,8 +15,8 @@ TILE, BLOCK = 16, 8
 def met_blocks(plan: tiles.Plan, order: tiles.LabelOrder, tile: int) -> list[tuple[int, bool]]:
     """(block, whether it needs a mask) in the order in which a tile meets them."""
     low, skip, resume, high = plan.borders[tile].tolist()
-    blocks = -(-int(order.admissible) // BLOCK)
-    full = max(high, int(order.admissible) // BLOCK)
+    blocks = -(-int(order.num_admissible) // BLOCK)
+    full = max(high, int(order.num_admissible) // BLOCK)
     unmasked = [*range(low), *range(high, full)]
     masked = [*range(low, skip), *range(resume, high), *range(full, blocks)]
     return [(block, False) for block in unmasked] + [(block, True) for block in masked]
@@ -24,7 +24,7 @@ def met_blocks(plan: tiles.Plan, order: tiles.LabelOrder, tile: int) -> list[tup
 
 def admitted(order: tiles.LabelOrder, labels: Tensor, negative_labels: Tensor) -> Tensor:
     """(active anchors, M) in the plan's order."""
-    rows = labels[order.anchors[: int(order.active)]]
+    rows = labels[order.anchors[: int(order.num_active)]]
     columns = negative_labels[order.negatives]
     return (columns >= 0) & (columns != rows.unsqueeze(1))
 
@@ -35,14 +35,14 @@ def test_excluded_intervals_are_those_of_the_labels(labels: str) -> None:
     order = tiles.order_by_label(y, z, active)
     assert order.anchors.sort().values.tolist() == list(range(150))
     assert order.negatives.sort().values.tolist() == list(range(170))
-    count = int(order.active)
+    count = int(order.num_active)
     assert active[order.anchors[:count]].all()
     assert not active[order.anchors[count:]].any()
     columns = torch.arange(170)
     excluded = (columns >= order.excluded_from[:count, None]) & (
         columns < order.excluded_to[:count, None]
     )
-    assert torch.equal(~excluded & (columns < order.admissible), admitted(order, y, z))
+    assert torch.equal(~excluded & (columns < order.num_admissible), admitted(order, y, z))
 
 
 @pytest.mark.parametrize("labels", LAYOUTS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cac_fast import kernels
+from cac_fast.backend import triton as kernels
 
 HERE = Path(__file__).parent
 
@@ -45,20 +45,20 @@ def test_package_imports_without_importing_triton() -> None:
 def test_says_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert kernels.why_not() == "needs a CUDA or ROCm device"
+    assert kernels.unavailable() == "needs a CUDA or ROCm device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert "8.0" in kernels.why_not()
+    assert "8.0" in kernels.unavailable()
     # The first of two GPUs is too old: `refuses` says so of tensors that lie there.
     monkeypatch.setattr(torch.cuda, "get_device_capability", [(7, 5), (9, 0)].__getitem__)
     monkeypatch.setattr(kernels, "_COMPILER", "gcc")
-    assert kernels.why_not() is None
+    assert kernels.unavailable() is None
     monkeypatch.setattr(kernels, "_COMPILER", None)
-    assert "C compiler" in kernels.why_not()
+    assert "C compiler" in kernels.unavailable()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
-    assert kernels.why_not() == "triton is not installed"
+    assert kernels.unavailable() == "triton is not installed"
 
 
 def test_the_interpreter_makes_it_a_back_end() -> None:

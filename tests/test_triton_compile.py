@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from rows_contract import flat
 
-from cac_fast import kernels
+from cac_fast.backend import triton as kernels
 from cac_fast.kernels import configs
 
 triton = pytest.importorskip("triton")
@@ -193,6 +194,6 @@ def test_no_number_of_anchors_or_negatives_compiles_anew(
             anchors, positives = (tensor.t().contiguous().t() for tensor in (anchors, positives))
         labels = torch.zeros(a, dtype=torch.int64), torch.zeros(m, dtype=torch.int64)
         active = torch.ones(a, dtype=torch.bool)
-        kernels.dc_loss_rows(anchors, positives, negatives, *labels, active, 0.1)
+        flat(kernels.dc_loss_rows)(anchors, positives, negatives, *labels, active, 0.1)
     assert variants.keys() >= {"dc_loss_partial", "dc_loss_combine"}
     assert {name: len(found) for name, found in variants.items()} == dict.fromkeys(variants, 1)

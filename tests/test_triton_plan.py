@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from rows_contract import Rows, operands
+from rows_contract import Rows, flat, operands
 from test_triton_compile import compile_for, registers_and_stack
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cac_fast import cuda, kernels, tiles
-from cac_fast.kernels import configs, gluon
+from cac_fast import tiles
+from cac_fast.backend import cuda
+from cac_fast.backend import triton as kernels
+from cac_fast.backend import triton_gluon as gluon
+from cac_fast.kernels import configs
 
 pytest.importorskip("triton")
 
@@ -57,7 +60,7 @@ def test_both_kernels_compile(family: str, dtype: str, keys: str, tmp_path: Path
         family,
         dc_loss_keys,
         types | labels | {"active_ptr": "*i1", "keys_ptr": f"*{keys}"},
-        dict.fromkeys(strides, 1) | keys_of | {"CHUNK": plan._KEYS},
+        dict.fromkeys(strides, 1) | keys_of | {"CHUNK": plan._KEYS_PER_PROGRAM},
         4,
     )
     names = ("anchors", "negatives", "ordered_anchors", "ordered_negatives")
@@ -68,8 +71,14 @@ def test_both_kernels_compile(family: str, dtype: str, keys: str, tmp_path: Path
     )
     types |= dict.fromkeys(("anchors_stride", "negatives_stride"), "i32")
     constants = dict.fromkeys(("anchors_stride_d", "negatives_stride_d"), 1) | keys_of
-    constants |= {"D": 128, "D_PAD": 128, "TILE": 128, "BLOCK": 128, "CHUNK": plan._CHUNK}
-    constants |= {"ROWS": plan._COPIED // 128, "COPY_ANCHORS": True}
+    constants |= {
+        "D": 128,
+        "D_PAD": 128,
+        "TILE": 128,
+        "BLOCK": 128,
+        "CHUNK": plan._SEARCHES_AT_A_TIME,
+    }
+    constants |= {"ROWS": plan._COPIED_ELEMENTS_PER_PROGRAM // 128, "COPY_ANCHORS": True}
     second = compile_for(family, dc_loss_plan, types, constants, 4)
     for kernel in (first, second):
         if family == "gfx":
@@ -139,7 +148,7 @@ def test_aten_calls_of_the_triton_back_end(
         calls.launches.clear()
         arguments = given(dim)
         with calls:
-            rows(*arguments, 0.1, classes)
+            flat(rows)(*arguments, 0.1, classes)
         assert calls.names
         assert len(calls.names) <= MOST_CALLS, calls.names
         plan = ["dc_loss_keys", "dc_loss_plan"]
@@ -159,7 +168,7 @@ def test_aten_calls_of_the_cuda_back_end(calls: Calls, monkeypatch: pytest.Monke
     monkeypatch.setattr(kernels, "preparation", lambda _: plan.prepare)
     arguments = given(100)
     with calls:
-        cuda.dc_loss_rows(*arguments, 0.1)
+        flat(cuda.dc_loss_rows)(*arguments, 0.1)
     assert calls.launches == ["dc_loss_keys", "dc_loss_plan"]
     assert len(allocations) == 3
     assert len(calls.names) <= MOST_CALLS, calls.names

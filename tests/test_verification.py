@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from stand_ins import change_back_end
 from torch import Tensor
 
-import cac_fast.reference
+import cac_fast.backend.reference
 from cac_fast import VerificationError, _extension, backends, tiles, verify
-from cac_fast.dispatch import BACKENDS
+from cac_fast.backend import BACKENDS
+from cac_fast.operands import Operands
 from cac_fast.verification import QUICK, THOROUGH, make_case
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -53,13 +53,13 @@ def test_random_state_is_left_alone() -> None:
 def broken(rows: object, wrong: str) -> object:
     """A back end in which 32 active anchors go wrong, as if they had not met 64 negatives."""
 
-    def broken_rows(*given: Any) -> tuple[Tensor, Tensor]:
+    def broken_rows(given: Operands) -> tuple[Tensor, Tensor]:
         _, _, _, anchor_labels, negative_labels, active, _ = given
-        loss, gradient = rows(*given)
+        loss, gradient = rows(given)
         tile = (active & (anchor_labels > 0)).nonzero().flatten()[:32]
         unmet = negative_labels.clone()
         unmet[(negative_labels == 0).nonzero().flatten()[:64]] = -1
-        less_loss, less_gradient = rows(*given[:4], unmet, *given[5:])
+        less_loss, less_gradient = rows(given._replace(negative_labels=unmet))
         if wrong == "loss":
             loss[tile] = less_loss[tile]
         elif wrong == "gradient":
@@ -78,8 +78,8 @@ def broken(rows: object, wrong: str) -> object:
 def test_one_block_that_is_not_met(
     monkeypatch: pytest.MonkeyPatch, wrong: str, dtype: torch.dtype
 ) -> None:
-    right = BACKENDS["eager"]
-    monkeypatch.setitem(BACKENDS, "eager", replace(right, rows=broken(right.rows, wrong)))
+    right = BACKENDS["eager"].load().rows
+    change_back_end(monkeypatch, "eager", rows=broken(right, wrong))
     what = "loss" if wrong == "loss" else "gradient"
     with pytest.raises(VerificationError, match=f"'eager' is wrong on cpu: its {what} is"):
         verify(dtype=dtype, backend="eager")
@@ -90,8 +90,8 @@ def test_gpus_meet_several_blocks_a_program(
     sizes: dict[str, tuple[int, int]], programs: int, blocks: int
 ) -> None:
     on_gpu = {"cpu": sizes["cuda"]}
-    *_, labels, negative_labels, active = make_case(
-        on_gpu, torch.device("cpu"), torch.float32, dim=1
+    *_, labels, negative_labels, active, _ = make_case(
+        on_gpu, torch.device("cpu"), torch.float32, dim=1, temperature=0.1
     )
     plan = tiles.plan(tiles.order_by_label(labels, negative_labels, active), 128, 64, programs)
     assert plan.share >= blocks
@@ -102,7 +102,7 @@ def test_comparison_that_fails_does_not_blame_the_back_end(monkeypatch: pytest.M
     def full(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(cac_fast.reference, "dc_loss_rows", full)
+    monkeypatch.setattr(cac_fast.backend.reference, "dc_loss_rows", full)
     message = "'eager' cannot be compared with float64 on cpu (MemoryError: no room)"
     with pytest.raises(VerificationError, match=re.escape(message)):
         verify(backend="eager")
@@ -112,7 +112,7 @@ def test_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(*_):
         raise MemoryError("out of shared memory\nrequired: 300 kB")
 
-    monkeypatch.setitem(BACKENDS, "eager", replace(BACKENDS["eager"], rows=rows))
+    change_back_end(monkeypatch, "eager", rows=rows)
     with pytest.raises(VerificationError, match="'eager' fails on cpu") as e:
         verify(backend="eager")
     assert str(e.value).endswith("(MemoryError: out of shared memory)")

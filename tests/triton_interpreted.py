@@ -6,9 +6,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from rows_contract import Rows, RowsContract, compare, operands
+from rows_contract import Rows, RowsContract, compare, flat, operands
 
-from cac_fast import kernels, ops, verify
+from cac_fast import ops, verify
+from cac_fast.backend import triton
 from cac_fast.kernels import configs
 
 # Small tiles, so that a few hundred rows make many of them.
@@ -23,7 +24,7 @@ def setting(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def rows() -> Rows:
-    return kernels.dc_loss_rows
+    return flat(triton.dc_loss_rows)
 
 
 class TestInterpreted(RowsContract):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cac_fast.backend import BACKENDS
 from cac_fast.checks import check_temperature
-from cac_fast.dispatch import BACKENDS
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import DEVICES
 from cac_fast.train.registry import BACKBONES, LAYOUTS, METHODS, NETWORKS, Registry
@@ -231,7 +231,11 @@ class LossSettings:
         True, "ablation PF: positives above the threshold only (off: gamma = 0)"
     )
     dc_backend: str = setting(
-        "auto", "back end of the loss", choices=("auto", *BACKENDS), free=True
+        "auto",
+        "back end of the loss: auto (the fastest that is right here), "
+        + ", ".join(f"{name} ({entry.help})" for name, entry in BACKENDS.items()),
+        choices=("auto", *BACKENDS),
+        free=True,
     )
     false_negatives: bool = setting(
         False, "measure the share of false negatives (Fig. 6); reads the unlabeled images' masks"

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kCombinedRows* kWarp)
   const int64_t end = given.ends[tile], start = tile > 0 ? given.ends[tile - 1] : 0;
   float weighted[kChannels] = {};
   float total = 0, offset = given.lowest;
-  if (place < *given.active && end > start) {
+  if (place < *given.num_active && end > start) {
     const int64_t share = *given.share;
     for (int64_t program = start / share; program <= (end - 1) / share; ++program) {
       const int64_t slot = (program + tile) * kTile + place % kTile;

@@ -15,8 +15,8 @@ struct Operands {
   const int64_t* order;  // (A,): the row of the anchor at each place
   const int32_t* excluded_from;
   const int32_t* excluded_to;
-  const int32_t* active;
-  const int32_t* admissible;
+  const int32_t* num_active;
+  const int32_t* num_admissible;
   const int32_t* borders;
   const int64_t* ends;
   const int64_t* share;

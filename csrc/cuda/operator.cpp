@@ -75,8 +75,8 @@ void check_ordered(const Tensor& features, int64_t rows, int64_t padded, const c
 // tiles.Plan and tiles.Numbers.
 std::tuple<Tensor, Tensor> dc_loss_rows(
     const Tensor& anchors, const Tensor& positives, const Tensor& negatives, const Tensor& order,
-    const Tensor& excluded_from, const Tensor& excluded_to, const Tensor& active,
-    const Tensor& admissible, const Tensor& borders, const Tensor& ends, const Tensor& share,
+    const Tensor& excluded_from, const Tensor& excluded_to, const Tensor& num_active,
+    const Tensor& num_admissible, const Tensor& borders, const Tensor& ends, const Tensor& share,
     const Tensor& first_tile, const Tensor& last_tile, double scale, double inverse_temperature,
     bool offset_needed, double lowest, int64_t headroom, bool tf32, bool sm_90a) {
   check_features(anchors, anchors, "anchors");
@@ -110,8 +110,8 @@ std::tuple<Tensor, Tensor> dc_loss_rows(
   given.order = data<int64_t>(order, anchors, count);
   given.excluded_from = data<int32_t>(excluded_from, anchors, count);
   given.excluded_to = data<int32_t>(excluded_to, anchors, count);
-  given.active = data<int32_t>(active, anchors, 1);
-  given.admissible = data<int32_t>(admissible, anchors, 1);
+  given.num_active = data<int32_t>(num_active, anchors, 1);
+  given.num_admissible = data<int32_t>(num_admissible, anchors, 1);
   given.borders = data<int32_t>(borders, anchors, 4 * tiles);
   given.ends = data<int64_t>(ends, anchors, tiles);
   given.share = data<int64_t>(share, anchors, 1);

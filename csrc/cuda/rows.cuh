@@ -33,7 +33,7 @@ __device__ __forceinline__ Places find_places(const Operands& given, int tile) {
 template <int kBlock>
 __device__ __forceinline__ Walk find_walk(const Operands& given, int tile) {
   const int32_t* borders = given.borders + 4 * static_cast<int64_t>(tile);
-  const int high = borders[3], whole = *given.admissible / kBlock;
+  const int high = borders[3], whole = *given.num_admissible / kBlock;
   return {borders[0], borders[1], borders[2], high, high > whole ? high : whole};
 }
 
@@ -42,18 +42,18 @@ __device__ __forceinline__ Walk find_walk(const Operands& given, int tile) {
 template <int kBlock>
 __device__ __forceinline__ void mask(
     float (&logits)[kBlock / 8][4], const Operands& given, int64_t place, int first_column, int t) {
-  const int active = *given.active, admissible = *given.admissible;
+  const int num_active = *given.num_active, num_admissible = *given.num_admissible;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t anchor = place + 8 * h;
-    const int from = anchor < active ? given.excluded_from[anchor] : 0;
-    const int to = anchor < active ? given.excluded_to[anchor] : 0;
+    const int from = anchor < num_active ? given.excluded_from[anchor] : 0;
+    const int to = anchor < num_active ? given.excluded_to[anchor] : 0;
 #pragma unroll
     for (int n = 0; n < kBlock / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int column = first_column + 8 * n + 2 * t + e;
-        const bool admitted = (column < from || column >= to) && column < admissible;
+        const bool admitted = (column < from || column >= to) && column < num_admissible;
         if (!admitted) logits[n][2 * h + e] = -INFINITY;
       }
     }

@@ -41,7 +41,7 @@ void run(unsigned seed) {
   const auto anchors = draw(kAnchors, random), negatives = draw(kNegatives, random);
   // What all anchors exclude lies in the second block.
   const std::vector<int32_t> from(kAnchors, 130), to(kAnchors, 150);
-  const int32_t active = kAnchors - 3, admissible = kAdmissible;
+  const int32_t num_active = kAnchors - 3, num_admissible = kAdmissible;
   const std::vector<int32_t> borders{1, 2, 2, 2, 1, 2, 2, 2};
   const std::vector<int64_t> ends{kBlocks, 2 * kBlocks};
   const int64_t share = 2 * kBlocks;
@@ -54,8 +54,8 @@ void run(unsigned seed) {
   given.negatives = negatives.data();
   given.excluded_from = from.data();
   given.excluded_to = to.data();
-  given.active = &active;
-  given.admissible = &admissible;
+  given.num_active = &num_active;
+  given.num_admissible = &num_admissible;
   given.borders = borders.data();
   given.ends = ends.data();
   given.share = &share;
@@ -80,7 +80,7 @@ void run(unsigned seed) {
     sm90::dc_loss_partial_sm90<Shape, true>(given, anchor_boxes, negative_boxes);
   });
 
-  for (int row = 0; row < active; row += 5) {
+  for (int row = 0; row < num_active; row += 5) {
     std::vector<double> sums(kDim, 0);
     double sum = 0, size = 0;
     for (int column = 0; column < kAdmissible; ++column) {

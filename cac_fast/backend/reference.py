@@ -5,26 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cac_fast.checks import check_below
+from cac_fast.backend.base import Backend
+from cac_fast.checks import checked_labels
+from cac_fast.operands import Operands
 
 
-def dc_loss_rows(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    anchor_labels: Tensor,
-    negative_labels: Tensor,
-    active: Tensor,
-    temperature: float,
-    classes: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss (A,) and its gradient by the anchors (A, D), Eq. 5; makes tensors of A x M.
-
-    Arguments as `cac_fast.ops` hands them to a back end. Everything is in the anchors' dtype, as
-    plain PyTorch would have it, and the loss converted at the end.
+def dc_loss_rows(operands: Operands, classes: int | None = None) -> tuple[Tensor, Tensor]:
+    """Makes tensors of A x M. Everything is in the anchors' dtype, as plain PyTorch would have it,
+    and the loss converted at the end.
     """
-    anchor_labels, negative_labels = anchor_labels.long(), negative_labels.long()
-    check_below(classes, anchor_labels, negative_labels)
+    anchors, positives, negatives, *_, active, temperature = operands
+    anchor_labels, negative_labels = checked_labels(operands, classes)
     admitted = (negative_labels >= 0) & (negative_labels != anchor_labels.unsqueeze(1))
     positive_logit = (anchors * positives).sum(1, keepdim=True) / temperature
     negative_logits = (anchors @ negatives.T / temperature).masked_fill(~admitted, -torch.inf)
@@ -39,3 +30,6 @@ def dc_loss_rows(
         loss.masked_fill(~active, 0.0).to(torch.promote_types(loss.dtype, torch.float32)),
         gradient.masked_fill(~active.unsqueeze(1), 0.0),
     )
+
+
+BACKEND = Backend(dc_loss_rows)

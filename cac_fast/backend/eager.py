@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cac_fast.checks import check_below
+from cac_fast.backend.base import Backend
+from cac_fast.checks import checked_labels
+from cac_fast.operands import Operands
 
 # Anchors x negatives of one tile: small enough for a CPU's cache, large enough to fill a GPU.
 _CPU_TILE = (512, 1024)
@@ -20,39 +22,27 @@ _LARGEST_LOGIT = {torch.float32: 64.0, torch.float64: 600.0}
 
 
 class _Span(NamedTuple):
-    """Anchors [first, last) and the sorted negatives they meet.
+    """Anchors [begin, end) and the sorted negatives they meet.
 
-    Negatives [begin, low) and [high, end) have labels that none of these anchors has. [low, high)
-    have labels between the smallest and the largest of the anchors' and need a mask; with
-    one label only they are all excluded, and `masked` is False.
+    Negatives [admissible, low) and [high, M) have labels that none of these anchors has. Those in
+    [low, high) have labels between the smallest and the largest of the anchors' and need a mask;
+    with one label only they are all excluded, and `masked` is False.
     """
 
-    first: int
-    last: int
     begin: int
+    end: int
+    admissible: int
     low: int
     high: int
-    end: int
     masked: bool
 
 
-def dc_loss_rows(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    anchor_labels: Tensor,
-    negative_labels: Tensor,
-    active: Tensor,
-    temperature: float,
-    classes: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss (A,) and its gradient by the anchors (A, D), Eq. 5.
-
-    Arguments as `cac_fast.ops` hands them to a back end. Works in float32 (float64 for float64
-    anchors); beyond copies of its arguments it needs the memory of one tile.
+def dc_loss_rows(operands: Operands, classes: int | None = None) -> tuple[Tensor, Tensor]:
+    """Works in float32 (float64 for float64 anchors); beyond copies of its operands it needs the
+    memory of one tile.
     """
-    anchor_labels, negative_labels = anchor_labels.long(), negative_labels.long()
-    check_below(classes, anchor_labels, negative_labels)
+    anchors, positives, negatives, *_, active, temperature = operands
+    anchor_labels, negative_labels = checked_labels(operands, classes)
     dtype = torch.promote_types(anchors.dtype, torch.float32)
     loss = anchors.new_zeros(len(anchors), dtype=dtype)
     gradient = anchors.new_zeros(anchors.shape)
@@ -69,15 +59,15 @@ def dc_loss_rows(
     offset_needed = 1 / temperature > _LARGEST_LOGIT[dtype]
 
     for span in _spans(labels, negative_labels, height):
-        chosen = rows[span.first : span.last]
+        chosen = rows[span.begin : span.end]
         scaled, positive = anchors[chosen].to(dtype) / temperature, positives[chosen].to(dtype)
         sums = _Sums(scaled, tile, offset_needed)
-        sums.add(negatives[span.begin : span.low])
-        sums.add(negatives[span.high : span.end])
+        sums.add(negatives[span.admissible : span.low])
+        sums.add(negatives[span.high :])
         if span.masked:
             sums.add(
                 negatives[span.low : span.high],
-                labels[span.first : span.last],
+                labels[span.begin : span.end],
                 negative_labels[span.low : span.high],
             )
         x = sums.log_total() - (scaled * positive).sum(1)
@@ -145,28 +135,21 @@ def _spans(labels: Tensor, negative_labels: Tensor, size: int) -> list[_Span]:
     values, counts = torch.unique_consecutive(labels, return_counts=True)
     groups = list(zip(values.tolist(), counts.tolist(), strict=True))
     cuts = _cut(groups, size)
-    lowest = torch.tensor([low for _, _, low, _ in cuts], device=labels.device)
-    highest = torch.tensor([high for _, _, _, high in cuts], device=labels.device)
-    begin = torch.searchsorted(negative_labels, torch.zeros_like(lowest[:1]))
-    low = torch.searchsorted(negative_labels, lowest).maximum(begin)
-    high = torch.searchsorted(negative_labels, highest, right=True).maximum(begin)
-    first_negative, *bounds = torch.cat((begin, low, high)).tolist()
+    lowest, highest = torch.tensor([cut[2:] for cut in cuts], device=labels.device).T.contiguous()
+    admissible = torch.searchsorted(negative_labels, torch.zeros_like(lowest[:1]))
+    low = torch.searchsorted(negative_labels, lowest).maximum(admissible)
+    high = torch.searchsorted(negative_labels, highest, right=True).maximum(admissible)
+    first_admissible, *bounds = torch.cat((admissible, low, high)).tolist()
     return [
-        _Span(
-            first,
-            last,
-            first_negative,
-            bounds[i],
-            bounds[len(cuts) + i],
-            len(negative_labels),
-            smallest != largest,
+        _Span(begin, end, first_admissible, low, high, smallest != largest)
+        for (begin, end, smallest, largest), low, high in zip(
+            cuts, bounds[: len(cuts)], bounds[len(cuts) :], strict=True
         )
-        for i, (first, last, smallest, largest) in enumerate(cuts)
     ]
 
 
 def _cut(groups: list[tuple[int, int]], size: int) -> list[tuple[int, int, int, int]]:
-    """(first row, last row, lowest label, highest label) of spans for groups of (label, rows).
+    """(begin, end, lowest label, highest label) of spans for groups of (label, rows).
 
     A group of at least half a span gets spans of its own, so that it needs no mask and skips all
     negatives of its label; smaller ones share a span.
@@ -178,8 +161,8 @@ def _cut(groups: list[tuple[int, int]], size: int) -> list[tuple[int, int, int, 
         if 2 * count >= size:
             pieces = -(-count // size)
             for piece in range(pieces):
-                first, last = row + count * piece // pieces, row + count * (piece + 1) // pieces
-                cuts.append((first, last, label, label))
+                begin, end = row + count * piece // pieces, row + count * (piece + 1) // pieces
+                cuts.append((begin, end, label, label))
             shared = False
         elif shared and row + count - cuts[-1][0] <= size:
             cuts[-1] = (cuts[-1][0], row + count, cuts[-1][2], label)
@@ -188,3 +171,6 @@ def _cut(groups: list[tuple[int, int]], size: int) -> list[tuple[int, int, int, 
             shared = True
         row += count
     return cuts
+
+
+BACKEND = Backend(dc_loss_rows)

@@ -1,4 +1,4 @@
-"""The CUDA C++ back end (csrc/cuda): the plan of tiles.py, and its kernels."""
+"""CUDA C++ (csrc/cuda): the plan of tiles.py, and kernels; asked by name for those for sm_90a."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cac_fast import _extension, kernels, tiles
+from cac_fast import _extension, tiles
+from cac_fast.backend import triton
+from cac_fast.backend.base import Backend
+from cac_fast.operands import Operands
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SM_90A_DTYPES = _DTYPES[1:]
-# What there are kernels for; other numbers of channels are padded to the next.
-_PADDED = (64, 128, 256)
+# Other numbers of channels are padded to the next of these.
+_KERNEL_CHANNELS = (64, 128, 256)
 
 
-def why_not(sm_90a: bool = False) -> str | None:
-    """Why this back end cannot be used here, or None if it can; its path for sm_90a, if asked."""
-    if reason := _extension.why_not("_C_cuda"):
+def unavailable(sm_90a: bool = False) -> str | None:
+    if reason := _extension.unavailable("_C_cuda"):
         return reason
     if not torch.cuda.is_available():
         return "needs a CUDA device"
@@ -35,14 +37,13 @@ def why_not(sm_90a: bool = False) -> str | None:
 
 
 def refuses(anchors: Tensor, sm_90a: bool = False) -> str | None:
-    """Why these anchors (A, D) cannot be worked on, or None; on the path for sm_90a, if asked."""
     dtypes = _SM_90A_DTYPES if sm_90a else _DTYPES
     if anchors.device.type != "cuda":
         return f"it works on a CUDA device, not on {anchors.device}"
     if anchors.dtype not in dtypes:
         return f"it works on {', '.join(map(str, dtypes))}, not on {anchors.dtype}"
-    if anchors.shape[1] > _PADDED[-1]:
-        return f"it takes features of up to {_PADDED[-1]} channels, not {anchors.shape[1]}"
+    if anchors.shape[1] > _KERNEL_CHANNELS[-1]:
+        return f"it takes features of up to {_KERNEL_CHANNELS[-1]} channels, not {anchors.shape[1]}"
     capability = torch.cuda.get_device_capability(anchors.device)
     if sm_90a and capability != (9, 0):
         return "it needs a GPU of compute capability 9.0, not " + ".".join(map(str, capability))
@@ -88,40 +89,24 @@ def _has_sm_90a() -> bool:
 
 
 def dc_loss_rows(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    anchor_labels: Tensor,
-    negative_labels: Tensor,
-    active: Tensor,
-    temperature: float,
-    classes: int | None = None,
-    sm_90a: bool = False,
+    operands: Operands, classes: int | None = None, sm_90a: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Loss (A,) and its gradient by the anchors (A, D), Eq. 5, on the current stream.
+    """On the current stream. float32 products are made in full unless
+    `torch.backends.cuda.matmul` allows TF32. The same bits on every run on one device.
 
-    Arguments as `cac_fast.ops` hands them to a back end, if `refuses` has nothing against them.
-    The loss is float32, the gradient has the anchors' dtype. float32 products are made in full
-    unless `torch.backends.cuda.matmul` allows TF32. The same bits on every run on one device.
     sm_90a: whether the kernels for sm_90a do it, which take bfloat16 and float16.
     """
+    anchors, positives, negatives, *_, temperature = operands
     count, dim = anchors.shape
     if count == 0 or len(negatives) == 0:
         return anchors.new_zeros(count, dtype=torch.float32), anchors.new_zeros(count, dim)
     operators = _operators()
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    padded = next(size for size in _PADDED if size >= dim)
+    padded = next(size for size in _KERNEL_CHANNELS if size >= dim)
     sizes = _sizes(anchors.device, anchors.dtype, padded, tf32, sm_90a)
     with torch.cuda.device_of(anchors):
-        order, plan, ordered_negatives, ordered_anchors = kernels.preparation(anchors.device)(
-            anchors,
-            negatives,
-            anchor_labels,
-            negative_labels,
-            active,
-            sizes,
-            classes,
-            copy_anchors=True,
+        order, plan, ordered_negatives, ordered_anchors = triton.preparation(anchors.device)(
+            operands, sizes, classes, copy_anchors=True
         )
     return operators.dc_loss_rows_cuda(
         ordered_anchors,
@@ -130,8 +115,8 @@ def dc_loss_rows(
         order.anchors,
         order.excluded_from,
         order.excluded_to,
-        order.active,
-        order.admissible,
+        order.num_active,
+        order.num_admissible,
         *plan,
         *tiles.numbers(anchors.dtype, temperature),
         tf32,
@@ -141,3 +126,6 @@ def dc_loss_rows(
 
 def _operators() -> Any:
     return torch.ops.cac_fast
+
+
+BACKEND = Backend(dc_loss_rows, unavailable, refuses)
