@@ -14,6 +14,7 @@ from measure import can_plot
 
 from cac_fast.train.config import Config
 from cac_fast.train.data.layouts import SegmentationData
+from cac_fast.train.registry import LAYOUTS
 
 COLORS = {
     "supervised": "tab:gray",
@@ -72,8 +73,7 @@ def unlike(here: Namespace, settings: Config, there: Namespace, former: Config) 
 
 
 def _data_folder(options: Namespace) -> str | None:
-    default = "data/toycity" if options.dataset == "toycity" else None
-    return options.data_dir or default
+    return options.data_dir or LAYOUTS.entry(options.dataset).made_in
 
 
 def _lists_by_share(options: Namespace) -> dict[str, str | None]:

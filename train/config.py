@@ -16,12 +16,22 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from cac_fast.checks import check_temperature
 from cac_fast.train.errors import InputError, did_you_mean
 from cac_fast.train.options import Parser
 from cac_fast.train.registry import LAYOUTS, Registry
 from cac_fast.train.settings import FIELDS, TYPES, Config
 
 __all__ = ["Config", "differences", "parse"]
+
+# Settings that a resumed run may change: they do not alter what is computed. (The lists may move;
+# what they name may not change.)
+FREE = frozenset(
+    (
+        "data_dir output workers cache device eval_every save_every log_every restart dc_backend "
+        "labeled unlabeled checkpoint_activations compile profile"
+    ).split()
+)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -49,6 +59,14 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     for name, value in config.flat().items():
         if value is not None:
             _check(name, value)
+    crop = config.data.crop_size
+    if crop < 8 or crop % 8:
+        lower = max(8, crop // 8 * 8)
+        raise InputError(f"--crop-size {crop} is not a multiple of 8: use {lower} or {lower + 8}")
+    try:
+        check_temperature(config.loss.temperature)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
     if config.model.compile and config.model.checkpoint_activations:
         raise InputError(
             "--compile cuts its graph at each block of --checkpoint-activations: use one of them, "
@@ -64,7 +82,7 @@ def differences(config: Config, former: dict[str, Any]) -> list[str]:
         for name, here in config.flat().items()
         # A run made before a setting was there did what is the default now.
         for there in [former.get(name, FIELDS[name].default)]
-        if not FIELDS[name].metadata["free"] and _compared(name, there) != _compared(name, here)
+        if name not in FREE and _compared(name, there) != _compared(name, here)
         if name != "iterations" or there > here  # a run may be made longer
     ]
 
@@ -166,7 +184,9 @@ def _check(name: str, value: Any) -> None:
             f"{flag} {value}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}"
         )
     for check in FIELDS[name].metadata["checks"]:
-        check(flag, value)
+        if not check.holds(value):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise InputError(f"{flag} {text}: {check.complaint}")
 
 
 def _boolean(value: Any) -> bool:

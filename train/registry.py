@@ -123,48 +123,39 @@ _NETWORKS = "cac_fast.train.networks"
 _METHODS = "cac_fast.train.methods"
 
 # What differs between the data sets (paper, Sec. 4.1).
-_PAPER = {"iterations": 92_560}
+_CITYSCAPES = {"iterations": 92_560, "crop_size": 720, "learning_rate": 0.01}
+_VOC = {"iterations": 92_560, "crop_size": 320, "learning_rate": 0.001, "bank_past_steps": 1}
+# From random weights, in minutes on two CPU cores: ResNet-18 learns in fewer steps than
+# MobileNetV2, small crops buy a larger batch, dropout would slow it down, and the head, as new
+# as the backbone, shares its learning rate. Labeled crops are jittered, as the authors do for
+# Cityscapes: without it the supervised baseline would fail in other light for that alone. The
+# loss of the method itself is the paper's.
+_TOYCITY = {
+    "backbone": "resnet18",
+    "dropout": False,
+    "iterations": 200,
+    "warmup": 60,
+    "batch_size": 8,
+    "crop_size": 56,
+    "learning_rate": 0.05,
+    "head_learning_rate_factor": 1.0,
+    "labeled_scale": (0.9, 1.7),
+    "unlabeled_scale": (0.9, 1.7),
+    "jitter_labeled": True,
+    "eval_every": 50,
+}
 
 # A layout is a function of its folder that returns `data.layouts.SegmentationData`.
 LAYOUTS = Registry(
     "--dataset",
     {
         "cityscapes": Entry(
-            f"{_LAYOUTS}.cityscapes:open_cityscapes",
-            "leftImg8bit and gtFine, as published",
-            preset=_PAPER | {"crop_size": 720, "learning_rate": 0.01},
+            f"{_LAYOUTS}.cityscapes:open_cityscapes", "as published", preset=_CITYSCAPES
         ),
-        "voc": Entry(
-            f"{_LAYOUTS}.voc:open_voc",
-            "JPEGImages and SegmentationClassAug, PASCAL VOC 2012",
-            preset=_PAPER | {"crop_size": 320, "learning_rate": 0.001, "bank_past_steps": 1},
-        ),
-        "folder": Entry(
-            f"{_LAYOUTS}.folder:open_folder", "your own: images/SPLIT, masks/SPLIT, classes.txt"
-        ),
+        "voc": Entry(f"{_LAYOUTS}.voc:open_voc", "PASCAL VOC 2012", preset=_VOC),
+        "folder": Entry(f"{_LAYOUTS}.folder:open_folder", "images, masks and classes.txt"),
         "toycity": Entry(
-            f"{_LAYOUTS}.toycity:open_toycity",
-            "a small embedded city",
-            # From random weights, in minutes on two CPU cores: ResNet-18 learns in fewer steps than
-            # MobileNetV2, small crops buy a larger batch, dropout would slow it down, and the head,
-            # as new as the backbone, shares its learning rate. Labeled crops are jittered, as the
-            # authors do for Cityscapes: without it the supervised baseline would fail in other
-            # light for that alone. The loss of the method itself is the paper's.
-            preset={
-                "backbone": "resnet18",
-                "dropout": False,
-                "iterations": 200,
-                "warmup": 60,
-                "batch_size": 8,
-                "crop_size": 56,
-                "learning_rate": 0.05,
-                "head_learning_rate_factor": 1.0,
-                "labeled_scale": (0.9, 1.7),
-                "unlabeled_scale": (0.9, 1.7),
-                "jitter_labeled": True,
-                "eval_every": 50,
-            },
-            made_in="data/toycity",
+            f"{_LAYOUTS}.toycity:open_toycity", "embedded", preset=_TOYCITY, made_in="data/toycity"
         ),
     },
 )

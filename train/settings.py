@@ -8,78 +8,37 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cac_fast.backend import BACKENDS
-from cac_fast.checks import check_temperature
-from cac_fast.train.errors import InputError
 from cac_fast.train.options import DEVICES
 from cac_fast.train.registry import BACKBONES, LAYOUTS, METHODS, NETWORKS, Registry
 
-Check = Callable[[str, Any], None]
-"""Raises InputError if a flag, given first, cannot have this value."""
+
+class Check(NamedTuple):
+    """What a value must be, and what is said of one that is not."""
+
+    holds: Callable[[Any], bool]
+    complaint: str
+
+
+POSITIVE = Check(lambda value: value > 0, "must be positive")
+NOT_NEGATIVE = Check(lambda value: value >= 0, "must not be negative")
+BELOW_1 = Check(lambda value: value < 1, "must be below 1")
+BELOW_2_32 = Check(lambda value: value < 2**32, "must be below 2**32")
+CONFIDENCE = Check(lambda value: value <= 1, "a confidence is at most 1")
+POSITIVE_RANGE = Check(
+    lambda ends: 0 < ends[0] <= ends[1], "give two positive numbers, lower first"
+)
+IOU_RANGE = Check(lambda ends: ends[1] <= 1, "an IoU is at most 1")
 
 
 def setting(
-    default: Any,
-    text: str,
-    *checks: Check,
-    choices: Sequence[str] | Registry | None = None,
-    free: bool = False,
+    default: Any, text: str, *checks: Check, choices: Sequence[str] | Registry | None = None
 ) -> Any:
-    """A field of a group of settings.
-
-    text: its help. free: a resumed run may change it, as it does not alter what is computed.
-    """
-    metadata = {"help": text, "checks": checks, "choices": choices, "free": free}
+    """A field of a group of settings with its help text; a value of None is not checked."""
+    metadata = {"help": text, "checks": checks, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def positive(flag: str, value: float) -> None:
-    if value <= 0:
-        raise InputError(f"{flag} {value}: must be positive")
-
-
-def not_negative(flag: str, value: float) -> None:
-    if value < 0:
-        raise InputError(f"{flag} {value}: must not be negative")
-
-
-def below(limit: float, text: str) -> Check:
-    def check(flag: str, value: float) -> None:
-        if value >= limit:
-            raise InputError(f"{flag} {value}: must be below {text}")
-
-    return check
-
-
-def valid_confidence(flag: str, value: float) -> None:
-    if value > 1:
-        raise InputError(f"{flag} {value}: a confidence is at most 1")
-
-
-def valid_temperature(flag: str, value: float) -> None:
-    try:
-        check_temperature(value)
-    except ValueError as error:
-        raise InputError(f"--{error}") from None
-
-
-def multiple_of_8(flag: str, value: int) -> None:
-    if value < 8 or value % 8:
-        lower = max(8, value // 8 * 8)
-        raise InputError(f"{flag} {value} is not a multiple of 8: use {lower} or {lower + 8}")
-
-
-def positive_range(flag: str, value: tuple[float, float]) -> None:
-    low, high = value
-    if not 0 < low <= high:
-        raise InputError(f"{flag} {low},{high}: give two positive numbers, lower first")
-
-
-def valid_ious(flag: str, value: tuple[float, float]) -> None:
-    if value[1] > 1:
-        raise InputError(f"{flag} {value[0]},{value[1]}: an IoU is at most 1")
 
 
 @dataclass(frozen=True)
@@ -87,43 +46,35 @@ class DataSettings:
     """What to train on, and how it is cropped (paper, Sec. 4.1)."""
 
     dataset: str = setting("", "data layout", choices=LAYOUTS)
-    data_dir: str | None = setting(None, "the data's folder (not needed for toycity)", free=True)
-    # The lists may move; what they name may not change.
-    labeled: str | None = setting(None, "list of labeled images", free=True)
+    data_dir: str | None = setting(None, "the data's folder (not needed for toycity)")
+    labeled: str | None = setting(None, "list of labeled images")
     unlabeled: str | None = setting(
-        None, "list of unlabeled images (default: the rest of the train split)", free=True
+        None, "list of unlabeled images (default: the rest of the train split)"
     )
     labeled_share: str | None = setting(
         None, "without lists: this share of the masks is used, as 1/16, or full"
     )
-    data_list: int = setting(0, "seed of the derived labeled share", not_negative)
+    data_list: int = setting(0, "seed of the derived labeled share", NOT_NEGATIVE)
     workers: int = setting(
-        2,
-        "loader processes per loader and rank; 0 loads in the training process",
-        not_negative,
-        free=True,
+        2, "loader processes per loader and rank; 0 loads in the training process", NOT_NEGATIVE
     )
     cache: str | None = setting(
-        None,
-        "folder for decoded images, written once: the loader then decodes no file",
-        free=True,
+        None, "folder for decoded images, written once: the loader then decodes no file"
     )
-    crop_size: int = setting(
-        320, "side of the square crops in pixels, a multiple of 8", multiple_of_8
-    )
+    crop_size: int = setting(320, "side of the square crops in pixels, a multiple of 8")
     labeled_scale: tuple[float, float] = setting(
-        (0.5, 2.0), "range of the random resize of labeled images", positive_range
+        (0.5, 2.0), "range of the random resize of labeled images", POSITIVE_RANGE
     )
     unlabeled_scale: tuple[float, float] = setting(
-        (0.8, 2.0), "range of the random resize of unlabeled images", positive_range
+        (0.8, 2.0), "range of the random resize of unlabeled images", POSITIVE_RANGE
     )
     base_size: int | None = setting(
         None,
         "authors: the long side is drawn from the range times this (default: a ratio of the image)",
-        positive,
+        POSITIVE,
     )
     iou_range: tuple[float, float] = setting(
-        (0.1, 1.0), "bounds of the IoU of the two crops", positive_range, valid_ious
+        (0.1, 1.0), "bounds of the IoU of the two crops", POSITIVE_RANGE, IOU_RANGE
     )
     jitter_labeled: bool = setting(False, "authors, Cityscapes: color jitter of labeled crops too")
 
@@ -142,11 +93,9 @@ class ModelSettings:
     channels_last: bool = setting(
         True, "channels_last memory format (on CPUs only for lraspp on a MobileNet)"
     )
-    compile: bool = setting(False, "compile the network for training (torch.compile)", free=True)
+    compile: bool = setting(False, "compile the network for training (torch.compile)")
     checkpoint_activations: bool = setting(
-        False,
-        "less memory: the network's blocks are computed again in the backward pass",
-        free=True,
+        False, "less memory: the network's blocks are computed again in the backward pass"
     )
 
 
@@ -154,27 +103,27 @@ class ModelSettings:
 class OptimizationSettings:
     """The steps (paper, Sec. 4.1)."""
 
-    iterations: int = setting(20_000, "optimizer steps", positive)
+    iterations: int = setting(20_000, "optimizer steps", POSITIVE)
     batch_size: int = setting(
-        8, "labeled images a step over all processes; as many unlabeled ones are drawn", positive
+        8, "labeled images a step over all processes; as many unlabeled ones are drawn", POSITIVE
     )
     accumulate: int = setting(
         1,
         "less memory: the network sees the batch in this many slices, computed twice",
-        positive,
+        POSITIVE,
     )
     precision: str = setting(
         "auto",
         "autocast type; auto: bf16 on GPUs that have it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    learning_rate: float = setting(0.002, "base learning rate of the backbone", positive)
+    learning_rate: float = setting(0.002, "base learning rate of the backbone", POSITIVE)
     head_learning_rate_factor: float = setting(
-        10.0, "learning rate of the rest, as a multiple of the backbone's", positive
+        10.0, "learning rate of the rest, as a multiple of the backbone's", POSITIVE
     )
-    momentum: float = setting(0.9, "SGD momentum", not_negative, below(1, "1"))
-    weight_decay: float = setting(1e-4, "SGD weight decay", not_negative)
-    poly_power: float = setting(0.9, "power of the poly schedule", not_negative)
+    momentum: float = setting(0.9, "SGD momentum", NOT_NEGATIVE, BELOW_1)
+    weight_decay: float = setting(1e-4, "SGD weight decay", NOT_NEGATIVE)
+    poly_power: float = setting(0.9, "power of the poly schedule", NOT_NEGATIVE)
     sync_bn: bool = setting(True, "batch statistics over all processes")
     freeze_bn: bool = setting(False, "running statistics in training too")
 
@@ -190,13 +139,13 @@ class LossSettings:
         "joint: one pass over all",
         choices=("separate", "joint"),
     )
-    dc_weight: float = setting(0.1, "lambda, the weight of the contrastive loss", not_negative)
+    dc_weight: float = setting(0.1, "lambda, the weight of the contrastive loss", NOT_NEGATIVE)
     warmup: int | None = setting(
-        None, "iterations with the supervised loss alone (default: 1/16 of all)", not_negative
+        None, "iterations with the supervised loss alone (default: 1/16 of all)", NOT_NEGATIVE
     )
-    temperature: float = setting(0.1, "tau", valid_temperature)
+    temperature: float = setting(0.1, "tau")
     threshold: float = setting(
-        0.75, "gamma, confidence that a positive must exceed", not_negative, valid_confidence
+        0.75, "gamma, confidence that a positive must exceed", NOT_NEGATIVE, CONFIDENCE
     )
     normalization: str = setting(
         "image",
@@ -206,15 +155,15 @@ class LossSettings:
     negatives_per_view: int | None = setting(
         None,
         "authors: this many random negatives per view and process (default, paper: all)",
-        positive,
+        POSITIVE,
     )
     max_negatives: int | None = setting(
         None,
         "the loss meets so many random negatives of the bank, each counted M/N-fold",
-        positive,
+        POSITIVE,
     )
     bank_past_steps: int = setting(
-        0, "past steps whose negatives are kept besides the current one's", not_negative
+        0, "past steps whose negatives are kept besides the current one's", NOT_NEGATIVE
     )
     projector: bool = setting(True, "ablation Proj: the projector (off: identity)")
     context: bool = setting(True, "ablation Context: two different crops (off: identical boxes)")
@@ -235,7 +184,6 @@ class LossSettings:
         "back end of the loss: auto (the fastest that is right here), "
         + ", ".join(f"{name} ({entry.help})" for name, entry in BACKENDS.items()),
         choices=("auto", *BACKENDS),
-        free=True,
     )
     false_negatives: bool = setting(
         False, "measure the share of false negatives (Fig. 6); reads the unlabeled images' masks"
@@ -246,23 +194,18 @@ class LossSettings:
 class RunSettings:
     """Where and how it runs, and what it leaves."""
 
-    output: str | None = setting(
-        None, "run folder (default: runs/ and a name made of the choices)", free=True
-    )
-    seed: int = setting(0, "seed of everything random", not_negative, below(2**32, "2**32"))
-    device: str = setting("auto", "where to train", choices=DEVICES, free=True)
+    output: str | None = setting(None, "run folder (default: runs/ and a name made of the choices)")
+    seed: int = setting(0, "seed of everything random", NOT_NEGATIVE, BELOW_2_32)
+    device: str = setting("auto", "where to train", choices=DEVICES)
     deterministic: bool = setting(False, "deterministic algorithms only")
-    restart: bool = setting(False, "start over even if the run folder holds a run", free=True)
+    restart: bool = setting(False, "start over even if the run folder holds a run")
     eval_every: int | None = setting(
-        None, "iterations between evaluations (default: a tenth of the run)", positive, free=True
+        None, "iterations between evaluations (default: a tenth of the run)", POSITIVE
     )
-    save_every: int = setting(500, "iterations between checkpoints", positive, free=True)
-    log_every: int = setting(20, "iterations between lines of metrics.jsonl", positive, free=True)
+    save_every: int = setting(500, "iterations between checkpoints", POSITIVE)
+    log_every: int = setting(20, "iterations between lines of metrics.jsonl", POSITIVE)
     profile: int | None = setting(
-        None,
-        "profile this many steps: shares of time, and trace.json in the run folder",
-        positive,
-        free=True,
+        None, "profile this many steps: shares of time, and trace.json in the run folder", POSITIVE
     )
 
 
@@ -305,31 +248,19 @@ class Config:
     @property
     def num_eval_every(self) -> int:
         """Iterations between evaluations."""
-        return (
-            max(1, self.optim.iterations // 10)
-            if self.run.eval_every is None
-            else self.run.eval_every
-        )
+        tenth = max(1, self.optim.iterations // 10)
+        return tenth if self.run.eval_every is None else self.run.eval_every
 
     @property
     def run_folder(self) -> Path:
         """The folder that holds the run."""
         if self.run.output is not None:
             return Path(self.run.output)
-        share = self.data.labeled_share or "all"
+        share, model = self.data.labeled_share or "all", self.model
         if self.data.labeled is not None:
             share = f"{Path(self.data.labeled).parent.name}_{Path(self.data.labeled).stem}"
-        name = "-".join(
-            [
-                self.data.dataset,
-                self.loss.method,
-                self.model.network,
-                self.model.backbone,
-                share,
-                f"list{self.data.data_list}",
-                f"seed{self.run.seed}",
-            ]
-        )
+        name = f"{self.data.dataset}-{self.loss.method}-{model.network}-{model.backbone}-{share}"
+        name += f"-list{self.data.data_list}-seed{self.run.seed}"
         return Path("runs") / re.sub("[:/]", "_", name)
 
 
