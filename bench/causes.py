@@ -35,7 +35,8 @@ from cac_fast.train.data.stream import Stream
 from cac_fast.train.distributed import World, run_command
 from cac_fast.train.evaluation import evaluate
 from cac_fast.train.inference import Predictor
-from cac_fast.train.methods import CAC, build_method
+from cac_fast.train.methods import build_method
+from cac_fast.train.methods.cac import CAC
 from cac_fast.train.networks import build_network
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -145,7 +146,7 @@ def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
     network = build_network(
         config.model.network, config.model.backbone, len(data.classes), dropout=config.model.dropout
     )
-    method = build_method(config, network, ALONE, torch.float32)
+    method = build_method(config, lambda: network, ALONE, torch.float32)
     checkpoint.load_model(method, state["method"], run / "last.pt")
     stream = Stream(config, ALONE, data, labeled, unlabeled)
     return found | taught(method, stream, known=truth)

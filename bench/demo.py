@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from cac_fast.train import load
+from cac_fast.train.colors import colorize
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
-from cac_fast.train.samples import colorize
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "runs" / "demo"

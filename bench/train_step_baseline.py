@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from cac_fast.train.config import Config
 from cac_fast.train.engine import Trainer
 from cac_fast.train.networks.lraspp import LRASPPHead
-from cac_fast.train.optimizer import base_rates
 from cac_fast.train.profiling import phase
 
 Batch = dict[str, Tensor]
@@ -42,10 +41,8 @@ class BaselineStep:
         self.past = [(bank["features"][i].clone(), bank["labels"][i].clone()) for i in order]
         del self.method.bank, self.method.dc_loss.bank
         groups = [
-            {"params": group["params"], "lr": rate}
-            for group, rate in zip(
-                trainer.optimizer.param_groups, base_rates(self.config), strict=True
-            )
+            {"params": group["params"], "lr": group["base_lr"]}
+            for group in trainer.optimizer.param_groups
         ]
         self.optimizer = torch.optim.SGD(
             groups,
@@ -61,7 +58,7 @@ class BaselineStep:
             logits = method.network(labeled["image"])
             loss_ce = F.cross_entropy(logits, labeled["label"].long(), ignore_index=255)
         with phase("forward unlabeled"):
-            views = [method.unlabeled_view(unlabeled[name]) for name in ("image1", "image2")]
+            views = [method.unlabeled_view(unlabeled[name]) for name in ("image_1", "image_2")]
         with phase("loss"):
             loss_dc = self.contrastive_loss(views, unlabeled)
         loss = loss_ce + self.config.loss.dc_weight * loss_dc

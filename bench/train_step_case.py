@@ -120,8 +120,8 @@ def make_step(case: Case, memory_format: torch.memory_format) -> Step:
     return Step(
         {"image": images(), "label": labels.contiguous().to(case.device)},
         {
-            "image1": images(),
-            "image2": images(),
+            "image_1": images(),
+            "image_2": images(),
             "offset": offset.to(case.device),
             "flip1": flips(),
             "flip2": flips(),
@@ -176,7 +176,7 @@ def _spread_labels(trainer: Trainer, step: Step) -> None:
     method, classifier = trainer.method.train(), trainer.network.classifier[-1]
     kept: list[Tensor] = []
     hook = classifier.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    method.unlabeled_view(step.unlabeled["image1"])
+    method.unlabeled_view(step.unlabeled["image_1"])
     hook.remove()
     logits = nn.functional.conv2d(kept[0], classifier.weight)
     scale = 3 / logits.std((0, 2, 3))

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cac_fast.collectives import start_gathering, world_size
+
 
 class FeatureBank:
     """A ring of the last `steps` pushes, the current one included, gathered from all ranks.
@@ -74,7 +76,7 @@ class FeatureBank:
     @property
     def push_id(self) -> int:
         """A number by which this rank's next push differs from all others it will meet here."""
-        rank = dist.get_rank(self.group) if self._world_size() > 1 else 0
+        rank = dist.get_rank(self.group) if world_size(self.group) > 1 else 0
         return ((self.pushes % self.steps) << 16) + rank
 
     @torch.no_grad()
@@ -104,12 +106,13 @@ class FeatureBank:
                 f"features has {len(features)} rows but this bank keeps {room} per rank and push: "
                 "make the first push the largest"
             )
-        self._arriving = self._gather(
+        self._arriving = start_gathering(
             _pad(features.detach().to(self.dtype), room, 0.0),
             _pad(labels.detach().to(torch.int64), room, -1),
+            self.group,
         )
         self.pushes += 1
-        if self._world_size() == 1:
+        if world_size(self.group) == 1:
             self._settle()  # now, as the caller may change its tensors
 
     @torch.no_grad()
@@ -168,13 +171,13 @@ class FeatureBank:
     def _make_room(self, features: Tensor) -> int:
         """Rows per rank and push; allocates the ring (or widens a loaded one) at the first push."""
         if self._rows_per_rank is None:
-            world = self._world_size()
+            ranks = world_size(self.group)
             # Ranks may hold unequal shares of the batch: the largest decides for all.
             most = torch.tensor(len(features), device=features.device)
-            if world > 1:
+            if ranks > 1:
                 dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
-            self._rows_per_rank = max(int(most), self._labels.shape[1] // world)
-            missing = max(0, self._rows_per_rank * world - self._labels.shape[1])
+            self._rows_per_rank = max(int(most), self._labels.shape[1] // ranks)
+            missing = max(0, self._rows_per_rank * ranks - self._labels.shape[1])
             ring = torch.nn.functional.pad(self._features, (0, 0, 0, missing))
             self._features = ring.to(features.device)
             labels = torch.nn.functional.pad(self._labels, (0, missing), value=-1)
@@ -192,40 +195,6 @@ class FeatureBank:
         self._features[slot, : len(features)] = features
         self._labels[slot, : len(labels)] = labels
         self._labels[slot, len(labels) :] = -1
-
-    def _world_size(self) -> int:
-        ready = dist.is_available() and dist.is_initialized()
-        return dist.get_world_size(self.group) if ready else 1
-
-    def _gather(self, features: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Start to concatenate all ranks' rows; return what waits for them.
-
-        Features and labels travel as the bytes of one tensor: a push costs one collective's
-        latency, and int64 labels arrive exactly, whatever the dtype of the features.
-        """
-        world = self._world_size()
-        if world == 1:
-            return lambda: (features, labels)
-        # The labels first, and all rows of a multiple of their 8 bytes: so both can be viewed.
-        parts = labels.unsqueeze(1).view(torch.uint8), features.contiguous().view(torch.uint8)
-        end = 8 + parts[1].shape[1]
-        packed = torch.nn.functional.pad(torch.cat(parts, dim=1), (0, -end % 8))
-        gathered = packed.new_empty(world * packed.shape[0], packed.shape[1])
-        work = all_gather(gathered, packed, self.group, async_op=True)
-
-        def arrived() -> tuple[Tensor, Tensor]:
-            work.wait()
-            return gathered[:, 8:end].view(features.dtype), gathered[:, :8].view(torch.int64)[:, 0]
-
-        return arrived
-
-
-def all_gather(
-    gathered: Tensor, tensor: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
-) -> dist.Work | None:
-    """Every rank's `tensor`, one after the other along dim 0, by whichever name PyTorch has it."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(gathered, tensor, group=group, async_op=async_op)
 
 
 def _pad(tensor: Tensor, rows: int, value: float) -> Tensor:

@@ -1,4 +1,5 @@
-"""Back ends that stand in for those of "auto": right, wrong, failing, slow, and counted."""
+"""What stands in for back ends of "auto" (right, wrong, failing, slow, and counted), and for calls
+that memory is too small for."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import torch
 from torch import Tensor
 
 from cac_fast import choice
@@ -20,6 +22,10 @@ from cac_fast.operands import Operands
 
 def failing(*given: Any) -> tuple[Tensor, Tensor]:
     raise MemoryError("out of shared memory\nrequired: 300 kB")
+
+
+def out_of_memory(*_: Any, **__: Any) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
 
 
 def wrong_loss(*given: Any) -> tuple[Tensor, Tensor]:

@@ -190,7 +190,7 @@ def test_shapes_and_types_at_any_scale(height, width, crop, seed):
         assert item[f"image{view}"].shape == (3, crop, crop)
         assert item[f"image{view}"].dtype == torch.uint8
         assert item[f"truth{view}"].shape == (crop // 8, crop // 8)
-        assert item[f"changes{view}"].shape == (CHANGES,)
+        assert item[f"changes_{view}"].shape == (CHANGES,)
         assert item[f"flip{view}"].shape == () and item[f"flip{view}"].dtype == torch.bool
         assert item[f"valid{view}"].shape == (2,) and item[f"valid{view}"].dtype == torch.int64
     assert item["offset"].shape == (2,) and item["offset"].dtype == torch.int64
@@ -212,7 +212,7 @@ def test_same_generator_same_item():
 
 def changed(item, view: int) -> torch.Tensor:
     """A view with its colors changed, float, its flip undone."""
-    image = apply_photometric(item[f"image{view}"][None].float(), item[f"changes{view}"][None])[0]
+    image = apply_photometric(item[f"image{view}"][None].float(), item[f"changes_{view}"][None])[0]
     return image.flip(2) if item[f"flip{view}"] else image
 
 

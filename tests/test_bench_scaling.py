@@ -30,8 +30,14 @@ def test_seconds_are_those_of_a_step(monkeypatch):
     def trained(command, **_):
         folder = Path(command[command.index("--output") + 1])
         means = {"loss": 1.0, "loss_ce": 1.0, "loss_dc": 1.0}
-        reading = {"means": means, "steps_per_s": 4.0, "data_s": 0, "peak_memory_mb": 0}
-        line = train_line([reading | {"skipped": 0}], batch_size=6, rate=0.1)
+        reading = {
+            "means": means,
+            "images": 12,
+            "steps_per_s": 4.0,
+            "data_s": 0,
+            "peak_memory_mb": 0,
+        }
+        line = train_line([reading | {"skipped": 0}], rate=0.1, reductions={})
         text = json.dumps({"kind": "train", "iteration": 5, **line})
         (folder / "metrics.jsonl").write_text(f"{text}\n{text}\n")
         return subprocess.CompletedProcess(command, 0)

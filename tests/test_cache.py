@@ -269,9 +269,9 @@ def test_a_run_fills_its_cache_and_reads_the_same(folder_data, tmp_path, method,
             workers=0,
         )
         settings = settings.changed(cache=cache)
-        read = opening.open_lists(settings)
+        data, labeled, unlabeled = read = opening.open_lists(settings)
         if cache is not None:
-            fill_cache(settings, *read)
+            fill_cache(settings, data, labeled, unlabeled if method == "cac" else [])
         world = World(0, 1, torch.device("cpu"))
         steps = Stream(settings, world, *read).steps(0, 2, method == "cac")
         found.append([step.labeled | (step.unlabeled or {}) for step in steps])

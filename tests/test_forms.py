@@ -10,6 +10,7 @@ import pytest
 from data_folders import one_line
 from PIL import Image, PngImagePlugin
 
+from cac_fast.train.data.forms import header
 from cac_fast.train.data.images import check_size, read_image, read_mask
 from cac_fast.train.errors import InputError
 
@@ -37,23 +38,27 @@ def tiff(
     extra: list[int] | None = None,
     bits: int | None = None,
     deflate: bool = False,
+    apart: bool = False,
 ):
-    """A TIFF; packed samples of `bits` bits come as bytes (H, B)."""
+    """A TIFF; packed samples of `bits` bits come as bytes (H, B). `apart`: band after band."""
     height, width, channels = (*pixels.shape, 1)[:3]
     depth = bits or 8 * pixels.itemsize
     width = width * 8 // depth if bits else width
-    content = zlib.compress(pixels.tobytes()) if deflate else pixels.tobytes()
-    content += bytes(len(content) % 2)
+    strips = [pixels[..., i].tobytes() for i in range(channels)] if apart else [pixels.tobytes()]
+    strips = [zlib.compress(strip) if deflate else strip for strip in strips]
+    strips = [strip + bytes(len(strip) % 2) for strip in strips]
+    content = b"".join(strips)
     tags = {
         256: [width],
         257: [height],
         258: [depth] * channels,
         259: [8 if deflate else 1],
         262: [2 if channels > 2 else 1],
-        273: [8],
+        273: [8 + sum(map(len, strips[:i])) for i in range(len(strips))],
         277: [channels],
         278: [height],
-        279: [len(content)],
+        279: [len(strip) for strip in strips],
+        284: [2 if apart else 1],
     }
     if extra is not None:
         tags[338] = extra
@@ -217,6 +222,8 @@ def test_fourth_band_of_a_tiff(tmp_path, extra):
     np.testing.assert_array_equal(np.asarray(read_image(path)), STORED[..., :3])
     wide = tiff(tmp_path / "b.tif", STORED.astype(np.uint16) << 8, extra)
     np.testing.assert_array_equal(np.asarray(read_image(wide)), STORED[..., :3])
+    assert header(path).stored_band and header(wide).stored_band
+    assert not header(tiff(tmp_path / "c.tif", STORED[..., :3])).stored_band
 
 
 def test_tiff_whose_colors_are_multiplied_by_its_alpha(tmp_path):
@@ -248,6 +255,20 @@ def test_twelve_bits_in_sixteen(tmp_path, kind):
     else:
         path = tiff(tmp_path / "a.tif", TWELVE, deflate=kind != "tif")
     np.testing.assert_array_equal(np.asarray(read_image(path)), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("deflate", [False, True])
+def test_bands_apart(tmp_path, deflate, bits):
+    """As geographic programs write them; of 16 bits Pillow reads those that are compressed."""
+    stored = TWELVE >> 4 if bits == 8 else TWELVE << bits - 12
+    stored = stored.astype(np.uint8) if bits == 8 else stored
+    path = tiff(tmp_path / "a.tif", stored, deflate=deflate, apart=True)
+    if bits == 8 or (bits == 16 and deflate):
+        np.testing.assert_array_equal(np.asarray(read_image(path)), TWELVE >> 4)
+    else:
+        with pytest.raises(InputError, match=r"bands of 16 bits lie apart.*INTERLEAVE=PIXEL"):
+            read_image(path)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "jfif", "ppm", "jp2", "webp"])

@@ -13,8 +13,9 @@ import tiny_scenes
 from data_folders import DATA, needs_camvid, write_image
 from PIL import Image
 
-from cac_fast.train import check, contact_sheet, main
-from cac_fast.train.data import forms
+from cac_fast.train import check, config, contact_sheet, main
+from cac_fast.train.data import forms, opening
+from cac_fast.train.data.images import read_image
 from cac_fast.train.data.inventory import Inventory, Part, Seen
 from cac_fast.train.data.layouts import SegmentationData, open_data
 
@@ -192,6 +193,37 @@ def test_a_run_begins_with_the_table(tmp_path, capfd):
     assert "255 ignored, of all" in out and "sky" in out
     (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
     assert "1 of the masks in" in warning and "lost.png" in warning
+
+
+@pytest.mark.parametrize(("method", "most"), [("cac", 64), ("cac", 2), ("supervised", 64)])
+def test_a_run_tells_of_dark_images_without_a_mask(tmp_path, monkeypatch, method, most):
+    root = write(tmp_path / "data", [mask(0, 1, 2)] * 2, [mask(0, 1, 2)])
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for index in range(3):
+        Image.fromarray(values).save(root / f"images/train/low{index}.png")
+    Image.fromarray(values << 4).save(root / "images/train/of_12_bits.png")
+    Image.new("RGBA", (8, 3), (150, 0, 3, 9)).save(root / "images/train/band.tif")
+    (root / "images/train/broken.png").write_bytes(b"no image")
+    write_image(root / "images/train/plain.png")
+    read: list[str] = []
+    monkeypatch.setattr(opening, "MOST_READ", most)
+    monkeypatch.setattr(
+        opening, "read_image", lambda path: read.append(path.stem) or read_image(path)
+    )
+    given = small_training.arguments(root, tmp_path / "run", "--method", method)
+    settings = config.parse(given)
+    warnings = opening.open_inputs(settings, with_unlabeled=method == "cac").warnings
+    if method == "supervised":
+        assert warnings == [] == read
+        return
+    banded, dark = warnings
+    assert "1 unlabeled images have a fourth band" in banded and "(band)" in banded
+    if most == 2:
+        assert "2 unlabeled images are black" in dark and "(low0, low2)" in dark
+        assert dark.endswith("(2 of the 4 images of 16 bits were looked at)")
+    else:
+        assert "3 unlabeled images are black" in dark and dark.endswith("(low0, low1, low2)")
+    assert len(read) == min(most, 4)  # none of 8 bits
 
 
 def run_check(root: Path, *more: object) -> int:

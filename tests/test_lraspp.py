@@ -124,5 +124,5 @@ def test_mobile_nets_train_in_channels_last_on_a_cpu(options, expected, folder_d
     settings = config.parse([*arguments, "--batch-size", "2", "--crop-size", "32", "--workers=0"])
     stream = Stream(settings, CPU, *opening.open_lists(settings))
     (step,) = stream.steps(0, 1, True)
-    for image in (step.labeled["image"], step.unlabeled["image1"]):
+    for image in (step.labeled["image"], step.unlabeled["image_1"]):
         assert image.is_contiguous(memory_format=torch.channels_last) == expected

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from small_training import CPU, arguments, losses, run
+from stand_ins import out_of_memory
 from torch.utils.data import DataLoader, Dataset
 
-from cac_fast.train import board, checkpoint, config, distributed, engine, main
+from cac_fast.train import board, checkpoint, config, distributed, engine, evaluation, main
 from cac_fast.train.data import workers
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import RunLog, read_metrics
@@ -137,6 +138,54 @@ def test_a_step_that_does_not_fit_names_the_remedies(monkeypatch, folder_data, t
     monkeypatch.undo()
     lines = run(folder_data, tmp_path / "run", "--save-every", "2", "--checkpoint-activations")
     assert len(losses(lines)) == 10
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "saved"),
+    [
+        (engine, "build_network", None),
+        (engine, "build_optimizer", None),
+        (engine, "fill_cache", None),
+        (evaluation.ConfusionMatrix, "reduce", 5),
+        (engine.Meters, "read", 1),
+    ],
+)
+def test_memory_that_is_full_outside_a_step_is_one_line(
+    monkeypatch, capfd, folder_data, tmp_path, place, name, saved
+):
+    options = ["--eval-every", "5", "--save-every", "100", "--cache", str(tmp_path / "cache")]
+    given = arguments(folder_data, tmp_path / "run", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, out_of_memory)
+        assert main.main(given) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if "warning" not in line]
+    assert len(errors) == 1 and errors[0].startswith("error: memory is full outside a step")
+    assert "--accumulate" in errors[0] and "--crop-size" in errors[0]
+    if saved is not None:
+        assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == saved
+        assert main.main(given) == 0
+        assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["iteration"] == 10
+
+
+def test_a_save_for_which_memory_is_full_does_not_blame_the_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "save", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoint.write(tmp_path / "last.pt", {})
+    (tmp_path / "last.pt").touch()
+    monkeypatch.setattr(torch, "load", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoint.read(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("words", ["DefaultCPUAllocator: not enough", "CUDA error: out of memory"])
+def test_every_command_tells_that_memory_is_full(capfd, words):
+    def command() -> None:
+        raise RuntimeError(words + "\nmore")
+
+    assert distributed.run_command(command) == 2
+    line = capfd.readouterr().err
+    assert line.startswith("error: memory is full") and line.count("\n") == 1
+    assert "--device cpu" in line
 
 
 def test_a_loader_killed_during_a_step_costs_nothing(monkeypatch, folder_data, tmp_path):

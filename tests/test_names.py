@@ -134,6 +134,7 @@ def test_names_that_are_no_utf_8(tmp_path):
     write_mask(root / f"masks/train/{name}.png")
     data = open_data("folder", root)
     assert chosen(data, raw + b"\n")[0].name == name
+    assert chosen(data, "caf\u00e9\n")[0].name == name
     labeled, unlabeled = select(data, None, None, "1/2", 0)
     write_lists(tmp_path / "lists", labeled, unlabeled, root)
     lists = [tmp_path / "lists" / f"{kind}.txt" for kind in ("labeled", "unlabeled")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -36,9 +37,11 @@ def test_every_form_of_an_image_gives_the_same(tmp_path, predictor, shape):
     Image.fromarray(pixels).save(path)
     expected = predictor.predict(torch.from_numpy(pixels).permute(2, 0, 1))
     assert expected.shape == shape and len(np.unique(expected)) == 3
-    forms = [pixels, pixels[::-1][::-1], path, str(path), Image.fromarray(pixels)]
+    picture = Image.fromarray(pixels)
+    forms = [pixels, pixels[::-1][::-1], path, str(path), picture, np.asarray(picture)]
     if 3 not in shape:
         forms += [pixels.transpose(2, 0, 1), torch.from_numpy(pixels)]
+    warnings.simplefilter("error")  # pytest takes it back
     for form in forms:
         np.testing.assert_array_equal(predictor.predict(form), expected)
     several = predictor.predict(forms, tile=64)
@@ -53,6 +56,7 @@ def test_every_form_of_an_image_gives_the_same(tmp_path, predictor, shape):
     [
         photo().astype(np.float32) / 255,
         photo()[..., 0],
+        photo()[None],
         np.zeros((8, 8, 4), np.uint8),
         torch.zeros(3, 8, 8),
         torch.zeros(8, 8, 4, dtype=torch.uint8),
@@ -60,7 +64,8 @@ def test_every_form_of_an_image_gives_the_same(tmp_path, predictor, shape):
     ],
 )
 def test_other_forms_are_refused_by_name(predictor, image):
-    with pytest.raises(ValueError, match=r"uint8|PIL"):
+    kind = "PIL image" if isinstance(image, np.ndarray) else "uint8|PIL"
+    with pytest.raises(ValueError, match=kind):
         predictor.predict(image)
     with pytest.raises(TypeError, match="PIL image, an array or a tensor, not int"):
         predictor.predict(3)

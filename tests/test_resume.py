@@ -13,10 +13,11 @@ import pytest
 import torch
 from small_training import CPU, ROOT, arguments, assert_same_bits, losses, run, weights
 
-from cac_fast.train import checkpoint, config, engine
+from cac_fast.train import checkpoint, config, engine, run_state
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
 from cac_fast.train.optimizer import start_momentum
+from cac_fast.train.signals import StopSignals
 
 
 def test_interrupted_run_ends_with_the_same_bits(folder_data, tmp_path):
@@ -102,16 +103,16 @@ def test_sigterm_to_the_whole_group_saves(folder_data, tmp_path):
     assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == stopped
 
 
-def test_a_second_signal_ends_the_run_at_once(folder_data, tmp_path):
-    trainer = engine.Trainer(config.parse(arguments(folder_data, tmp_path / "run")), CPU)
+def test_a_second_signal_ends_the_run_at_once():
+    stop = StopSignals()
     # Processes in the background of a script ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with trainer._stop_signals():
+        with stop:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)  # the first one's double
-            assert trainer.signal == signal.SIGINT
-            trainer.signaled -= 2
+            assert stop.received == signal.SIGINT
+            stop.at -= 2
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
     finally:
@@ -150,7 +151,7 @@ def test_restart_by_torchrun_starts_over_if_the_first_try_did_not(
     run(folder_data, tmp_path / "run", "--iterations", "2")
     again = arguments(folder_data, tmp_path / "run", "--iterations", "2", "--restart")
     with monkeypatch.context() as first:
-        first.setattr(engine, "build_network", lambda *_, **__: 1 / 0)
+        first.setattr(run_state, "build_network", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.Trainer(config.parse(again), CPU)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

@@ -18,7 +18,8 @@ from cac_fast import VerificationError, choice, settle_backend
 from cac_fast.train import config
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
-from cac_fast.train.methods import CAC, build_method
+from cac_fast.train.methods import build_method
+from cac_fast.train.methods.cac import CAC
 from cac_fast.train.networks import Segmenter
 from cac_fast.verification import THOROUGH
 
@@ -26,7 +27,7 @@ from cac_fast.verification import THOROUGH
 def build(world: World = CPU, *options: str) -> CAC:
     settings = config.parse(["--dataset", "toycity", "--method", "cac", *options])
     network = Segmenter(Backbone(), Head(), 3, dropout=0.5)
-    return build_method(settings, network, world, torch.float32)
+    return build_method(settings, lambda: network, world, torch.float32)
 
 
 def test_later_losses_take_what_is_settled(table: Table) -> None:

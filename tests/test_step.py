@@ -13,7 +13,7 @@ from cac_fast.train import config, profiling
 from cac_fast.train.data import opening
 from cac_fast.train.data.stream import Step, Stream
 from cac_fast.train.distributed import World
-from cac_fast.train.methods import CAC
+from cac_fast.train.methods.cac import CAC
 from cac_fast.train.networks import Segmenter, recompute
 from cac_fast.train.networks.segmenter import conv_bn_relu, dropout_layer
 
@@ -62,7 +62,7 @@ def method(*options: str, frozen: bool = False) -> CAC:
     network = Segmenter(Backbone(), Head(), 3, dropout=0.5)
     if settings.model.checkpoint_activations:
         network.checkpoint_activations()
-    result = CAC(network, CPU, settings, torch.float64).double()
+    result = CAC(lambda: network, CPU, settings, torch.float64).double()
     return result.eval() if frozen else result
 
 
@@ -78,8 +78,8 @@ def batches() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for image in range(IMAGES):
         label[image, : 8 * image] = 255
     unlabeled = {
-        "image1": images(),
-        "image2": images(),
+        "image_1": images(),
+        "image_2": images(),
         "offset": random(-2, 3, (IMAGES, 2)),
         "flip1": random(0, 2, (IMAGES,)).bool(),
         "flip2": random(0, 2, (IMAGES,)).bool(),

@@ -123,7 +123,7 @@ def _look_without_mask(
             image = read_image(sample.image)
         except InputError as error:
             return str(error)
-        stored_band, _ = forms.header(sample.image)
+        stored_band = forms.header(sample.image).stored_band
         return Seen(sample.name, nothing, stored_band=stored_band, dark=is_dark(image))
 
     found, progress = [], show_progress(f"checking {split}, images without mask")

@@ -10,6 +10,7 @@ import torch
 
 from cac_fast.train.data.workers import is_lost_worker
 from cac_fast.train.errors import InputError
+from cac_fast.train.memory import is_full
 
 FORMAT = 1
 
@@ -29,7 +30,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # the latter is what PyTorch makes of the former
         temporary.unlink(missing_ok=True)
-        if is_lost_worker(error):
+        if is_lost_worker(error) or is_full(error):
             raise
         raise InputError(
             f"{path} cannot be written ({error}): make room, then give the same command again"
@@ -61,6 +62,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if is_full(error):
+            raise
         # PyTorch's own message runs over many lines and speaks of its internals.
         raise InputError(
             f"checkpoint {path} cannot be read ({type(error).__name__}): "
@@ -100,6 +103,12 @@ def load_model(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: 
             f"first {differing[0]}; use the --network, --backbone and classes it was made with"
         )
     module.load_state_dict(weights)
+
+
+def is_finite(module: torch.nn.Module) -> bool:
+    """Whether all numbers that ``module`` would put into a checkpoint are finite."""
+    tensors = [value for value in module.state_dict().values() if value.is_floating_point()]
+    return bool(torch.stack([value.isfinite().all() for value in tensors]).all())
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

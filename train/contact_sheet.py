@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from cac_fast.train.colors import colorize
 from cac_fast.train.data.images import IGNORE, check_size, read_image
 from cac_fast.train.data.inventory import Inventory, Part
 from cac_fast.train.data.layouts import Sample, SegmentationData
-from cac_fast.train.log import colorize
 
 COLUMNS, ROWS = 4, 3
 TILE = (320, 240)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from cac_fast.train import memory
 from cac_fast.train.data.images import IGNORE, check_size, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.workers import leave_signals_to_trainer, lost_workers, share, start
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
-from cac_fast.train.inference import Predictor, out_of_memory
+from cac_fast.train.inference import Predictor
 from cac_fast.train.networks import Segmenter
 from cac_fast.train.progress import Progress
 
@@ -140,11 +141,12 @@ def evaluate(
             items = _read_ahead(stripe, data, workers, world.device)
             with lost_workers():
                 for done, (image, truth) in enumerate(items, start=1):
-                    prediction = _prediction(predictor, image, stripe[done - 1])
-                    confusion.update(truth.to(world.device, non_blocking=True), prediction)
-                    if on_prediction is not None:
-                        labels = prediction.to(torch.uint8).cpu().numpy()
-                        on_prediction(image.permute(1, 2, 0).numpy(), truth.numpy(), labels)
+                    with _fitting(image, stripe[done - 1]):
+                        prediction = predictor.logits(image).argmax(0)
+                        confusion.update(truth.to(world.device, non_blocking=True), prediction)
+                        if on_prediction is not None:
+                            labels = prediction.to(torch.uint8).cpu().numpy()
+                            on_prediction(image.permute(1, 2, 0).numpy(), truth.numpy(), labels)
                     if progress is not None:
                         progress(done, len(stripe))
         except InputError as caught:
@@ -166,17 +168,12 @@ def evaluate(
     }
 
 
-def _prediction(predictor: Predictor, image: Tensor, sample: Sample) -> Tensor:
-    try:
-        return predictor.logits(image).argmax(0)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        height, width = image.shape[1:]
-        raise InputError(
-            f"image {sample.image} ({width} x {height}) does not fit in memory: "
-            "images are scored whole, make those of this split and their masks smaller"
-        ) from error
+def _fitting(image: Tensor, sample: Sample) -> AbstractContextManager[None]:
+    height, width = image.shape[1:]
+    return memory.fitting(
+        f"image {sample.image} ({width} x {height}) does not fit in memory: images are scored "
+        "whole, make those of this split and their masks smaller or use --device cpu"
+    )
 
 
 class _Images(Dataset):

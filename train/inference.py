@@ -188,21 +188,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Predictor:
     return Predictor(network, classes, palette).to(device).eval()
 
 
-_OUT_OF_MEMORY = (
-    "DefaultCPUAllocator",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of PyTorch says that something did not fit in memory."""
-    # For PyTorch's own allocator on a GPU there is an exception type, else only the message.
-    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return full or any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
 def _check(image: Tensor) -> None:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(
@@ -227,12 +212,13 @@ def _picture(image: Picture) -> Image.Image | Tensor:
         )
     channels_last = image.ndim == 3 and image.shape[2] == 3
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
+        if image.dtype != np.uint8 or image.ndim != 3 or 3 not in image.shape[::2]:
             raise ValueError(
                 f"expected an array (H, W, 3) of uint8, or a PIL image, not {image.shape} of "
                 f"{image.dtype}"
             )
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        # PyTorch warns of what it could not write, such as a PIL image's own array.
+        image = torch.from_numpy(np.require(image, requirements=("C", "W")))
     elif channels_last and image.shape[0] == 3:
         channels_last = False
     if channels_last:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import time
+from collections.abc import Mapping
 from operator import mul
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from tqdm import tqdm
 
 from cac_fast.train.board import Board
 from cac_fast.train.errors import writing
-
-IGNORED_COLOR = (0, 0, 0)
 
 
 class RunLog:
@@ -71,7 +66,8 @@ class RunLog:
         if not self.is_main:
             return
         self._write("train", iteration, values)
-        text = f"loss {values['loss']:.4f}  ce {values['loss_ce']:.4f}  dc {values['loss_dc']:.4f}"
+        losses = (name for name in values if name.startswith("loss"))
+        text = "  ".join(f"{name.removeprefix('loss_')} {values[name]:.4f}" for name in losses)
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         else:
@@ -87,17 +83,10 @@ class RunLog:
             f"pixel accuracy {result['pixel_accuracy']:.4f}"
         )
 
-    def sample(self, iteration: int, picture: Image.Image) -> None:
-        """Keep one picture of image, truth and prediction side by side."""
-        if not self.is_main:
-            return
-        path = self.folder / "samples" / f"{iteration:07d}.png"
-        with writing(path):
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path)
-        self.board.add_image(
-            "val/image_truth_prediction", np.asarray(picture), iteration, dataformats="HWC"
-        )
+    def image(self, name: str, pixels: np.ndarray, iteration: int) -> None:
+        """Show a picture (H, W, 3) uint8 on TensorBoard."""
+        if self.is_main:
+            self.board.add_image(name, pixels, iteration, dataformats="HWC")
 
     def close(self) -> None:
         """Flush what is pending."""
@@ -126,108 +115,55 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class Meters:
-    """Means of named scalars over the steps since the last reading, kept on the device.
-
-    Adding never waits for the device; only :meth:`read` does. The first iteration whose loss was
-    not finite is kept too.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.steps = 0
-        self.waited = 0.0
-        self.since = time.perf_counter()
-
-    def add(self, iteration: int, values: dict[str, torch.Tensor], waited: float) -> None:
-        """Take in one step: its named scalars and the seconds spent waiting for data."""
-        bad = (self.first_bad < 0) & ~torch.isfinite(values["loss"].detach())
-        self.first_bad = torch.where(bad, iteration, self.first_bad)
-        for name, value in values.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
-        self.steps += 1
-        self.waited += waited
-
-    def read(self) -> dict[str, Any]:
-        """Take the reading of this rank and start anew.
-
-        Returns ``means`` by name, seconds a step waited for data ``data_s``, ``steps_per_s``,
-        ``peak_memory_mb`` and ``first_bad``, the first iteration whose loss was not finite or -1.
-        """
-        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
-        elapsed = time.perf_counter() - self.since
-        reading = {
-            "means": means,
-            "data_s": self.waited / max(1, self.steps),
-            "steps_per_s": self.steps / elapsed,
-            "peak_memory_mb": peak_memory_mb(self.device),
-            "first_bad": int(self.first_bad.item()),
-        }
-        self._reset()
-        return reading
-
-    def restart_clock(self) -> None:
-        """Leave an evaluation's time and memory out of the next reading."""
-        self.since = time.perf_counter()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+COLUMNS: dict[str, float | None] = {
+    "loss": 0.0,
+    "loss_ce": 0.0,
+    "loss_dc": 0.0,
+    "active": 0.0,
+    "pairs": 0.0,
+    "negatives": 0.0,
+    "lr": 0.0,
+    "images_per_s": 0.0,
+    "data_s": 0.0,
+    "peak_memory_mb": 0.0,
+    "positive_cosine": None,
+    "skipped_images": 0,
+}
+"""What every ``"kind": "train"`` line begins with, so that those of all runs can be read alike, and
+the value where a step has none."""
 
 
 def train_line(
-    readings: list[dict[str, Any]], batch_size: int, rate: float
+    readings: list[dict[str, Any]], rate: float, reductions: Mapping[str, str]
 ) -> dict[str, float | None]:
     """The values of a ``"kind": "train"`` line from the readings of all ranks.
 
-    ``active`` and ``pairs`` count the whole step, ``images_per_s`` the labeled and unlabeled
-    images of all ranks; memory and waiting are those of the worst rank.
+    ``images_per_s`` counts the labeled and unlabeled images of all ranks; memory and waiting are
+    those of the worst rank. The method's scalars are reduced as its ``reductions`` say.
     """
-    means = {
-        name: sum(item["means"][name] for item in readings) / len(readings)
-        for name in readings[0]["means"]
-    }
-    pairs = [item["means"].get("pairs", 0.0) for item in readings]
-    if "positive_cosine" in means:  # a mean over pairs, of which ranks have more or fewer
-        cosines = [item["means"]["positive_cosine"] for item in readings]
-        means["positive_cosine"] = sum(map(mul, cosines, pairs)) / (sum(pairs) or 1)
-    images = batch_size * (2 if "loss_dc" in means else 1)
-    line: dict[str, float | None] = {
-        "loss": means["loss"],
-        "loss_ce": means["loss_ce"],
-        "loss_dc": means.get("loss_dc", 0.0),
-        "active": means.get("active", 0.0) * len(readings),
-        "pairs": sum(pairs),
-        "negatives": means.get("negatives", 0.0),
-        "lr": rate,
-        "images_per_s": images * min(item["steps_per_s"] for item in readings),
-        "data_s": max(item["data_s"] for item in readings),
-        "peak_memory_mb": max(item["peak_memory_mb"] for item in readings),
-        "positive_cosine": means.get("positive_cosine"),
-        "skipped_images": sum(item["skipped"] for item in readings),
-    }
-    if "false_negatives" in means:
-        line["false_negatives"] = means["false_negatives"]
-    return line
 
+    def values(name: str) -> list[float]:
+        return [item["means"].get(name, 0.0) for item in readings]
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: the allocator's on a GPU, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    def reduced(name: str) -> float:
+        match reductions.get(name):
+            case None:
+                return sum(values(name)) / len(readings)
+            case "sum":
+                return sum(values(name))
+            case weight:
+                weights = values(weight)
+                return sum(map(mul, values(name), weights)) / (sum(weights) or 1)
 
-
-def colorize(labels: np.ndarray, palette: tuple[tuple[int, int, int], ...]) -> np.ndarray:
-    """Colors (H, W, 3) uint8 of class ids (H, W) uint8; 255 is black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(palette)] = palette
-    table[255] = IGNORED_COLOR
-    return table[labels]
+    return (
+        COLUMNS
+        | {name: reduced(name) for name in readings[0]["means"]}
+        | {
+            "lr": rate,
+            "images_per_s": sum(item["images"] for item in readings)
+            * min(item["steps_per_s"] for item in readings),
+            "data_s": max(item["data_s"] for item in readings),
+            "peak_memory_mb": max(item["peak_memory_mb"] for item in readings),
+            "skipped_images": sum(item["skipped"] for item in readings),
+        }
+    )

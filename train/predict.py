@@ -13,7 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cac_fast.train import distributed
+from cac_fast.train import distributed, memory
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import Parser, add_device_option
 
@@ -213,17 +213,10 @@ def _listed(paths: Sequence[Path]) -> str:
 
 
 def _ids(predictor: Predictor, image: Image.Image, tile: int | None, path: Path) -> np.ndarray:
-    from cac_fast.train.inference import out_of_memory
-
-    try:
+    remedy = "--tile 1024" if tile is None else "a smaller --tile"
+    size = f"{image.width} x {image.height}"
+    with memory.fitting(f"image {path} ({size}) does not fit in memory: use {remedy}"):
         return predictor.predict(image, tile)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        remedy = "--tile 1024" if tile is None else "a smaller --tile"
-        raise InputError(
-            f"image {path} ({image.width} x {image.height}) does not fit in memory: use {remedy}"
-        ) from error
 
 
 def _write(job: Job, image: Image.Image, ids: np.ndarray, palette: Sequence[Sequence[int]]) -> None:

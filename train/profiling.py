@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-if TYPE_CHECKING:
-    from cac_fast.train.data.stream import Step  # which names its phases here
+from cac_fast.train.batch import Step
 
 WARM_UP = 5  # steps; the first ones choose algorithms, compile and allocate
 
@@ -46,7 +44,7 @@ def clocked(device: torch.device) -> Iterator[Clock]:
 class StepProfile:
     """Profiles ``count`` steps of a run, which goes on unchanged (but slower) meanwhile.
 
-    It begins ``WARM_UP`` steps after the unlabeled images, or for the supervised method after the
+    It begins ``WARM_UP`` steps after the unlabeled images, or for a method without them after the
     first step. ``path`` gets the Chrome trace. ``say`` gets one line: milliseconds a step, and each
     phase's share of them, in time of the device. "data wait" is what the loaders kept the step
     waiting; "to device" the copies there, color changes and normalization. The rest is what has

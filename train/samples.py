@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
-from cac_fast.train.log import colorize
+from cac_fast.train.colors import colorize
+from cac_fast.train.errors import writing
 
 PICTURES = 3
 MAX_WIDTH = 480
@@ -43,3 +46,17 @@ class SampleSheet:
             sheet.paste(row, (0, top))
             top += row.height
         return sheet
+
+    def write(self, path: Path) -> np.ndarray | None:
+        """Write the picture and return its pixels, (H, W, 3) uint8; None if there are no rows.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        picture = self.picture()
+        if picture is None:
+            return None
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+        return np.asarray(picture)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cac_fast.train.data.crops import CELL, draw_box, draw_pair, draw_size, whole_cells
 from cac_fast.train.data.images import IGNORE, IMAGENET_MEAN
-from cac_fast.train.data.photometric import draw_jitter, draw_photometric, set_place
+from cac_fast.train.data.photometric import draw_jitter, set_place
+from cac_fast.train.data.views import COLORS, PAIR, Views, crops_of, draw_boxes
 from cac_fast.train.errors import InputError
 
 Pixels = Image.Image | np.ndarray
@@ -80,12 +81,13 @@ class LabeledTransform:
 
 
 class UnlabeledTransform:
-    """One random resize and two overlapping crops of it, each with its own flip and colors.
+    """One random resize, and the views of two overlapping crops of it, each with its own flip.
 
     Args:
         crop, scale, base_size: as `LabeledTransform`.
         iou_range: closed range of the boxes' intersection over union.
-        photometric: False leaves the colors as they are.
+        photometric: False leaves the colors of all views as they are.
+        views: both crops are drawn whatever they are, those that no view shows are not cut.
 
     Raises:
         InputError: `crop` is not a multiple of 8.
@@ -98,51 +100,59 @@ class UnlabeledTransform:
         base_size: int | None = None,
         iou_range: tuple[float, float] = (0.1, 1.0),
         photometric: bool = True,
+        views: Views = PAIR,
     ) -> None:
         self.crop, self.scale, self.base_size = check_crop(crop), scale, base_size
-        self.iou_range, self.photometric = iou_range, photometric
+        self.iou_range, self.photometric, self.views = iou_range, photometric, views
 
     def __call__(
         self, image: Pixels, mask: np.ndarray | None, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """Two crops of an RGB image and where they are.
+        """The crops of an RGB image, where they are, and what their views do to them.
 
-        Returns, with c the crop's side and v = 1, 2 the view: "imagev" uint8 (3, c, c); "offset"
-        int64 (2,), view 2's box minus view 1's in cells (down, right); "flipv" bool (); "validv"
-        int64 (2,), rows and columns of cells on the image, before the flip; with photometric
-        changes, "changesv" float32 (13,) for `photometric.apply_photometric`; and, with a mask
-        uint8 (H, W), "truthv" uint8 (c/8, c/8), the id at the center of each cell, flipped as its
-        image is, 255 where unknown.
+        Returns, with c the crop's side and v = 1, 2 each crop that a view shows: "imagev" uint8
+        (3, c, c); "flipv" bool (); "validv" int64 (2,), rows and columns of cells on the image,
+        before the flip; with a mask uint8 (H, W), "truthv" uint8 (c/8, c/8), the id at the center
+        of each cell, flipped as its image is, 255 where unknown; if there are both, "offset" int64
+        (2,), crop 2's box minus crop 1's in cells (down, right). For each view that has them:
+        "changes_NAME" float32 (13,) for `photometric.apply_photometric`, and "boxes_NAME" int16
+        (n, 4) of `views.draw_boxes`.
         """
         crop = self.crop
         height, width = draw_size(*image_size(image), self.scale, rng, self.base_size)
         pair = draw_pair(height, width, crop, self.iou_range, rng)
-        boxes = ((pair.top1, pair.left1, pair.flip1), (pair.top2, pair.left2, pair.flip2))
-        top0, left0 = min(pair.top1, pair.top2), min(pair.left1, pair.left2)
-        bottom = min(max(pair.top1, pair.top2) + crop, height)
-        right = min(max(pair.left1, pair.left2) + crop, width)
-        region = (top0, left0, bottom, right)
+        both = {1: (pair.top1, pair.left1, pair.flip1), 2: (pair.top2, pair.left2, pair.flip2)}
+        crops = {number: both[number] for number in crops_of(self.views)}
+        tops, lefts, _ = zip(*crops.values(), strict=True)
+        top0, left0 = min(tops), min(lefts)
+        region = (top0, left0, min(max(tops) + crop, height), min(max(lefts) + crop, width))
         part = resize_part(image, (height, width), region)
         if mask is not None:
             labels = resize_labels(mask, (height, width), region)
-        item = {
-            "offset": torch.tensor(
+        item, cuts = {}, {}
+        if len(crops) == 2:
+            item["offset"] = torch.tensor(
                 [(pair.top2 - pair.top1) // CELL, (pair.left2 - pair.left1) // CELL]
             )
-        }
-        for view, (top, left, flip) in enumerate(boxes, start=1):
+        for number, (top, left, flip) in crops.items():
             y, x = top - top0, left - left0
-            cut = part[:, y : y + crop, x : x + crop]
-            if self.photometric:
-                item[f"changes{view}"] = _placed(draw_photometric(rng), cut, crop, flip)
-            item[f"image{view}"] = _flip_and_pad(cut, crop, flip, PADDING_COLOR)
-            item[f"flip{view}"] = torch.tensor(flip)
-            item[f"valid{view}"] = torch.tensor(whole_cells(top, left, height, width, crop))
+            cuts[number] = part[:, y : y + crop, x : x + crop]
+            item[f"image{number}"] = _flip_and_pad(cuts[number], crop, flip, PADDING_COLOR)
+            item[f"flip{number}"] = torch.tensor(flip)
+            item[f"valid{number}"] = torch.tensor(whole_cells(top, left, height, width, crop))
             if mask is not None:
                 # Sampled before the flip: both views must take the same pixel of a shared cell.
                 half = CELL // 2
                 centers = labels[y + half : y + crop : CELL, x + half : x + crop : CELL]
-                item[f"truth{view}"] = _flip_and_pad(centers, crop // CELL, flip, IGNORE)
+                item[f"truth{number}"] = _flip_and_pad(centers, crop // CELL, flip, IGNORE)
+        for name, view in self.views.items():
+            if self.photometric and view.color is not None:
+                changes = COLORS[view.color](rng)
+                item[f"changes_{name}"] = _placed(
+                    changes, cuts[view.crop], crop, crops[view.crop][2]
+                )
+            if view.boxes:
+                item[f"boxes_{name}"] = torch.from_numpy(draw_boxes(crop, view.boxes, rng))
         return item
 
 

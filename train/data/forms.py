@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,8 @@ WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 Color = tuple[int, int, int]
 
 _ORIENTATION, _EXTRA_SAMPLES = 0x0112, 338
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _PLANAR = 258, 277, 284
+_BANDS_APART = 2
 _PREMULTIPLIED = 1
 _TWELVE_BITS = 4095
 _OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
@@ -101,8 +103,10 @@ def has_stored_band(image: Image.Image) -> bool:
 
     Only colors that were multiplied by it say that it is transparency.
     """
-    if image.format != "TIFF" or image.mode not in ("RGBA", "LA"):
+    if image.format != "TIFF" or image.mode not in ("RGB", "RGBA", "LA"):
         return False
+    if image.mode == "RGB":  # bands that are not marked as anything
+        return image.tag_v2.get(_SAMPLES_PER_PIXEL, 3) > 3
     return _PREMULTIPLIED not in image.tag_v2.get(_EXTRA_SAMPLES, ())
 
 
@@ -117,11 +121,22 @@ def load_colors(file: Image.Image, stream: BinaryIO) -> None:
     """Load an opened file; colors of 12 bits in 16 come as their highest 8 bits.
 
     Pillow keeps the high byte of 16 bits, in which 12 bits are almost black.
+
+    Raises:
+        ValueError: bands of 16 bits lie apart, in a form that Pillow garbles.
     """
-    swapped = _SWAPPED.get(raw_mode(file))
-    file.load()
-    if swapped is None or max(high for _, high in file.getextrema()[:3]) > _TWELVE_BITS >> 8:
-        return
+    swapped, apart = _SWAPPED.get(raw_mode(file)), _has_wide_planes(file)
+    garbled = apart and file.tile[0][0] == "raw"
+    if not garbled:
+        file.load()
+        high = max(high for _, high in file.getextrema()[:3]) if swapped is not None else 255
+        if high > _TWELVE_BITS >> 8:
+            return
+    if apart:
+        raise ValueError(
+            "its bands of 16 bits lie apart: write them pixel by pixel, as does gdal_translate "
+            "-co INTERLEAVE=PIXEL"
+        )
     stream.seek(0)
     with Image.open(stream) as again:  # with the bytes of each sample exchanged: the low ones
         again.tile = [_with_mode(tile, swapped) for tile in again.tile]
@@ -133,6 +148,12 @@ def load_colors(file: Image.Image, stream: BinaryIO) -> None:
     file.paste(Image.fromarray(high))
 
 
+def _has_wide_planes(file: Image.Image) -> bool:
+    if file.format != "TIFF" or file.tag_v2.get(_PLANAR) != _BANDS_APART:
+        return False
+    return len(file.getbands()) > 1 and max(file.tag_v2.get(_BITS_PER_SAMPLE, (1,))) > 8
+
+
 def _with_mode(tile: tuple, mode: str) -> tuple:
     args = tile[3]
     parts = *tile[:3], mode if isinstance(args, str) else (mode, *args[1:])
@@ -140,18 +161,24 @@ def _with_mode(tile: tuple, mode: str) -> tuple:
     return tile._make(parts) if hasattr(tile, "_make") else parts
 
 
-def header(path: Path) -> tuple[bool, int]:
-    """What an image file says of itself: `has_stored_band`, and its EXIF orientation.
+class Header(NamedTuple):
+    """What an image file says of itself: `has_stored_band`, EXIF orientation, more than 8 bits."""
 
-    False and 1 (upright) where it says nothing.
-    """
+    stored_band: bool = False
+    orientation: int = 1
+    wide: bool = False
+
+
+def header(path: Path) -> Header:
+    """The header of an image file, read without its pixels; the defaults where it says nothing."""
     try:
         with path.open("rb") as stream, Image.open(stream) as file:
+            wide = file.mode in WIDE_MODES or ";16" in raw_mode(file)
             if file.format == "PNG" and "exif" not in file.info:
-                return False, 1  # Pillow would decode all of it to look behind the pixels
-            return has_stored_band(file), file.getexif().get(_ORIENTATION, 1)
+                return Header(wide=wide)  # Pillow would decode all of it to look behind the pixels
+            return Header(has_stored_band(file), file.getexif().get(_ORIENTATION, 1), wide)
     except Exception:  # whoever reads its pixels says what is wrong
-        return False, 1
+        return Header()
 
 
 def size_hint(mask: Sequence[int], image: Sequence[int], turned: bool) -> str:

@@ -169,7 +169,7 @@ def check_size(
         InputError: they differ; the message names the likely cause.
     """
     if tuple(mask_size) != tuple(image_size):
-        hint = forms.size_hint(mask_size, image_size, forms.header(image)[1] >= 5)
+        hint = forms.size_hint(mask_size, image_size, forms.header(image).orientation >= 5)
         raise InputError(
             f"mask {mask} is {mask_size[1]} x {mask_size[0]} but image {image} is "
             f"{image_size[1]} x {image_size[0]}: {hint or 'make them the same size'}"

@@ -46,7 +46,7 @@ def look(
     palette = None
     if data.label_map is None:
         palette = _other_color(forms.mask_palette(sample.mask), counts, data.palette)
-    stored_band, orientation = forms.header(sample.image)
+    stored_band, orientation, _ = forms.header(sample.image)
     # Where height and width are exchanged, the sizes tell whether the mask is turned as well.
     turned = orientation in _TURNED_IN_PLACE
     turned = turned or (orientation in _TURNED and image.width == image.height)

@@ -58,10 +58,8 @@ def spellings(text: str) -> Iterator[str]:
     texts = [text]
     if "\\" in text:
         texts.append(text.replace("\\", "/"))
-    # Written by a program that knew no UTF-8.
-    if any("\udc80" <= letter <= "\udcff" for letter in text):
-        raw = texts[-1].encode("utf-8", "surrogateescape")
-        texts.append(raw.decode("cp1252", "replace"))
+    if (western := _western(texts[-1])) != texts[-1]:
+        texts.append(western)
     for form in texts:
         yield form
         if (shorter := form.removeprefix("./").lstrip("/")) != form:
@@ -97,8 +95,15 @@ def without_suffix(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """The same text for names that differ in case, Unicode form or an image's suffix alone."""
-    return unicodedata.normalize("NFC", without_suffix(name).casefold())
+    """The same text for names that differ in case, encoding or an image's suffix alone."""
+    return unicodedata.normalize("NFC", without_suffix(_western(name)).casefold())
+
+
+def _western(text: str) -> str:
+    """A name or path with bytes that are no UTF-8, as a program that knew none meant it."""
+    if not any("\udc80" <= letter <= "\udcff" for letter in text):
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

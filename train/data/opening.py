@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from cac_fast.train.config import Config
+from cac_fast.train.data import forms
 from cac_fast.train.data.cache import PixelReader
-from cac_fast.train.data.inventory import Inventory, Part
+from cac_fast.train.data.images import read_image
+from cac_fast.train.data.inventory import Inventory, Part, Seen, file_warnings, is_dark
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.data.loaders import check_samples
 from cac_fast.train.data.splits import select
 from cac_fast.train.errors import InputError
 from cac_fast.train.progress import show_progress
+
+MOST_READ = 64
+"""Unlabeled images of 16 bits that are read whole before the first step."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The images of a run, and what was found in them.
+
+    found: a table of what is in the masks. warnings: what looks wrong with images and masks.
+    """
+
+    data: SegmentationData
+    labeled: list[Sample]
+    unlabeled: list[Sample]
+    found: str
+    warnings: list[str]
+
+    def digests(self) -> dict[str, str]:
+        """By name what tells each list of images from another."""
+        return {"labeled": _digest(self.labeled), "unlabeled": _digest(self.unlabeled)}
+
+
+def open_inputs(config: Config, with_unlabeled: bool) -> Inputs:
+    """Open the data and look at all that training reads of them.
+
+    with_unlabeled: the unlabeled images too.
+
+    Raises:
+        InputError: something in them cannot be used.
+    """
+    data, labeled, unlabeled = open_lists(config)
+    others = unlabeled if with_unlabeled and unlabeled != labeled else []
+    return Inputs(data, labeled, unlabeled, *look_at(config, data, labeled, others))
 
 
 def open_lists(config: Config) -> tuple[SegmentationData, list[Sample], list[Sample]]:
@@ -21,10 +63,13 @@ def open_lists(config: Config) -> tuple[SegmentationData, list[Sample], list[Sam
     return data, *select(data, *lists, config.data.labeled_share, config.data.data_list)
 
 
-def look_at(config: Config, data: SegmentationData, labeled: list[Sample]) -> tuple[str, list[str]]:
-    """Check every image and mask now, so that no run dies of one in the night.
+def look_at(
+    config: Config, data: SegmentationData, labeled: list[Sample], unlabeled: list[Sample]
+) -> tuple[str, list[str]]:
+    """Check every image with its mask now, so that no run dies of one in the night.
 
-    Returns a table of what is in the masks, and what looks wrong with them.
+    Returns a table of what is in the masks, and what looks wrong with all images and masks; of
+    unlabeled images, only what their headers and a few of those of 16 bits tell.
     """
     reader = PixelReader(data, _path(config.data.cache))
     samples = [*labeled, *data.splits["val"]]
@@ -33,8 +78,41 @@ def look_at(config: Config, data: SegmentationData, labeled: list[Sample]) -> tu
     inventory = Inventory(data, parts)
     if (reason := inventory.refusal()) is not None:
         raise InputError(f"{reason} (python train/check.py shows all masks)")
-    return inventory.table(), inventory.warnings()
+    return inventory.table(), inventory.warnings() + _unlabeled_warnings(unlabeled, data)
+
+
+def _unlabeled_warnings(samples: list[Sample], data: SegmentationData) -> list[str]:
+    """What looks wrong with images that are read for the first time when their turn comes."""
+    progress, headers = show_progress("looking at unlabeled images"), []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for header in pool.map(forms.header, [sample.image for sample in samples]):
+            headers.append(header)
+            progress(len(headers), len(samples))
+        wide = [sample for sample, one in zip(samples, headers, strict=True) if one.wide]
+        read = wide[:: -(-len(wide) // MOST_READ) or 1]
+        dark = {sample for sample, one in zip(read, pool.map(_is_dark, read), strict=True) if one}
+    seen = [
+        Seen(sample.name, np.zeros(256, np.int64), None, one.stored_band, sample in dark)
+        for sample, one in zip(samples, headers, strict=True)
+        if one.stored_band or sample in dark
+    ]
+    found = file_warnings(Part("unlabeled", seen), data)
+    if dark and len(read) < len(wide):
+        found[-1] += f" ({len(read)} of the {len(wide)} images of 16 bits were looked at)"
+    return found
+
+
+def _is_dark(sample: Sample) -> bool:
+    try:
+        return is_dark(read_image(sample.image))
+    except InputError:  # told when its turn comes
+        return False
 
 
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
+
+
+def _digest(samples: list[Sample]) -> str:
+    names = "\n".join(sample.name for sample in samples)
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()

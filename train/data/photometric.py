@@ -24,22 +24,30 @@ _SIGMA, _AMOUNT, _TURN, _GRAY, _PLACE = 0, 1, 5, 9, slice(10, 13)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
-def draw_photometric(rng: np.random.Generator) -> np.ndarray:
-    """Gaussian blur (5 x 5, p 0.5), color jitter (p 0.8) and gray (p 0.2): float32 (13,)."""
+def draw_photometric(
+    rng: np.random.Generator, contrast: float = 0.4, hue: float = 0.1
+) -> np.ndarray:
+    """Gaussian blur (5 x 5, p 0.5), color jitter (p 0.8) and gray (p 0.2): float32 (13,).
+
+    contrast, hue: as `draw_jitter`.
+    """
     changes = no_change()
     blur, jitter, gray = rng.random(3) < (0.5, 0.8, 0.2)
     sigma = rng.uniform(0.1, 2.0)
     if jitter:
-        changes = draw_jitter(rng)
+        changes = draw_jitter(rng, contrast, hue)
     changes[_SIGMA], changes[_GRAY] = sigma if blur else 0, gray
     return changes
 
 
-def draw_jitter(rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation (each within 0.4) and hue (0.1) in random order."""
+def draw_jitter(rng: np.random.Generator, contrast: float = 0.4, hue: float = 0.1) -> np.ndarray:
+    """Brightness, contrast, saturation and hue in random order: float32 (13,).
+
+    contrast: the first three are factors at most so far from 1. hue: of a full turn, at most.
+    """
     changes = no_change()
-    changes[_AMOUNT : _AMOUNT + 3] = [rng.uniform(0.6, 1.4) for _ in range(3)]
-    changes[_AMOUNT + 3] = rng.uniform(-0.1, 0.1)
+    changes[_AMOUNT : _AMOUNT + 3] = [rng.uniform(1 - contrast, 1 + contrast) for _ in range(3)]
+    changes[_AMOUNT + 3] = rng.uniform(-hue, hue)
     changes[_TURN + rng.permutation(4)] = range(4)
     return changes
 

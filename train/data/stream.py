@@ -6,31 +6,25 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from cac_fast.train.batch import Batch, Step
 from cac_fast.train.config import Config
 from cac_fast.train.data import loaders
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
 from cac_fast.train.data.cache import PixelReader
+from cac_fast.train.data.crops import CELL
 from cac_fast.train.data.images import IMAGENET_MEAN, IMAGENET_STD
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.photometric import apply_photometric
+from cac_fast.train.data.views import PAIR, Views, crops_of
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError, RankInputError
 from cac_fast.train.profiling import phase
 from cac_fast.train.progress import show_progress
-
-Batch = dict[str, torch.Tensor]
-
-
-class Step(NamedTuple):
-    """What one iteration gets: batches on the device and the seconds it waited for them."""
-
-    labeled: Batch
-    unlabeled: Batch | None
-    waited: float
 
 
 def fill_cache(
@@ -38,13 +32,13 @@ def fill_cache(
 ) -> None:
     """Bring ``config.data.cache`` up to date with what the streams will read, and nothing more.
 
+    unlabeled: empty for a method that draws none.
+
     Raises:
         InputError: the cache cannot be written.
     """
-    images, masks = labeled, labeled
-    if config.loss.method != "supervised":
-        images = labeled + unlabeled
-        masks = images if config.loss.false_negatives else labeled
+    images = labeled + unlabeled
+    masks = images if config.loss.false_negatives else labeled
     reader = PixelReader(data, Path(config.data.cache))
     reader.fill(images, masks, show_progress)
 
@@ -55,6 +49,7 @@ class Stream:
     Args:
         labeled, unlabeled: the images of each stream.
         world: this rank draws its part of every global batch.
+        views: of every unlabeled image.
     """
 
     def __init__(
@@ -64,9 +59,10 @@ class Stream:
         data: SegmentationData,
         labeled: list[Sample],
         unlabeled: list[Sample],
+        views: Views = PAIR,
     ) -> None:
         self.config, self.world, self.data = config, world, data
-        self.labeled, self.unlabeled = labeled, unlabeled
+        self.labeled, self.unlabeled, self.views = labeled, unlabeled, views
         self.skipped = 0
         self.recent: deque[tuple[int, list[str]]] = deque(maxlen=config.run.log_every)
         channels_last = config.model.channels_last and (
@@ -135,7 +131,11 @@ class Stream:
         config = self.config
         iou_range = config.data.iou_range if config.loss.context else (1.0, 1.0)
         transform = UnlabeledTransform(
-            config.data.crop_size, config.data.unlabeled_scale, config.data.base_size, iou_range
+            config.data.crop_size,
+            config.data.unlabeled_scale,
+            config.data.base_size,
+            iou_range,
+            views=self.views,
         )
         return loaders.unlabeled_loader(
             self.unlabeled,
@@ -146,19 +146,45 @@ class Stream:
         )
 
     def to_device(self, batch: Batch) -> Batch:
-        """Move a batch; images travel as uint8, and change their colors on the device."""
+        """Move a batch; images travel as uint8, and change their colors on the device.
+
+        A labeled batch has "image" then, float (B, 3, c, c) and normalized. An unlabeled one has
+        "image_NAME" of every view, and of every crop v that they show "on_imagev", bool
+        (B, c, c), which is False on the padding; all else keeps its name.
+        """
         device = self.world.device
         changes = {name: batch.pop(name) for name in tuple(batch) if name.startswith("changes")}
         moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        for name, value in moved.items():
-            if name.startswith("image"):
-                change = changes.get(name.replace("image", "changes"))
-                value = value.to(torch.float32)
-                if change is not None:
-                    apply_photometric(value, change)
-                value.sub_(self.mean).div_(self.std)
-                moved[name] = value.contiguous(memory_format=self.memory_format)
+        if "label" in moved:
+            moved["image"] = self._normalized(moved["image"], changes.get("changes"))
+            return moved
+        pixels = {number: moved.pop(f"image{number}") for number in crops_of(self.views)}
+        for name, view in self.views.items():
+            change = changes.get(f"changes_{name}")
+            moved[f"image_{name}"] = self._normalized(pixels[view.crop], change)
+        for number in pixels:
+            flip, valid = moved[f"flip{number}"], moved[f"valid{number}"]
+            moved[f"on_image{number}"] = on_image(flip, valid, self.config.data.crop_size)
         return moved
+
+    def _normalized(self, pixels: Tensor, changes: Tensor | None) -> Tensor:
+        """Float images of uint8 (B, 3, c, c), after their changes of color."""
+        images = pixels.to(torch.float32)
+        if changes is not None:
+            apply_photometric(images, changes)
+        images.sub_(self.mean).div_(self.std)
+        return images.contiguous(memory_format=self.memory_format)
+
+
+def on_image(flip: Tensor, valid: Tensor, crop: int) -> Tensor:
+    """Which pixels of crops lie in cells wholly on the image: bool (B, crop, crop).
+
+    flip: (B,) bool. valid: (B, 2) int64, rows and columns of such cells before the flip.
+    """
+    places = torch.arange(crop, device=flip.device)
+    rows, columns = (CELL * valid).unsqueeze(2).unbind(1)
+    columns = torch.where(flip[:, None], crop - 1 - places, places) < columns
+    return (places < rows).unsqueeze(2) & columns.unsqueeze(1)
 
 
 def _is_light(config: Config) -> bool:

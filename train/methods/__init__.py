@@ -4,60 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from cac_fast import Verification, VerificationError, settle_backend, verify
 from cac_fast.train.config import Config
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
-from cac_fast.train.methods.cac import CAC
-from cac_fast.train.methods.supervised import Supervised
-from cac_fast.train.networks import Segmenter
+from cac_fast.train.methods.base import Method, Networks
 from cac_fast.train.registry import METHODS
 
-__all__ = ["CAC", "Supervised", "build_method"]
+__all__ = ["Method", "Networks", "build_method", "method_class"]
 
 
-def build_method(
-    config: Config, network: Segmenter, world: World, bank_dtype: torch.dtype
-) -> Supervised:
-    """The method that ``config.loss.method`` names, around ``network``.
-
-    Raises:
-        InputError: its loss cannot be had here, or is not right on this device.
-    """
-    if config.loss.method != "cac":
-        return METHODS.load(config.loss.method)(network, world, config)
-    try:
-        method = CAC(network, world, config, bank_dtype)
-        if config.loss.contrastive:
-            found = _verified(config, world, bank_dtype, method.bank.dim)
-            method.dc_loss.backend = found.backend
-            method.report = (
-                f"loss by back end {found.backend}: gradient {found.gradient_error:.0e} off "
-                f"float64, that of plain PyTorch {found.plain_gradient_error:.0e}"
-            )
-    except ValueError as error:
-        raise InputError(f"--dc-backend {config.loss.dc_backend}: {error}; use auto") from error
-    return method
-
-
-def _verified(config: Config, world: World, dtype: torch.dtype, dim: int) -> Verification:
-    """Compare the loss with float64 on every rank's device, now and not at the first step with it.
-
-    Returns what was found of the back end that all ranks are to use. Raises ValueError for one that
-    is not there, and InputError on all ranks where one of them finds it wrong.
-    """
-    if config.loss.dc_backend == "auto":
-        try:
-            return settle_backend(world.device, dtype, dim, config.loss.temperature)
-        except VerificationError as error:
-            raise InputError(f"the loss: {error}; use --device cpu") from error
-    found, wrong = None, None
-    try:
-        found = verify(world.device, dtype, config.loss.dc_backend, dim, config.loss.temperature)
-    except VerificationError as error:
-        wrong = str(error)
-    for line in world.all_gather_objects(wrong):
-        if line is not None:
-            remedy = "--device cpu" if "'eager'" in line else "--dc-backend eager"
-            raise InputError(f"the loss by {line}; use {remedy}")
+def method_class(config: Config) -> type[Method]:
+    """The method that ``config.loss.method`` names; raises InputError if it is none."""
+    found = METHODS.load(config.loss.method)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise InputError(
+            f"--method {config.loss.method}: it is no subclass of cac_fast.train.methods.Method"
+        )
     return found
+
+
+def build_method(config: Config, networks: Networks, world: World, dtype: torch.dtype) -> Method:
+    """The settings' method; arguments and errors as of `Method.build`."""
+    return method_class(config).build(networks, world, config, dtype)

@@ -2,45 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cac_fast import DirectionalContrastiveLoss, FeatureBank, overlap_from_crops
+from cac_fast import (
+    DirectionalContrastiveLoss,
+    FeatureBank,
+    Verification,
+    VerificationError,
+    overlap_from_crops,
+    settle_backend,
+    verify,
+)
 from cac_fast.loss import DCLossOutput
 from cac_fast.train.config import Config
+from cac_fast.train.data.views import PAIR
 from cac_fast.train.distributed import World
-from cac_fast.train.methods.supervised import Batch, Supervised
-from cac_fast.train.networks import Segmenter
+from cac_fast.train.errors import InputError
+from cac_fast.train.methods.base import Batch, Method, Networks, cross_entropy_sum
+from cac_fast.train.networks import upsample_logits
 from cac_fast.train.profiling import phase
 
 PROJECTOR_CHANNELS = 128  # paper, Sec. 4.1
 
-View = tuple[Tensor, Tensor]
+Projected = tuple[Tensor, Tensor]
 """Projected features (B, D, h, w) and class logits (B, K, h, w)."""
 
 Finish = Callable[[], DCLossOutput]
 """Waits for the other ranks' negatives, and computes the contrastive loss."""
 
 
-class CAC(Supervised):
+class CAC(Method):
     """``L = L_ce + lambda * L_dc`` (Eq. 9), L_dc between two overlapping crops.
 
-    Args:
-        network: its features feed the projector Phi, which this method owns.
-        config: the loss's settings and the ablation switches of Table 3.
-        world: ranks that share the negatives.
-        bank_dtype: dtype in which negatives are kept.
+    The network's features feed the projector Phi, which this method owns; ``config`` has the loss's
+    settings and the ablation switches of Table 3. The ranks share the negatives, kept in ``dtype``.
     """
 
-    def __init__(self, network: Segmenter, world: World, config: Config, bank_dtype: Any) -> None:
-        super().__init__(network, world, config)
+    views = PAIR
+    reductions: Mapping[str, str] = {
+        "active": "sum",
+        "pairs": "sum",
+        "positive_cosine": "pairs",
+    }
+
+    def __init__(
+        self, networks: Networks, world: World, config: Config, dtype: torch.dtype
+    ) -> None:
+        super().__init__(networks, world, config, dtype)
         self.weight = config.loss.dc_weight
         self.joint = config.loss.forward == "joint"
-        channels = network.feature_channels
+        channels = self.network.feature_channels
         self.projector: nn.Module = nn.Identity()
         if config.loss.projector:
             self.projector = nn.Sequential(
@@ -50,7 +66,7 @@ class CAC(Supervised):
             )
             channels = PROJECTOR_CHANNELS
         past = config.loss.bank_past_steps
-        self.bank = FeatureBank(1 + past, channels, bank_dtype, world.new_group())
+        self.bank = FeatureBank(1 + past, channels, dtype, world.new_group())
         self.dc_loss = DirectionalContrastiveLoss(
             temperature=config.loss.temperature,
             threshold=config.loss.threshold if config.loss.positive_filtering else 0.0,
@@ -65,11 +81,26 @@ class CAC(Supervised):
             backend=config.loss.dc_backend,
         )
 
+    @classmethod
+    def build(cls, networks: Networks, world: World, config: Config, dtype: torch.dtype) -> CAC:
+        """Raises InputError if its loss cannot be had here, or is not right on this device."""
+        try:
+            method = cls(networks, world, config, dtype)
+            if config.loss.contrastive:
+                found = _verified(method.dc_loss, world, dtype)
+                method.dc_loss.backend = found.backend
+                method.report = (
+                    f"loss by back end {found.backend}: gradient {found.gradient_error:.0e} off "
+                    f"float64, that of plain PyTorch {found.plain_gradient_error:.0e}"
+                )
+        except ValueError as error:
+            raise InputError(f"--dc-backend {config.loss.dc_backend}: {error}; use auto") from error
+        return method
+
     def set_unlabeled(self, used: bool) -> None:
-        # DDP waits for the gradient of every parameter that requires one.
         self.projector.requires_grad_(used)
 
-    def view(self, features: Tensor) -> View:
+    def view(self, features: Tensor) -> Projected:
         """Projected features (B, D, h, w) and logits (B, K, h, w), at 1/8 of the crop, of E's."""
         if self.network.feature_stride == 4:
             features = F.avg_pool2d(features, 2)
@@ -77,7 +108,8 @@ class CAC(Supervised):
 
     def forward(self, labeled: Batch, unlabeled: Batch | None) -> Batch:
         if unlabeled is None:
-            return super().forward(labeled, unlabeled)
+            loss = self.supervised_loss(labeled)
+            return {"loss": loss, "loss_ce": loss.detach()}
         networks = self.joint_forward if self.joint else self.separate_forward
         loss_ce, finish = networks(labeled, unlabeled)
         with phase("loss"):
@@ -102,7 +134,7 @@ class CAC(Supervised):
         """
         views = []
         with phase("forward unlabeled"):
-            for name in ("image1", "image2"):
+            for name in ("image_1", "image_2"):
                 views.append(_join(self.sliced(self.unlabeled_view, unlabeled[name])))
         with phase("loss"):
             finish = self.contrast(*views, unlabeled)
@@ -110,7 +142,7 @@ class CAC(Supervised):
 
     def joint_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, Finish]:
         """The same of one pass over all images, with batch statistics of all of them."""
-        images = labeled["image"], labeled["label"], unlabeled["image1"], unlabeled["image2"]
+        images = labeled["image"], labeled["label"], unlabeled["image_1"], unlabeled["image_2"]
         with phase("forward"):
             sums, *views = zip(*self.sliced(self.joint_slice, *images, keep_last=True), strict=True)
         with phase("loss"):
@@ -119,16 +151,18 @@ class CAC(Supervised):
 
     def joint_slice(
         self, images: Tensor, labels: Tensor, images1: Tensor, images2: Tensor
-    ) -> tuple[Tensor, View, View]:
+    ) -> tuple[Tensor, Projected, Projected]:
         """Summed cross entropy and both views of a slice, each part with as many images."""
         parts = self.features(torch.cat((images, images1, images2))).chunk(3)
-        return self.cross_entropy_sum(parts[0], labels), self.view(parts[1]), self.view(parts[2])
+        logits = upsample_logits(self.network.classify(parts[0]), labels.shape[-2:])
+        loss = cross_entropy_sum(logits, labels)
+        return loss, self.view(parts[1]), self.view(parts[2])
 
-    def unlabeled_view(self, images: Tensor) -> View:
+    def unlabeled_view(self, images: Tensor) -> Projected:
         """:meth:`view` of images (B, 3, H, W)."""
         return self.view(self.features(images))
 
-    def contrast(self, view1: View, view2: View, unlabeled: Batch) -> Finish:
+    def contrast(self, view1: Projected, view2: Projected, unlabeled: Batch) -> Finish:
         """Start the contrastive loss of two views of a batch; return what ends it."""
         (features1, logits1), (features2, logits2) = view1, view2
         overlap = overlap_from_crops(
@@ -147,6 +181,30 @@ class CAC(Supervised):
         self.bank.load_state_dict(state["bank"])
 
 
-def _join(slices: Iterable[View]) -> View:
+def _join(slices: Iterable[Projected]) -> Projected:
     features, logits = (torch.cat(parts) for parts in zip(*slices, strict=True))
     return features, logits
+
+
+def _verified(loss: DirectionalContrastiveLoss, world: World, dtype: torch.dtype) -> Verification:
+    """Compare the loss with float64 on every rank's device, now and not at the first step with it.
+
+    Returns what was found of the back end that all ranks are to use. Raises ValueError for one that
+    is not there, and InputError on all ranks where one of them finds it wrong.
+    """
+    backend, of = loss.backend, (loss.bank.dim, loss.temperature)
+    if backend == "auto":
+        try:
+            return settle_backend(world.device, dtype, *of)
+        except VerificationError as error:
+            raise InputError(f"the loss: {error}; use --device cpu") from error
+    found, wrong = None, None
+    try:
+        found = verify(world.device, dtype, backend, *of)
+    except VerificationError as error:
+        wrong = str(error)
+    for line in world.all_gather_objects(wrong):
+        if line is not None:
+            remedy = "--device cpu" if "'eager'" in line else "--dc-backend eager"
+            raise InputError(f"the loss by {line}; use {remedy}")
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cac_fast.train.networks.recompute import in_slices
-from cac_fast.train.networks.segmenter import Segmenter, upsample_logits
+from cac_fast.train.networks.segmenter import Segmenter, freeze_batch_norm, upsample_logits
 from cac_fast.train.networks.sync_batch_norm import synchronize_batch_norm
 from cac_fast.train.networks.weights import WeightsReport, load_backbone_weights
 from cac_fast.train.registry import NETWORKS
@@ -12,6 +12,7 @@ __all__ = [
     "Segmenter",
     "WeightsReport",
     "build_network",
+    "freeze_batch_norm",
     "in_slices",
     "load_backbone_weights",
     "synchronize_batch_norm",

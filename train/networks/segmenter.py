@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cac_fast.train.networks.recompute import recompute_blocks
 
@@ -109,3 +110,10 @@ def initialize(module: nn.Module) -> None:
             nn.init.kaiming_normal_(m.weight)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+
+
+def freeze_batch_norm(module: nn.Module) -> None:
+    """Let every batch norm of ``module`` use its running statistics."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            part.eval()

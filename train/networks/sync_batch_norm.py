@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cac_fast.bank import all_gather
+from cac_fast.collectives import all_gather
 
 
 def synchronize_batch_norm(module: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -44,6 +44,7 @@ class SyncBatchNorm2d(_BatchNorm):
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
+        self.training = norm.training
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in the dtype of ``x``; in evaluation mode by the running statistics."""
