@@ -22,10 +22,10 @@ def test_later_sources_win(tmp_path):
             *BASE,
             "--config",
             str(toml),
-            "--set",
-            "crop_size=128",
-            "--set",
-            "seed=3",
+            "--crop-size",
+            "128",
+            "--seed",
+            "3",
             "--learning-rate",
             "0.25",
         ]
@@ -38,10 +38,6 @@ def test_later_sources_win(tmp_path):
     assert settings.optim.learning_rate == 0.25
     assert settings.data.labeled_scale == (0.5, 1.5)
     assert settings.model.network == "deeplabv3plus"
-
-
-def test_flag_wins_over_set_whatever_the_order():
-    assert config.parse([*BASE, "--seed", "1", "--set", "seed=2"]).run.seed == 1
 
 
 @pytest.mark.parametrize(
@@ -87,11 +83,20 @@ def test_paper_settings(dataset, crop, rate, past):
 def test_ablation_switches_are_one_flag_each(switch):
     assert config.parse(BASE).flat()[switch] is True
     assert config.parse([*BASE, f"--no-{switch.replace('_', '-')}"]).flat()[switch] is False
-    assert config.parse([*BASE, "--set", f"{switch}=off"]).flat()[switch] is False
+
+
+@pytest.mark.parametrize("text, value", [("false", False), ('"off"', False), ("1", True)])
+def test_switches_of_a_toml_file(tmp_path, text, value):
+    toml = tmp_path / "run.toml"
+    toml.write_text(f"directional = {text}\n")
+    assert config.parse([*BASE, "--config", str(toml)]).loss.directional is value
+    toml.write_text('directional = "maybe"\n')
+    with pytest.raises(InputError, match="--directional maybe: expected true or false"):
+        config.parse([*BASE, "--config", str(toml)])
 
 
 def test_settings_equal_themselves_after_json():
-    settings = config.parse([*BASE, "--set", "iou_range=0.2,0.9"])
+    settings = config.parse([*BASE, "--iou-range", "0.2,0.9"])
     former = json.loads(json.dumps(settings.flat()))
     assert config.differences(settings, former) == []
 
@@ -133,7 +138,9 @@ def test_a_run_made_before_a_setting_was_there_goes_on():
         (["--dataset", "citscapes", "--data-dir", "d"], "did you mean cityscapes?"),
         ([*BASE, "--bath-size", "3"], "did you mean --batch-size?"),
         ([*BASE, "--set", "crop-sise=8"], "did you mean crop_size?"),
-        ([*BASE, "--set", "crop_size"], "key=value"),
+        ([*BASE, "--set", "crop_size=64"], "--set crop_size=64: use --crop-size 64"),
+        ([*BASE, "--set", "directional=off"], "--set directional=off: use --no-directional"),
+        ([*BASE, "--set=directional=yes"], "--set directional=yes: use --directional"),
         ([*BASE, "--crop-size", "100"], "--crop-size 100 is not a multiple of 8: use 96 or 104"),
         ([*BASE, "--crop-size", "x"], "--crop-size x: expected a whole number"),
         ([*BASE, "--iterations", "1.5"], "--iterations 1.5: expected a whole number"),
@@ -147,7 +154,6 @@ def test_a_run_made_before_a_setting_was_there_goes_on():
         ([*BASE, "--labeled-scale", "2,1"], "lower first"),
         ([*BASE, "--iou-range", "0.5,1.5"], "at most 1"),
         ([*BASE, "--threshold", "1.5"], "--threshold 1.5: a confidence is at most 1"),
-        ([*BASE, "--set", "directional=maybe"], "true or false"),
         ([*BASE, "--config", "absent.toml"], "no such file"),
     ],
 )

@@ -27,6 +27,11 @@ LAYERS = [
     ["cac_fast.kernels"],
     ["cac_fast.backend"],
     ["cac_fast"],
+    ["cac_fast.train.errors"],
+    ["cac_fast.train.registry"],
+    ["cac_fast.train.options"],
+    ["cac_fast.train.settings"],
+    ["cac_fast.train.config"],
     ["cac_fast.train"],
     ["bench"],
 ]

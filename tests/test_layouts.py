@@ -18,16 +18,15 @@ from data_folders import (
     write_mask,
 )
 
-from cac_fast.train import data as data_package
 from cac_fast.train.data.images import read_image
-from cac_fast.train.data.layouts import (
+from cac_fast.train.data.layouts import open_data
+from cac_fast.train.data.layouts import toycity as toycity_layout
+from cac_fast.train.data.layouts.cityscapes import (
     CITYSCAPES_CLASSES,
     CITYSCAPES_LABEL_MAP,
     CITYSCAPES_PALETTE,
-    VOC_CLASSES,
-    VOC_PALETTE,
-    open_data,
 )
+from cac_fast.train.data.layouts.voc import VOC_CLASSES, VOC_PALETTE
 from cac_fast.train.errors import InputError
 
 
@@ -147,7 +146,7 @@ def test_missing_data_folder(tmp_path, dataset):
 def test_unknown_dataset(tmp_path):
     with pytest.raises(InputError) as error:
         open_data("ade", tmp_path)
-    one_line(error, "ade", "cityscapes, voc, folder or toycity")
+    one_line(error, "ade", "cityscapes, voc, folder, toycity")
 
 
 def write_city(
@@ -314,9 +313,10 @@ def test_toycity_is_written_and_read_as_cityscapes(tmp_path, monkeypatch):
         def ensure(root):
             write_city(root, "train", "toy_000000_000000", value=1)
 
-    monkeypatch.setattr(data_package, "toycity", Toy, raising=False)
+    monkeypatch.setattr(toycity_layout, "toycity", Toy)
     data = open_data("toycity", tmp_path / "new")
     assert names(data, "train") == ["toy/toy_000000_000000"] and data.classes == Toy.CLASSES
     assert (data.read_mask(data.splits["train"][0].mask) == 1).all()
+    assert data.lists == tuple(data.root / f"lists/{n}.txt" for n in ("labeled", "unlabeled"))
     monkeypatch.chdir(tmp_path)
     assert open_data("toycity", None).root == Path("data/toycity")

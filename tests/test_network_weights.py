@@ -11,7 +11,8 @@ import torch
 import torchvision
 
 from cac_fast.train.errors import InputError
-from cac_fast.train.networks import NETWORKS, Segmenter, build_network, load_backbone_weights
+from cac_fast.train.networks import Segmenter, build_network, load_backbone_weights
+from cac_fast.train.registry import NETWORKS
 
 CLASSES = 5
 NAMES = ("weight", "bias")
@@ -168,7 +169,7 @@ def test_a_missing_file_is_an_input_error(tmp_path):
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no test data")
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", NETWORKS.names)
 def test_loads_the_real_mobilenet_v2_file(network):
     path = DATA / "weights/mobilenetv2-imagenet-fp16.pth"
     net = build_network(network, "mobilenet_v2", CLASSES)

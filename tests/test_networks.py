@@ -13,18 +13,14 @@ from torch import nn
 from torchvision.ops import SqueezeExcitation
 
 from cac_fast.train.errors import InputError
-from cac_fast.train.networks import (
-    BACKBONES,
-    NETWORKS,
-    Segmenter,
-    build_network,
-    upsample_logits,
-)
+from cac_fast.train.networks import Segmenter, build_network, upsample_logits
 from cac_fast.train.networks.backbones import build_backbone
 from cac_fast.train.networks.deeplabv3plus import ASPP
 from cac_fast.train.networks.pspnet import PSPHead
+from cac_fast.train.registry import BACKBONES, NETWORKS
 
 CLASSES = 5
+TORCHVISION = [name for name in BACKBONES.names if "/" not in name]
 OUTPUT_STRIDE = {"deeplabv3plus": 16, "lraspp": 16, "pspnet": 8}
 LOW_STRIDE = {"deeplabv3plus": 4, "lraspp": 8, "pspnet": 4}
 FEATURES = {"deeplabv3plus": (256, 4), "pspnet": (512, 8)}
@@ -38,10 +34,10 @@ CHANNELS = {
 }
 HEADS = ("fc.", "classifier.", "features.18.")
 
-every_network = pytest.mark.parametrize("network", NETWORKS)
-every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+every_network = pytest.mark.parametrize("network", NETWORKS.names)
+every_backbone = pytest.mark.parametrize("backbone", TORCHVISION)
 # resnet101 is resnet50 with more blocks: left out where something is computed.
-small_backbones = pytest.mark.parametrize("backbone", BACKBONES[:4])
+small_backbones = pytest.mark.parametrize("backbone", TORCHVISION[:4])
 
 
 @functools.cache
@@ -216,7 +212,7 @@ DILATIONS = {
     ("pspnet", "mobilenet_v3_large"): mobile_v3(7, 13, [1] + [2] * 5)
     | mobile_v3(13, 16, [2, 4, 4]),
 }
-DILATIONS |= {("lraspp", name): DILATIONS["deeplabv3plus", name] for name in BACKBONES}
+DILATIONS |= {("lraspp", name): DILATIONS["deeplabv3plus", name] for name in TORCHVISION}
 
 
 @every_network

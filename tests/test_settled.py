@@ -18,7 +18,8 @@ from cac_fast import VerificationError, choice, settle_backend
 from cac_fast.train import config
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
-from cac_fast.train.methods import CAC, build_method
+from cac_fast.train.methods import build_method
+from cac_fast.train.methods.cac import CAC
 from cac_fast.train.networks import Segmenter
 from cac_fast.verification import THOROUGH
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,7 @@ def test_toycity_brings_its_own_lists(folder):
     (folder.root / "lists").mkdir()
     write_list(folder, "t01\n", "lists/labeled.txt")
     write_list(folder, "t04\nt05\n", "lists/unlabeled.txt")
-    toy = SegmentationData("toycity", folder.root, ("a",), ((0, 0, 0),), folder.splits)
+    lists = tuple(folder.root / "lists" / f"{name}.txt" for name in ("labeled", "unlabeled"))
+    toy = replace(folder, lists=lists)
     assert tuple(map(names, select(toy, None, None, None))) == (["t01"], ["t04", "t05"])
     assert len(select(toy, None, None, "1/2")[0]) == 2

@@ -13,7 +13,7 @@ from cac_fast.train import config, profiling
 from cac_fast.train.data import opening
 from cac_fast.train.data.stream import Step, Stream
 from cac_fast.train.distributed import World
-from cac_fast.train.methods import CAC
+from cac_fast.train.methods.cac import CAC
 from cac_fast.train.networks import Segmenter, recompute
 from cac_fast.train.networks.encoder import Encoder
 from cac_fast.train.networks.segmenter import conv_bn_relu, dropout_layer

@@ -1,8 +1,9 @@
-"""The one exception that bad input raises in the trainer."""
+"""The one exception that bad input raises in the trainer, and what its messages share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,3 +30,9 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({error.strerror or error}): mend that, then give the same "
             "command again"
         ) from error
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """As ``, did you mean voc?``; empty where no name is similar."""
+    nearest = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {nearest[0]}?" if nearest else ""

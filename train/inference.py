@@ -180,11 +180,15 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Predictor:
         config, weights, classes, palette = (
             state[key] for key in ("config", "network", "classes", "palette")
         )
-        network = build_network(config["network"], config["backbone"], len(classes), dropout=False)
+        names = config["network"], config["backbone"]
     except KeyError as error:
         raise InputError(
             f"checkpoint {path} holds no {error}: it is not one that training wrote"
         ) from error
+    try:
+        network = build_network(*names, len(classes), dropout=False)
+    except InputError as error:
+        raise InputError(f"checkpoint {path} was made with {error}") from error
     network.backbone.adopt(state.get("backbone", {}))
     checkpoint.load_model(network, weights, path)
     return Predictor(network, classes, palette).to(device).eval()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cac_fast.train.errors import InputError
+from cac_fast.train.errors import InputError, did_you_mean
+from cac_fast.train.registry import LAYOUTS
 
-DATASETS = ("cityscapes", "voc", "folder", "toycity")
 DEVICES = ("auto", "cpu", "cuda")
 
 _NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")
@@ -57,9 +56,8 @@ class Parser(argparse.ArgumentParser):
                 continue
             if name in known or (not name.startswith("--") and name[:2] in known):
                 continue
-            nearest = difflib.get_close_matches("--" + name.lstrip("-"), known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
-            raise InputError(f"unknown option {name}, {hint}")
+            hint = did_you_mean("--" + name.lstrip("-"), known) or ", --help lists the options"
+            raise InputError(f"unknown option {name}{hint}")
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -79,7 +77,13 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 def add_data_options(parser: Parser) -> None:
     """Add ``--dataset`` and ``--data-dir``."""
-    parser.add_argument("--dataset", required=True, choices=DATASETS, help="data layout")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        type=LAYOUTS.checked,
+        metavar="NAME",
+        help=f"data layout: {LAYOUTS.describe()}",
+    )
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="the data's folder (not needed for toycity)"
     )

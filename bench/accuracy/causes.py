@@ -38,7 +38,8 @@ from cac_fast.train.data.stream import Stream
 from cac_fast.train.distributed import World, run_command
 from cac_fast.train.evaluation import evaluate
 from cac_fast.train.inference import Predictor
-from cac_fast.train.methods import CAC, build_method
+from cac_fast.train.methods import build_method
+from cac_fast.train.methods.cac import CAC
 from cac_fast.train.networks import build_network
 from lib.measure import command_line, facts, progress, write_record
 

@@ -16,6 +16,7 @@ from cac_fast.train import config
 from cac_fast.train.config import Config
 from cac_fast.train.data.layouts import SegmentationData
 from cac_fast.train.errors import InputError
+from cac_fast.train.registry import LAYOUTS
 
 FACTS = ("device", "architecture", "cpu", "cpu_capability", "python", "torch", "triton")
 """Where an older record says, for all its runs, what each run's ``machines`` say now."""
@@ -113,8 +114,7 @@ def unlike(here: Namespace, settings: Config, there: Namespace, former: Config) 
 
 
 def _data_folder(options: Namespace) -> str | None:
-    default = "data/toycity" if options.dataset == "toycity" else None
-    return options.data_dir or default
+    return options.data_dir or LAYOUTS.entry(options.dataset).made_in
 
 
 def _lists_by_share(options: Namespace) -> dict[str, str | None]:

@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy.arms import METHODS
 from accuracy.causes import CROPS, cut, with_statistics_of
 from cac_fast.train import load
-from cac_fast.train.config import PRESETS
 from cac_fast.train.data.augment import UnlabeledTransform
 from cac_fast.train.data.toycity.dataset import SEED, plan
 from cac_fast.train.data.toycity.scene import BEFORE, Scene, draw_scene
 from cac_fast.train.evaluation import ConfusionMatrix
 from cac_fast.train.inference import Predictor
+from cac_fast.train.registry import LAYOUTS
 from lib.measure import ROOT, command_line, facts, write_record
 
 FURTHER = 60
@@ -66,7 +66,7 @@ def miou(predictor: Predictor, scenes: list[Scene]) -> float:
 
 def unlabeled_crops() -> list[Tensor]:
     """Batches (8, 3, c, c) uint8 as the trainer cuts them, without photometric changes."""
-    preset = PRESETS["toycity"]
+    preset = LAYOUTS.entry("toycity").preset
     transform = UnlabeledTransform(
         preset["crop_size"], preset["unlabeled_scale"], photometric=False
     )

@@ -70,15 +70,18 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def passed_over(paths: Iterable[Path]) -> Counter[str]:
-    """How many files there are of each suffix that is not an image's, notes left out."""
-    suffixes = (path.suffix.lower() for path in paths if not is_image(path))
-    return Counter(suffix for suffix in suffixes if suffix not in _NOTES)
-
-
 def kinds(counts: Counter[str]) -> str:
     """As ``.heic 3, .npy 1``."""
     return ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in counts.most_common())
+
+
+def not_read(folder: Path, paths: Iterable[Path]) -> list[str]:
+    """What there is to say about files of other kinds in a folder of images or masks."""
+    suffixes = (path.suffix.lower() for path in paths if not is_image(path))
+    counts = Counter(suffix for suffix in suffixes if suffix not in _NOTES)
+    if not counts:
+        return []
+    return [f"{counts.total()} files in {folder} are of other kinds and not read: {kinds(counts)}"]
 
 
 def by_name(paths: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str, Path]:

@@ -22,7 +22,7 @@ def select(
     """The labeled and the unlabeled training images.
 
     Either lists are given, or a `share` ("full", or a fraction such as "1/8") of the training
-    images that have masks; with neither it is "full", but for toycity the lists written with it.
+    images that have masks; with neither the data's own lists are taken, or "full" without these.
     Without an `unlabeled` list, what is not labeled is unlabeled. Where nothing is left, the
     unlabeled images are the labeled ones (the paper's full setting).
 
@@ -38,8 +38,8 @@ def select(
         raise InputError(
             f"both --labeled {labeled} and --labeled-share {share} are given: give one of them"
         )
-    if share is None and labeled is None and unlabeled is None and data.dataset == "toycity":
-        labeled, unlabeled = (data.root / "lists" / f"{n}.txt" for n in ("labeled", "unlabeled"))
+    if share is None and labeled is None and unlabeled is None and data.lists is not None:
+        labeled, unlabeled = data.lists
     if labeled is not None:
         chosen = read_samples(Path(labeled), data, needs_mask=True)
         taken = {sample.image for sample in chosen}

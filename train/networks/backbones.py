@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torchvision
 from torch import Tensor, nn
 
-from cac_fast.train.errors import InputError
 from cac_fast.train.networks.encoder import Encoder
-
-BACKBONES = ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101")
+from cac_fast.train.registry import BACKBONES
 
 _MULTIGRID = (2, 4, 8)
 
@@ -95,21 +93,16 @@ class MobileNetBackbone(Encoder):
 
 
 def build_backbone(name: str, output_stride: int, low_stride: int) -> Encoder:
-    """Build the backbone `name` (one of BACKBONES, or timm/NAME) with random weights.
+    """Build the backbone of this name in the registry with random weights.
 
     output_stride: of the high-level features, 8 or 16. low_stride: of the low-level ones, 4 or 8.
 
-    Raises InputError for another name.
-    """
-    if name.startswith("timm/"):
-        from cac_fast.train.networks.timm_encoder import TimmEncoder
+    Returns a module that maps (B, 3, H, W) to the low-level and the high-level features; it has
+    their `low_channels` and `high_channels`, and `blocks()`.
 
-        return TimmEncoder(name.removeprefix("timm/"), output_stride, low_stride)
-    if name not in BACKBONES:
-        choices = ", ".join((*BACKBONES, "timm/NAME"))
-        raise InputError(f"unknown backbone '{name}': choose one of {choices}")
-    kind = MobileNetBackbone if name in _MOBILE_STAGES else ResNetBackbone
-    return kind(name, output_stride, low_stride)
+    Raises InputError for an unknown name.
+    """
+    return BACKBONES.load(name)(output_stride, low_stride)
 
 
 def _dilate(blocks: nn.Sequential, dilations: Sequence[int], strided: int) -> None:

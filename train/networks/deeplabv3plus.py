@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cac_fast.train.networks.backbones import build_backbone
 from cac_fast.train.networks.segmenter import (
     DilatedConv2d,
+    Segmenter,
     conv_bn_relu,
     dropout_layer,
     then_bn_relu,
@@ -82,3 +84,12 @@ class DeepLabV3PlusHead(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """ASPP, the reduction of the low-level features, decoder."""
         return [self.aspp, self.reduce, self.decoder]
+
+
+def deeplabv3plus(backbone: str, num_classes: int, dropout: bool) -> Segmenter:
+    """DeepLabv3+; dropout: 0.5 after ASPP and in the decoder and 0.1 before the classifier."""
+    encoder = build_backbone(backbone, output_stride=16, low_stride=4)
+    head = DeepLabV3PlusHead(
+        encoder.low_channels, encoder.high_channels, dropout=0.5 if dropout else 0.0
+    )
+    return Segmenter(encoder, head, num_classes, dropout=0.1 if dropout else 0.0)

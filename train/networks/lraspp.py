@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cac_fast.train.networks.segmenter import conv_bn_relu
+from cac_fast.train.networks.backbones import build_backbone
+from cac_fast.train.networks.segmenter import Segmenter, conv_bn_relu
 
 _CHANNELS = 128
 
@@ -36,3 +37,10 @@ class LRASPPHead(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The reduction of the high-level features and their gate."""
         return [self.reduce, self.gate]
+
+
+def lraspp(backbone: str, num_classes: int, dropout: bool) -> Segmenter:
+    """LR-ASPP, which has no dropout."""
+    encoder = build_backbone(backbone, output_stride=16, low_stride=8)
+    head = LRASPPHead(encoder.low_channels, encoder.high_channels)
+    return Segmenter(encoder, head, num_classes, dropout=0.0)

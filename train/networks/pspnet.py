@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cac_fast.train.networks.segmenter import conv_bn_relu
+from cac_fast.train.networks.backbones import build_backbone
+from cac_fast.train.networks.segmenter import Segmenter, conv_bn_relu
 from cac_fast.train.networks.upsampled import conv_of_upsampled
 
 _BINS = (1, 2, 3, 6)
@@ -53,3 +54,9 @@ class PSPHead(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The bins and the bottleneck."""
         return [*self.pyramid, self.bottleneck]
+
+
+def pspnet(backbone: str, num_classes: int, dropout: bool) -> Segmenter:
+    """PSPNet, without dropout."""
+    encoder = build_backbone(backbone, output_stride=8, low_stride=4)
+    return Segmenter(encoder, PSPHead(encoder.high_channels), num_classes, dropout=0.0)

@@ -1,0 +1,122 @@
+"""What can be named, and how code outside the project is found or its absence is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_folders import one_line, write_folder
+from small_training import ROOT
+
+from cac_fast.train.data.layouts import open_data
+from cac_fast.train.errors import InputError
+from cac_fast.train.networks import build_network
+from cac_fast.train.registry import BACKBONES, LAYOUTS, METHODS, NETWORKS, Entry, Registry
+from cac_fast.train.settings import FIELDS
+
+REGISTRIES = [LAYOUTS, NETWORKS, BACKBONES, METHODS]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where a command is started; what it imports is forgotten after the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return tmp_path
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.option)
+def test_entries(registry: Registry) -> None:
+    for name in registry.names:
+        assert callable(registry.load(name)), name
+        assert name in registry.describe() and registry.entries[name].help in registry.describe()
+
+
+def test_presets_are_settings() -> None:
+    for entry in LAYOUTS.entries.values():
+        assert entry.preset.keys() <= FIELDS.keys()
+
+
+def test_help_and_mistakes_come_without_what_is_named() -> None:
+    code = (
+        "import sys\n"
+        "import cac_fast.train.config, cac_fast.train.options\n"
+        "slow = 'torchvision', 'PIL', 'cac_fast.train.networks', 'cac_fast.train.data.images'\n"
+        "assert not set(slow) & sys.modules.keys(), sys.modules.keys() & set(slow)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_entry_with_a_prefix_is_given_the_rest() -> None:
+    entry = Entry("builtins:dict", "any")
+    named = Registry("--backbone", {"a": Entry("builtins:str", "one"), "b/NAME": entry})
+    assert named.load("b/c:d").args == ("c:d",) and named.entry("b/") is entry
+    for name in ("b", "a/x", "c/x"):
+        with pytest.raises(InputError) as error:
+            named.load(name)
+        one_line(error, f"--backbone: invalid choice: '{name}'", "a, b/NAME")
+
+
+def test_the_nearest_name_is_offered() -> None:
+    with pytest.raises(InputError) as error:
+        LAYOUTS.load("citscapes")
+    one_line(error, "--dataset", "'citscapes'", "did you mean cityscapes?", "module:name")
+
+
+def test_code_of_the_working_folder(folder: Path) -> None:
+    (folder / "inner").mkdir()
+    (folder / "inner/mine.py").write_text("def name(): return 3\n")
+    assert METHODS.load("inner.mine:name")() == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gone:Net", ["no gone.py in {folder}", "no module gone"]),
+        ("gone.deep:Net", ["no gone/deep.py in {folder}"]),
+        ("mine.deep:Net", ["no mine/deep.py in {folder}"]),
+        ("mine:Nett", ["{folder}/mine.py holds no 'Nett'", "did you mean Net?"]),
+        ("mine:", ["{folder}/mine.py holds no ''"]),
+        (":Net", ["module  cannot be imported"]),
+        ("broken:Net", ["NameError", "nowhere", "{folder}/broken.py line 2"]),
+        ("typo:Net", ["SyntaxError", "typo.py, line 1"]),
+        ("needs:Net", ["No module named 'not_installed'", "{folder}/needs.py line 1"]),
+    ],
+)
+def test_code_that_cannot_be_had(folder: Path, name: str, words: list[str]) -> None:
+    (folder / "mine.py").write_text("class Net: pass\n")
+    (folder / "broken.py").write_text("x = 1\nnowhere\n")
+    (folder / "typo.py").write_text("def (:\n")
+    (folder / "needs.py").write_text("import not_installed\n")
+    with pytest.raises(InputError) as error:
+        NETWORKS.load(name)
+    one_line(error, f"--network {name}: ", *(word.format(folder=folder) for word in words))
+
+
+def test_all_that_is_named_can_be_ones_own(folder: Path) -> None:
+    write_folder(folder / "data")
+    (folder / "mine.py").write_text(
+        "from cac_fast.train.data.layouts.folder import open_folder as layout\n"
+        "from cac_fast.train.networks.lraspp import lraspp as network\n"
+        "from cac_fast.train.networks.backbones import MobileNetBackbone\n"
+        "def backbone(*strides): return MobileNetBackbone('mobilenet_v2', *strides)\n"
+    )
+    assert open_data("mine:layout", folder / "data").classes == ("sky", "wet road", "car")
+    with pytest.raises(InputError, match="mine:layout needs its folder: give --data-dir"):
+        open_data("mine:layout", None)
+    network = build_network("mine:network", "mine:backbone", 3)
+    assert network.feature_channels == 128 + 32
+
+
+def test_ones_own_module_comes_before_the_commands_files(folder: Path) -> None:
+    """Python looks first where the command's file is, and that folder has a samples.py too."""
+    (folder / "samples.py").write_text("from nowhere import x\n")
+    words = "--dataset samples:x --data-dir . --labeled-share 1/2 --output lists".split()
+    done = subprocess.run(
+        [sys.executable, ROOT / "train/split.py", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"No module named 'nowhere', {folder}/samples.py line 1" in done.stderr

@@ -1,0 +1,195 @@
+"""What a run chooses by name: data layouts, networks, backbones and methods.
+
+An entry says where the code is; it is imported when it is first used. Code outside the project
+needs no entry: its name is ``module:attribute``, found in the working folder or where Python looks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from cac_fast.train.errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Code that has a name.
+
+    where: ``module:attribute``.
+    help: one line.
+    arguments: given to it before all others.
+    preset: of a data layout: settings in place of the defaults, by their flat names.
+    made_in: of a data layout that the program makes itself: in this folder if no other is given.
+    """
+
+    where: str
+    help: str
+    arguments: tuple[str, ...] = ()
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    made_in: str | None = None
+
+
+class Registry:
+    """What an option can name: entries, and code outside the project as ``module:attribute``.
+
+    An entry ``prefix/NAME`` stands for all names that begin with ``prefix/``; its code is given
+    what follows.
+    """
+
+    def __init__(self, option: str, entries: Mapping[str, Entry]) -> None:
+        self.option, self.entries = option, entries
+        self.names = tuple(entries)
+
+    def entry(self, name: str) -> Entry:
+        """The entry of a name; raises InputError where there is none and no colon in the name."""
+        prefix, slash, _ = name.partition("/")
+        found = self.entries.get(f"{prefix}/NAME" if slash else name)
+        if found is None and ":" in name:
+            return Entry(name, "code outside the project")
+        if found is None:
+            raise InputError(
+                f"{self.option}: invalid choice: '{name}'{did_you_mean(name, self.names)} "
+                f"(choose from {', '.join(self.names)}, or your own as module:name)"
+            )
+        return found
+
+    def checked(self, name: str) -> str:
+        """``name`` itself; raises as :meth:`entry`."""
+        self.entry(name)
+        return name
+
+    def load(self, name: str) -> Any:
+        """The function or class that ``name`` stands for.
+
+        Raises:
+            InputError: there is no such name, or code outside the project cannot be imported.
+        """
+        entry = self.entry(name)
+        module, _, attribute = entry.where.partition(":")
+        if entry.where == name:
+            return _load_outside(f"{self.option} {name}", module, attribute)
+        found = getattr(importlib.import_module(module), attribute)
+        _, slash, rest = name.partition("/")
+        arguments = (rest,) if slash else entry.arguments
+        return partial(found, *arguments) if arguments else found
+
+    def describe(self) -> str:
+        """All names and what they are, for a help text."""
+        entries = (f"{name} ({entry.help})" for name, entry in self.entries.items())
+        return f"{', '.join(entries)}, or your own as module:name"
+
+
+def _load_outside(option: str, name: str, attribute: str) -> Any:
+    module = _import_outside(option, name)
+    if not hasattr(module, attribute):
+        raise InputError(
+            f"{option}: {module.__file__} holds no '{attribute}'"
+            + did_you_mean(attribute, vars(module))
+        )
+    return getattr(module, attribute)
+
+
+def _import_outside(option: str, name: str) -> ModuleType:
+    # Before the folder of the command itself, whose files must not hide the user's.
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever the user's code raises
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise InputError(
+                f"{option}: there is no {name.replace('.', os.sep)}.py in {folder} and no module "
+                f"{name} on the Python path: correct the name or start in the folder that holds it"
+            ) from error
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"{option}: the module {name} cannot be imported ({reason}, {place.filename} line "
+            f"{place.lineno}): mend it"
+        ) from error
+
+
+_LAYOUTS = "cac_fast.train.data.layouts"
+_NETWORKS = "cac_fast.train.networks"
+_METHODS = "cac_fast.train.methods"
+
+# What differs between the data sets (paper, Sec. 4.1).
+_CITYSCAPES = {"iterations": 92_560, "crop_size": 720, "learning_rate": 0.01}
+_VOC = {"iterations": 92_560, "crop_size": 320, "learning_rate": 0.001, "bank_past_steps": 1}
+# From random weights, in minutes on two CPU cores: ResNet-18 learns in fewer steps than
+# MobileNetV2, small crops buy a larger batch, dropout would slow it down, and the head, as new
+# as the backbone, shares its learning rate. Labeled crops are jittered, as the authors do for
+# Cityscapes: without it the supervised baseline would fail in other light for that alone. The
+# loss of the method itself is the paper's.
+_TOYCITY = {
+    "backbone": "resnet18",
+    "dropout": False,
+    "iterations": 200,
+    "warmup": 60,
+    "batch_size": 8,
+    "crop_size": 56,
+    "learning_rate": 0.05,
+    "head_learning_rate_factor": 1.0,
+    "labeled_scale": (0.9, 1.7),
+    "unlabeled_scale": (0.9, 1.7),
+    "jitter_labeled": True,
+    "eval_every": 50,
+}
+
+# A layout is a function of its folder that returns `data.layouts.SegmentationData`.
+LAYOUTS = Registry(
+    "--dataset",
+    {
+        "cityscapes": Entry(
+            f"{_LAYOUTS}.cityscapes:open_cityscapes", "as published", preset=_CITYSCAPES
+        ),
+        "voc": Entry(f"{_LAYOUTS}.voc:open_voc", "PASCAL VOC 2012", preset=_VOC),
+        "folder": Entry(f"{_LAYOUTS}.folder:open_folder", "images, masks and classes.txt"),
+        "toycity": Entry(
+            f"{_LAYOUTS}.toycity:open_toycity", "embedded", preset=_TOYCITY, made_in="data/toycity"
+        ),
+    },
+)
+
+# A network is a function of (backbone's name, number of classes, dropout) that returns a
+# `networks.Segmenter`.
+NETWORKS = Registry(
+    "--network",
+    {
+        "deeplabv3plus": Entry(f"{_NETWORKS}.deeplabv3plus:deeplabv3plus", "features at 1/4"),
+        "lraspp": Entry(f"{_NETWORKS}.lraspp:lraspp", "small, features at 1/8"),
+        "pspnet": Entry(f"{_NETWORKS}.pspnet:pspnet", "features at 1/8"),
+    },
+)
+
+# A backbone is a class or function of (output_stride, low_stride): see `networks.backbones`.
+_MOBILENET = f"{_NETWORKS}.backbones:MobileNetBackbone"
+_RESNET = f"{_NETWORKS}.backbones:ResNetBackbone"
+BACKBONES = Registry(
+    "--backbone",
+    {
+        "mobilenet_v2": Entry(_MOBILENET, "torchvision", ("mobilenet_v2",)),
+        "mobilenet_v3_large": Entry(_MOBILENET, "torchvision", ("mobilenet_v3_large",)),
+        "resnet18": Entry(_RESNET, "torchvision", ("resnet18",)),
+        "resnet50": Entry(_RESNET, "torchvision", ("resnet50",)),
+        "resnet101": Entry(_RESNET, "torchvision", ("resnet101",)),
+        "timm/NAME": Entry(f"{_NETWORKS}.timm_encoder:TimmEncoder", "timm's that can be dilated"),
+    },
+)
+
+METHODS = Registry(
+    "--method",
+    {
+        "cac": Entry(f"{_METHODS}.cac:CAC", "context-aware consistency"),
+        "supervised": Entry(f"{_METHODS}.supervised:Supervised", "the labeled images alone"),
+    },
+)
