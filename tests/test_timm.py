@@ -35,7 +35,7 @@ timm = pytest.importorskip("timm")
 
 STRIDES = {"deeplabv3plus": (16, 4), "lraspp": (16, 8), "pspnet": (8, 4)}
 
-every_network = pytest.mark.parametrize("network", NETWORKS)
+every_network = pytest.mark.parametrize("network", NETWORKS.names)
 
 
 # --- shapes ---------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_settings_take_any_name_of_timm_and_say_so(folder_data, tmp_path):
     parsed = config.parse([*settings, "--backbone", "timm/resnet18"])
     assert parsed.run_folder.parent == Path("runs")
     for wrong in ("resnet34", "timm"):
-        with pytest.raises(InputError, match=r"expected one of .*resnet101, timm/NAME"):
+        with pytest.raises(InputError, match=r"choose from .*resnet101, timm/NAME"):
             config.parse([*settings, "--backbone", wrong])
 
 
