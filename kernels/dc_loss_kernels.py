@@ -11,22 +11,13 @@ LANES = tl.constexpr(8)
 
 @triton.jit
 def _add_blocks(
-    weighted,
-    total,
-    offset,
+    sums,
     b_anchors,
     negatives,
-    excluded_from,
-    excluded,
-    num_admissible,
     begin,
     end,
-    jump1_at,
-    jump1_by,
-    jump2_at,
-    jump2_by,
-    jump3_at,
-    jump3_by,
+    jumps,
+    admission,
     scale,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -38,6 +29,10 @@ def _add_blocks(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Add the blocks at places [begin, end), which lie further on behind the jumps, to the sums."""
+    weighted, total, offset = sums
+    jump1_at, jump1_by, jump2_at, jump2_by = jumps
+    excluded_from, excluded, num_admissible = admission
     columns = tl.arange(0, BLOCK)
     dims = tl.arange(0, D_PAD)
     for place in tl.range(begin, end, num_stages=STAGES):
@@ -45,7 +40,6 @@ def _add_blocks(
         block += tl.where(block >= jump1_at, jump1_by, 0)
         if MASKED:
             block += tl.where(block >= jump2_at, jump2_by, 0)
-            block += tl.where(block >= jump3_at, jump3_by, 0)
         if TMA:
             b_negatives = negatives.load([block * BLOCK, 0])
         else:
@@ -146,22 +140,22 @@ def dc_loss_partial(
         full = tl.maximum(high, num_admissible // BLOCK)
         unmasked = low + full - high
 
-        weighted = tl.zeros((TILE, D_PAD), tl.float32)
-        total = tl.zeros((TILE, LANES), tl.float32)
-        offset = tl.full((TILE,), lowest, tl.float32)
-        weighted, total, offset = _add_blocks(
-            weighted, total, offset, b_anchors, negatives,
-            excluded_from, excluded, num_admissible,
-            begin, tl.minimum(end, unmasked),
-            low, high - low, 0, 0, 0, 0,
-            scale, TILE, BLOCK, D_PAD, TMA, False, OFFSET, HEADROOM, PRECISION, STAGES,
+        sums = (
+            tl.zeros((TILE, D_PAD), tl.float32),
+            tl.zeros((TILE, LANES), tl.float32),
+            tl.full((TILE,), lowest, tl.float32),
+        )
+        admission = excluded_from, excluded, num_admissible
+        sums = _add_blocks(
+            sums, b_anchors, negatives, begin, tl.minimum(end, unmasked),
+            (low, high - low, 0, 0), admission, scale,
+            TILE, BLOCK, D_PAD, TMA, False, OFFSET, HEADROOM, PRECISION, STAGES,
         )  # fmt: skip
         weighted, total, offset = _add_blocks(
-            weighted, total, offset, b_anchors, negatives,
-            excluded_from, excluded, num_admissible,
+            sums, b_anchors, negatives,
             tl.maximum(begin, unmasked) - unmasked + low, end - unmasked + low,
-            skip, resume - skip, high, full - high, 0, 0,
-            scale, TILE, BLOCK, D_PAD, TMA, True, OFFSET, HEADROOM, PRECISION, STAGES,
+            (skip, resume - skip, high, full - high), admission, scale,
+            TILE, BLOCK, D_PAD, TMA, True, OFFSET, HEADROOM, PRECISION, STAGES,
         )  # fmt: skip
 
         # Along the list of blocks program or tile grows from one piece to the next.
