@@ -12,7 +12,8 @@ from cac_fast.backend import check_backend
 from cac_fast.bank import FeatureBank
 from cac_fast.checks import (
     check_choice,
-    check_classes,
+    check_constant,
+    check_features,
     check_rows,
     check_temperature,
     check_threshold,
@@ -67,15 +68,18 @@ def directional_contrastive_loss(
     >>> round(loss.item(), 7)  # log(1 + e^-10)
     4.54e-05
     """
+    # The operator checks temperature, back end and classes.
     check_choice("reduction", reduction, _REDUCTIONS)
-    check_temperature(temperature)
     check_threshold(threshold)
-    check_backend(backend)
-    check_classes(classes)
     labels = (anchor_labels, negative_labels)
-    confidences = (anchor_confidence, positive_confidence)
-    check_rows(anchors, positives, negatives, *labels, *confidences)
-    active = _active(*confidences, threshold, directional=True)
+    check_features(anchors, positives, negatives, *labels)
+    for name, confidence in (
+        ("anchor_confidence", anchor_confidence),
+        ("positive_confidence", positive_confidence),
+    ):
+        check_rows(name, confidence, (len(anchors),), "floating point", anchors.device)
+    check_constant("negatives", negatives)
+    active = _active(anchor_confidence, positive_confidence, threshold, directional=True)
     features = (_unit(x).to(anchors.dtype) for x in (anchors, positives.detach(), negatives))
     loss, _ = dc_loss_rows(*features, *labels, active, temperature, backend, classes)
     if reduction == "none":
@@ -322,12 +326,9 @@ class DirectionalContrastiveLoss(nn.Module):
         if self.negatives_per_view is None or self.negatives_per_view >= cells:
             rows = torch.arange(len(valid), device=valid.device)
         else:
+            drawn = [torch.randperm(cells, device=valid.device) for _ in range(2)]
             rows = torch.cat(
-                [
-                    view * cells
-                    + torch.randperm(cells, device=valid.device)[: self.negatives_per_view]
-                    for view in range(2)
-                ]
+                [view * cells + rows[: self.negatives_per_view] for view, rows in enumerate(drawn)]
             )
         return rows, valid[rows]
 

@@ -68,11 +68,7 @@ def launch(
         partial[(programs,)](
             anchors,
             describe(ordered_negatives, [block, padded]),
-            order.anchors,
-            order.excluded_from,
-            order.excluded_to,
-            order.num_active,
-            order.num_admissible,
+            *order[1:],
             *plan,
             *weighted_total_offset,
             *anchors.stride(),
