@@ -70,6 +70,17 @@ def _produce(
 
 
 @gluon.jit
+def _multiply_block(zeros, memory, count, STAGES: gl.constexpr, HALF: gl.constexpr):
+    """Issue the product of the anchors and the block, when that is there and it is the turn."""
+    negatives_there, filled, _, anchors_there, my_turn, _ = memory
+    stage = count % STAGES
+    mbarrier.wait(filled.index(stage), (count // STAGES) & 1)
+    mbarrier.wait(my_turn, (count & 1) ^ (1 - HALF))
+    negatives = negatives_there.index(stage).permute((1, 0))
+    return warpgroup_mma(anchors_there, negatives, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _weigh(
     logits, offset, place, borders, admission, scale,
     BLOCK: gl.constexpr, MASKED: gl.constexpr, OFFSET: gl.constexpr, HEADROOM: gl.constexpr,
@@ -110,7 +121,7 @@ def _consume(
     anchors_ptr, anchors_stride, anchors_stride_d, order_ptr, num_active = anchors
     excluded_from_ptr, excluded_to_ptr = excluded
     weighted_ptr, total_ptr, offset_ptr = results
-    negatives_there, filled, emptied, anchors_there, my_turn, other_turn = memory
+    negatives_there, _, emptied, anchors_there, _, other_turn = memory
     dtype: gl.constexpr = negatives_there.dtype
     ROWS: gl.constexpr = TILE // 2
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -152,16 +163,7 @@ def _consume(
             sums = gl.zeros([ROWS, D_PAD], gl.float32, sums_layout)
             offset = gl.full([ROWS], lowest, gl.float32, by_row)
 
-            stage = count % STAGES
-            mbarrier.wait(filled.index(stage), (count // STAGES) & 1)
-            mbarrier.wait(my_turn, (count & 1) ^ (1 - HALF))
-            later = warpgroup_mma(
-                anchors_there,
-                negatives_there.index(stage).permute((1, 0)),
-                zeros,
-                use_acc=False,
-                is_async=True,
-            )
+            later = _multiply_block(zeros, memory, count, STAGES, HALF)
             mbarrier.arrive(other_turn)
             logits = warpgroup_mma_wait(0, deps=[later])
             weights, offset = _weigh(
@@ -223,20 +225,12 @@ def _add_blocks(
     packed: the weights of the block before, which its buffer waits for.
     """
     packed, sums, total, offset, count = state
-    negatives_there, filled, emptied, anchors_there, my_turn, other_turn = memory
+    negatives_there, filled, emptied, _, _, other_turn = memory
     for place in range(begin, end):
         held = count % STAGES
         count += 1
         stage = count % STAGES
-        mbarrier.wait(filled.index(stage), (count // STAGES) & 1)
-        mbarrier.wait(my_turn, (count & 1) ^ (1 - HALF))
-        logits_later = warpgroup_mma(
-            anchors_there,
-            negatives_there.index(stage).permute((1, 0)),
-            zeros,
-            use_acc=False,
-            is_async=True,
-        )
+        logits_later = _multiply_block(zeros, memory, count, STAGES, HALF)
         sums_later = warpgroup_mma(packed, negatives_there.index(held), sums, is_async=True)
         mbarrier.arrive(other_turn)
         logits = warpgroup_mma_wait(1, deps=[logits_later])

@@ -10,6 +10,12 @@ LANES = tl.constexpr(8)
 
 
 @triton.jit
+def _load_rows(features_ptr, stride, stride_d, row, dims, mask):
+    place = row[:, None] * stride + dims[None, :] * stride_d
+    return tl.load(features_ptr + place, mask=mask, other=0.0)
+
+
+@triton.jit
 def _add_blocks(
     sums,
     b_anchors,
@@ -125,11 +131,8 @@ def dc_loss_partial(
         place = tile * TILE + rows
         used = place < num_active
         row = tl.load(order_ptr + place, mask=used, other=0)
-        b_anchors = tl.load(
-            anchors_ptr + row[:, None] * anchors_stride + dims[None, :] * anchors_stride_d,
-            mask=used[:, None] & (dims < D)[None, :],
-            other=0.0,
-        )
+        mask = used[:, None] & (dims < D)[None, :]
+        b_anchors = _load_rows(anchors_ptr, anchors_stride, anchors_stride_d, row, dims, mask)
         excluded_from = tl.load(excluded_from_ptr + place, mask=used, other=0)
         excluded_to = tl.load(excluded_to_ptr + place, mask=used, other=0)
         excluded = (excluded_to - excluded_from).to(tl.uint32, bitcast=True)
@@ -229,16 +232,9 @@ def dc_loss_combine(
     row = tl.load(order_ptr + place, mask=inside, other=0)
     used = inside & (place < tl.load(num_active_ptr))
     mask = used[:, None] & (dims < D)[None, :]
-    b_anchors = tl.load(
-        anchors_ptr + row[:, None] * anchors_stride + dims[None, :] * anchors_stride_d,
-        mask=mask,
-        other=0.0,
-    ).to(tl.float32)
-    b_positives = tl.load(
-        positives_ptr + row[:, None] * positives_stride + dims[None, :] * positives_stride_d,
-        mask=mask,
-        other=0.0,
-    ).to(tl.float32)
+    b_anchors = _load_rows(anchors_ptr, anchors_stride, anchors_stride_d, row, dims, mask)
+    b_positives = _load_rows(positives_ptr, positives_stride, positives_stride_d, row, dims, mask)
+    b_anchors, b_positives = b_anchors.to(tl.float32), b_positives.to(tl.float32)
 
     # Not > 0: what is not a number must not come out as 0.
     admitted = used & (total != 0)
