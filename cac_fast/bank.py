@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cac_fast.checks import check_kind, check_shape
 from cac_fast.collectives import start_gathering, world_size
 
 
@@ -93,12 +94,8 @@ class FeatureBank:
             raise ValueError(
                 f"features must have shape (M, {self.dim}), not {tuple(features.shape)}"
             )
-        if labels.shape != features.shape[:1]:
-            raise ValueError(
-                f"labels must have shape ({len(features)},), not {tuple(labels.shape)}"
-            )
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"labels must be integers, not {labels.dtype}")
+        check_shape("labels", labels, (len(features),))
+        check_kind("labels", labels, "integers")
         self._settle()
         room = self._make_room(features)
         if len(features) > room:

@@ -52,22 +52,28 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"threshold must lie in [0, 1], not {threshold}")
 
 
-def check_float(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
-
-
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
 
 
-def check_integers(name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, not {tensor.dtype}")
+def check_kind(name: str, tensor: Tensor, kind: str) -> None:
+    """kind: "floating point", "integers" or "bool"."""
+    if tensor.is_floating_point():
+        found = "floating point"
+    elif tensor.is_complex():
+        found = "complex"
+    else:
+        found = "bool" if tensor.dtype == torch.bool else "integers"
+    if found != kind:
+        raise ValueError(f"{name} must be {kind}, not {tensor.dtype}")
 
 
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def check_rows(
+    name: str, tensor: Tensor, shape: tuple[int, ...], kind: str, device: torch.device
+) -> None:
+    check_shape(name, tensor, shape)
+    check_kind(name, tensor, kind)
     if tensor.device != device:
         raise ValueError(f"{name} must be on the anchors' device {device}, not {tensor.device}")
 
@@ -88,51 +94,26 @@ def check_features(
 ) -> None:
     if anchors.ndim != 2:
         raise ValueError(f"anchors must have shape (A, D), not {tuple(anchors.shape)}")
-    check_shape("positives", positives, tuple(anchors.shape))
-    if negatives.ndim != 2 or negatives.shape[1] != anchors.shape[1]:
-        raise ValueError(
-            f"negatives must have shape (M, {anchors.shape[1]}), not {tuple(negatives.shape)}"
-        )
-    for name, tensor in (("anchors", anchors), ("positives", positives), ("negatives", negatives)):
-        check_float(name, tensor)
-        check_device(name, tensor, anchors.device)
-    for name, tensor, rows in (
-        ("anchor_labels", anchor_labels, anchors.shape[0]),
-        ("negative_labels", negative_labels, negatives.shape[0]),
+    (a, d), device = anchors.shape, anchors.device
+    if negatives.ndim != 2 or negatives.shape[1] != d:
+        raise ValueError(f"negatives must have shape (M, {d}), not {tuple(negatives.shape)}")
+    m = len(negatives)
+    for name, tensor, shape, kind in (
+        ("anchors", anchors, (a, d), "floating point"),
+        ("positives", positives, (a, d), "floating point"),
+        ("negatives", negatives, (m, d), "floating point"),
+        ("anchor_labels", anchor_labels, (a,), "integers"),
+        ("negative_labels", negative_labels, (m,), "integers"),
     ):
-        check_shape(name, tensor, (rows,))
-        check_integers(name, tensor)
-        check_device(name, tensor, anchors.device)
+        check_rows(name, tensor, shape, kind, device)
 
 
 def check_operands(operands: Operands) -> None:
     *features_and_labels, active, temperature = operands
     check_features(*features_and_labels)
-    check_shape("active", active, (operands.anchors.shape[0],))
-    if active.dtype != torch.bool:
-        raise ValueError(f"active must be bool, not {active.dtype}")
-    check_device("active", active, operands.anchors.device)
+    anchors = operands.anchors
+    check_rows("active", active, (len(anchors),), "bool", anchors.device)
     check_temperature(temperature)
-
-
-def check_rows(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    anchor_labels: Tensor,
-    negative_labels: Tensor,
-    anchor_confidence: Tensor,
-    positive_confidence: Tensor,
-) -> None:
-    check_features(anchors, positives, negatives, anchor_labels, negative_labels)
-    for name, tensor in (
-        ("anchor_confidence", anchor_confidence),
-        ("positive_confidence", positive_confidence),
-    ):
-        check_shape(name, tensor, (anchors.shape[0],))
-        check_float(name, tensor)
-        check_device(name, tensor, anchors.device)
-    check_constant("negatives", negatives)
 
 
 def check_views(
@@ -146,20 +127,19 @@ def check_views(
     if features1.ndim != 4:
         raise ValueError(f"features1 must have shape (B, D, h, w), not {tuple(features1.shape)}")
     batch, _, h, w = features1.shape
-    check_shape("features2", features2, tuple(features1.shape))
     if logits1.ndim != 4:
         raise ValueError(f"logits1 must have shape (B, K, h, w), not {tuple(logits1.shape)}")
-    check_shape("logits1", logits1, (batch, logits1.shape[1], h, w))
-    check_shape("logits2", logits2, tuple(logits1.shape))
-    for name, tensor in (
-        ("features1", features1),
-        ("features2", features2),
-        ("logits1", logits1),
-        ("logits2", logits2),
+    of_logits = (batch, logits1.shape[1], h, w)
+    for name, tensor, shape in (
+        ("features1", features1, features1.shape),
+        ("features2", features2, features1.shape),
+        ("logits1", logits1, of_logits),
+        ("logits2", logits2, of_logits),
     ):
-        check_float(name, tensor)
+        check_shape(name, tensor, tuple(shape))
+        check_kind(name, tensor, "floating point")
     for name in ("partner1", "partner2", "valid1", "valid2"):
         check_shape(f"overlap.{name}", getattr(overlap, name), (batch, h * w))
     for number, labels in enumerate(truth or (), start=1):
         check_shape(f"truth{number}", labels, (batch, h, w))
-        check_integers(f"truth{number}", labels)
+        check_kind(f"truth{number}", labels, "integers")

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from cac_fast.backend import BACKENDS, check_backend
 from cac_fast.backend.base import Rows
-from cac_fast.checks import check_operands
 from cac_fast.proven import proven_paths
 from cac_fast.tiles import needs_offset
 from cac_fast.verification import (
@@ -28,7 +27,8 @@ from cac_fast.verification import (
 )
 
 # What "auto" takes, by device, dtype, D, and whether the temperature takes other kernels.
-_chosen: dict[tuple[torch.device, torch.dtype, int, bool], str] = {}
+Key = tuple[torch.device, torch.dtype, int, bool]
+_chosen: dict[Key, str] = {}
 _lock = Lock()
 
 
@@ -70,7 +70,6 @@ def verify(
     True
     """
     operands = make_case(THOROUGH, torch.device(device), dtype, dim, temperature)
-    check_operands(operands)
     return compare(_choose(backend, operands.anchors, temperature), operands)
 
 
@@ -104,7 +103,6 @@ def settle_backend(
     operands = problem = None
     try:
         operands = make_case(THOROUGH, torch.device(device), dtype, dim, temperature)
-        check_operands(operands)
     except Exception as error:  # told below, as the other ranks wait for this one
         problem = error
     everyones = _all_gather([] if problem else _candidates(operands.anchors), group)
@@ -141,14 +139,12 @@ def _choose(name: str, anchors: Tensor, temperature: float) -> str:
     return name
 
 
-def _key(anchors: Tensor, temperature: float) -> tuple[torch.device, torch.dtype, int, bool]:
+def _key(anchors: Tensor, temperature: float) -> Key:
     dtype = anchors.dtype
     return anchors.device, dtype, anchors.shape[1], needs_offset(dtype, temperature)
 
 
-def _first_choice(
-    key: tuple[torch.device, torch.dtype, int, bool], anchors: Tensor, temperature: float
-) -> str:
+def _first_choice(key: Key, anchors: Tensor, temperature: float) -> str:
     """Find and remember what "auto" takes for such anchors, or what it takes this time."""
     candidates = _candidates(anchors)
     if _must_not_check(anchors):

@@ -12,7 +12,8 @@ from cac_fast.backend import check_backend
 from cac_fast.bank import FeatureBank
 from cac_fast.checks import (
     check_choice,
-    check_classes,
+    check_constant,
+    check_features,
     check_rows,
     check_temperature,
     check_threshold,
@@ -67,15 +68,18 @@ def directional_contrastive_loss(
     >>> round(loss.item(), 7)  # log(1 + e^-10)
     4.54e-05
     """
+    # The operator checks temperature, back end and classes.
     check_choice("reduction", reduction, _REDUCTIONS)
-    check_temperature(temperature)
     check_threshold(threshold)
-    check_backend(backend)
-    check_classes(classes)
     labels = (anchor_labels, negative_labels)
-    confidences = (anchor_confidence, positive_confidence)
-    check_rows(anchors, positives, negatives, *labels, *confidences)
-    active = _active(*confidences, threshold, directional=True)
+    check_features(anchors, positives, negatives, *labels)
+    for name, confidence in (
+        ("anchor_confidence", anchor_confidence),
+        ("positive_confidence", positive_confidence),
+    ):
+        check_rows(name, confidence, (len(anchors),), "floating point", anchors.device)
+    check_constant("negatives", negatives)
+    active = _active(anchor_confidence, positive_confidence, threshold, directional=True)
     features = (_unit(x).to(anchors.dtype) for x in (anchors, positives.detach(), negatives))
     loss, _ = dc_loss_rows(*features, *labels, active, temperature, backend, classes)
     if reduction == "none":
@@ -251,12 +255,30 @@ class DirectionalContrastiveLoss(nn.Module):
             if self.bank is not None and self.bank.pushes != pushes:
                 raise RuntimeError("the bank has moved on: finish each loss before the next start")
             negatives = active.new_zeros((), dtype=torch.int64)
-            if self.contrastive:
-                loss, negatives = self._contrast(
-                    anchors, positives, labels, active, pool, features1.dtype, classes
-                )
-            else:
+            if not self.contrastive:
                 loss = (anchors - positives).square().sum(1) * active
+            else:
+                against = positives
+                if self.max_negatives is None:
+                    features, pool_labels = pool or (self.bank.features, self.bank.labels)
+                else:
+                    features, pool_labels, weight = self.bank.sample(self.max_negatives, self.seed)
+                    # Eq. 5 knows sum and positive by their ratio alone: a weight on the sum is as
+                    # much off the positive's logit. Along the anchor, as the cosine's Jacobian then
+                    # takes what this adds to the gradient away again.
+                    against = positives - self.temperature * weight.log() * constants
+                loss, _ = dc_loss_rows(
+                    anchors.to(features1.dtype),
+                    against.to(features1.dtype),
+                    features,
+                    labels,
+                    pool_labels,
+                    active,
+                    self.temperature,
+                    self.backend,
+                    classes,
+                )
+                negatives = (pool_labels >= 0).sum()
             first = paired[: len(paired) // 2]
             cosine = (constants * positives).sum(1)[: len(first)] * first
             return DCLossOutput(
@@ -269,41 +291,6 @@ class DirectionalContrastiveLoss(nn.Module):
             )
 
         return finish
-
-    def _contrast(
-        self,
-        anchors: Tensor,
-        positives: Tensor,
-        labels: Tensor,
-        active: Tensor,
-        pool: tuple[Tensor, Tensor] | None,
-        dtype: torch.dtype,
-        classes: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The rows' losses against the `pool`, None for the bank, and its number of negatives.
-
-        dtype: of the products. classes: all labels lie below it.
-        """
-        if self.max_negatives is not None:
-            features, pool_labels, weight = self.bank.sample(self.max_negatives, self.seed)
-            # Eq. 5 knows sum and positive by their ratio alone: a weight on the sum is as much
-            # off the positive's logit. Along the anchor, as the cosine's Jacobian then takes
-            # what this adds to the gradient away again.
-            positives = positives - self.temperature * weight.log() * anchors.detach()
-        else:
-            features, pool_labels = pool or (self.bank.features, self.bank.labels)
-        loss, _ = dc_loss_rows(
-            anchors.to(dtype),
-            positives.to(dtype),
-            features,
-            labels,
-            pool_labels,
-            active,
-            self.temperature,
-            self.backend,
-            classes,
-        )
-        return loss, (pool_labels >= 0).sum()
 
     def _divisors(self, active: Tensor, overlap: Overlap) -> Tensor:
         """(2*B*h*w,) integers that divide the rows' losses."""
@@ -322,12 +309,9 @@ class DirectionalContrastiveLoss(nn.Module):
         if self.negatives_per_view is None or self.negatives_per_view >= cells:
             rows = torch.arange(len(valid), device=valid.device)
         else:
+            drawn = [torch.randperm(cells, device=valid.device) for _ in range(2)]
             rows = torch.cat(
-                [
-                    view * cells
-                    + torch.randperm(cells, device=valid.device)[: self.negatives_per_view]
-                    for view in range(2)
-                ]
+                [view * cells + rows[: self.negatives_per_view] for view, rows in enumerate(drawn)]
             )
         return rows, valid[rows]
 

@@ -159,12 +159,10 @@ class _OnceDifferentiable(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> None:
+    def backward(ctx: Any, *_: Any) -> None:
         raise RuntimeError("the directional contrastive loss is differentiable once, not twice")
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        raise RuntimeError("the directional contrastive loss is differentiable once, not twice")
+    jvp = backward
 
 
 def _register_autocast(device: str) -> None:

@@ -38,16 +38,18 @@ class Sizes(NamedTuple):
 class LabelOrder(NamedTuple):
     """Both sides ordered by label; the anchors that are not active come last.
 
-    anchors: (A,) int64, rows in order.
+    The kernels take all fields but the first, in this order.
+
     negatives: (M,) int64, rows in order.
+    anchors: (A,) int64, rows in order.
     excluded_from, excluded_to: (A,) int32, what the anchor at each place excludes: negatives at
         places [from, to).
     num_active: 0-d int32, how many anchors are active.
     num_admissible: 0-d int32, how many negatives have a label of at least 0; they come first.
     """
 
-    anchors: Tensor
     negatives: Tensor
+    anchors: Tensor
     excluded_from: Tensor
     excluded_to: Tensor
     num_active: Tensor
@@ -182,14 +184,8 @@ def order_by_label(
         torch.searchsorted(negative_keys, keys, right=right, out_int32=True).minimum(num_admissible)
         for right in (False, True)
     )
-    return LabelOrder(
-        anchors,
-        negatives,
-        excluded_from,
-        excluded_to,
-        active.sum(dtype=torch.int32),
-        num_admissible,
-    )
+    num_active = active.sum(dtype=torch.int32)
+    return LabelOrder(negatives, anchors, excluded_from, excluded_to, num_active, num_admissible)
 
 
 def plan(order: LabelOrder, tile: int, block: int, programs: int) -> Plan:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cac_fast.backend import BACKENDS, reference
+from cac_fast.checks import check_operands
 from cac_fast.operands import Operands
 
 # Anchors and negatives. Enough anchors that every program of a large GPU meets several blocks, and
@@ -96,6 +97,8 @@ def make_case(
     """Clustered classes, one in half of all places.
 
     sizes: `THOROUGH` or `QUICK`. Random states are left alone.
+
+    Raises ValueError for a bad dtype, D or temperature.
     """
     if dim < 1:
         raise ValueError(f"dim must be at least 1, not {dim}")
@@ -115,7 +118,9 @@ def make_case(
     negative_labels[::7] = -1
     active = torch.rand(anchor_count, **own) < 0.5
     tensors = (anchors, positives, negatives, anchor_labels, negative_labels, active)
-    return Operands(*(tensor.to(device) for tensor in tensors), temperature)
+    operands = Operands(*(tensor.to(device) for tensor in tensors), temperature)
+    check_operands(operands)
+    return operands
 
 
 def _dense(operands: Operands) -> tuple[Tensor, Tensor]:

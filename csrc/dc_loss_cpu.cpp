@@ -134,6 +134,12 @@ class Loss {
     Tensor anchors, logits, weights, converted;
   };
 
+  // A buffer of the workspace, made where it is asked for first.
+  static const Tensor& made(Tensor& kept, at::IntArrayRef sizes, const at::TensorOptions& options) {
+    if (!kept.defined()) kept = at::empty(sizes, options);
+    return kept;
+  }
+
   // The ordered negatives of each anchor's own label.
   void find_excluded(const std::vector<int64_t>& negative_labels) {
     excluded_.reserve(order_.size());
@@ -159,10 +165,8 @@ class Loss {
 
   // The anchors of a span, one after the other.
   Tensor gathered(const Span& span, Workspace& workspace) const {
-    Tensor& anchors = workspace.anchors;
-    if (!anchors.defined()) {
-      anchors = at::empty({kTileRows, dim_}, options_.dtype(c10::CppTypeToScalarType<P>::value));
-    }
+    const Tensor& anchors = made(
+        workspace.anchors, {kTileRows, dim_}, options_.dtype(c10::CppTypeToScalarType<P>::value));
     P* to = anchors.mutable_data_ptr<P>();
     for (int64_t i = span.begin; i < span.end; ++i) {
       const scalar_t* const row = anchors_[order_.rows[i]];
@@ -175,9 +179,7 @@ class Loss {
     const Span& span = spans_[task.span];
     const int64_t rows = span.rows();
     const Tensor anchors = gathered(span, workspace);
-    if (!workspace.logits.defined()) {
-      workspace.logits = at::empty({kTileRows * kTileColumns}, options_);
-    }
+    const Tensor& tile = made(workspace.logits, {kTileRows * kTileColumns}, options_);
     const T start = moving_ ? -std::numeric_limits<T>::infinity() : T(0);
     Sums<T> sums{
         std::vector<double>(rows, 0.0), std::vector<T>(rows, start),
@@ -188,7 +190,7 @@ class Loss {
       const int64_t side_end = before ? std::min(task.end, span.middle_end) : task.end;
       const int64_t width = std::min(kTileColumns, side_end - column);
       const int64_t first = before ? column : column - span.middle_end + span.high;
-      Tensor logits = workspace.logits.narrow(0, 0, rows * width).view({rows, width});
+      Tensor logits = tile.narrow(0, 0, rows * width).view({rows, width});
       if constexpr (kUnits) {
         multiply(anchors, transposed_.narrow(1, first, width), logits, false);
         weigh(span, first, width, logits.mutable_data_ptr<T>(), sums);
@@ -215,20 +217,19 @@ class Loss {
 
   // Weights in the dtype of the products.
   static Tensor rounded(const Tensor& weights, Workspace& workspace) {
-    if (!workspace.weights.defined()) {
-      const auto dtype = c10::CppTypeToScalarType<P>::value;
-      workspace.weights = at::empty({kTileRows * kTileColumns}, weights.options().dtype(dtype));
-    }
-    return workspace.weights.narrow(0, 0, weights.numel()).view_as(weights).copy_(weights);
+    const auto options = weights.options().dtype(c10::CppTypeToScalarType<P>::value);
+    return made(workspace.weights, {kTileRows * kTileColumns}, options)
+        .narrow(0, 0, weights.numel())
+        .view_as(weights)
+        .copy_(weights);
   }
 
   // Negatives in the dtype that is computed in.
   Tensor converted(const Tensor& part, Workspace& workspace) const {
     if (std::is_same_v<scalar_t, T>) return part;
-    if (!workspace.converted.defined()) {
-      workspace.converted = at::empty({kTileColumns, dim_}, options_);
-    }
-    return workspace.converted.narrow(0, 0, part.size(0)).copy_(part);
+    return made(workspace.converted, {kTileColumns, dim_}, options_)
+        .narrow(0, 0, part.size(0))
+        .copy_(part);
   }
 
   // Turns the logits of a tile into weights, and adds these to the totals.
@@ -331,11 +332,6 @@ class Loss {
   Tensor negatives_, transposed_;
 };
 
-template <typename T>
-struct Type {
-  using type = T;
-};
-
 std::tuple<Tensor, Tensor> dc_loss_rows_cpp(
     const Tensor& anchors, const Tensor& positives, const Tensor& negatives,
     const Tensor& anchor_labels, const Tensor& negative_labels, const Tensor& active,
@@ -353,11 +349,11 @@ std::tuple<Tensor, Tensor> dc_loss_rows_cpp(
     call.run();
   };
   if (bfloat16_units && anchors.scalar_type() == at::kBFloat16) {
-    run(Type<Loss<at::BFloat16, at::BFloat16>>());
+    run(std::type_identity<Loss<at::BFloat16, at::BFloat16>>());
   } else {
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kBFloat16, at::kHalf, anchors.scalar_type(), "dc_loss_rows_cpp",
-        [&] { run(Type<Loss<scalar_t>>()); });
+        [&] { run(std::type_identity<Loss<scalar_t>>()); });
   }
   return {loss, gradient};
 }

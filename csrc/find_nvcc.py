@@ -52,16 +52,14 @@ def ask_nvcc(folder: Path) -> Nvcc | str | None:
     nvcc = str(folder / "bin" / "nvcc")
     try:
         # A wrapper script may stand where no toolkit is; the compiler itself says where it lives.
-        dry_run = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
-        ).stderr
-        version = subprocess.run(
-            [nvcc, "--version"], capture_output=True, text=True, check=True
-        ).stdout
+        dry_run, version = (
+            subprocess.run([nvcc, *options], capture_output=True, text=True, check=True)
+            for options in (("--dryrun", "-x", "cu", os.devnull), ("--version",))
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
-    number = re.search(r"\bV(\d+\.\d+\.\d+)", version)
+    top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+    number = re.search(r"\bV(\d+\.\d+\.\d+)", version.stdout)
     if not top or not number:
         return None
     root = Path(top[1].strip()).resolve()

@@ -59,6 +59,7 @@ def launch(
         return anchors.new_zeros(count, dtype=torch.float32), torch.zeros_like(anchors)
     tile, block, programs, padded = sizes
     numbers = tiles.numbers(anchors.dtype, temperature)
+    shared = {"D": dim, "D_PAD": padded, "TILE": tile, "OFFSET": numbers.offset_needed}
     with torch.cuda.device_of(anchors):
         order, plan, ordered_negatives, _ = plans.prepare(operands, sizes, classes)
         num_tiles = len(plan.ends)
@@ -68,23 +69,16 @@ def launch(
         partial[(programs,)](
             anchors,
             describe(ordered_negatives, [block, padded]),
-            order.anchors,
-            order.excluded_from,
-            order.excluded_to,
-            order.num_active,
-            order.num_admissible,
+            *order[1:],
             *plan,
             *weighted_total_offset,
             *anchors.stride(),
             num_tiles,
             numbers.scale,
             numbers.lowest,
-            D=dim,
-            D_PAD=padded,
-            TILE=tile,
             BLOCK=block,
-            OFFSET=numbers.offset_needed,
             HEADROOM=numbers.headroom,
+            **shared,
             **options,
         )
         loss = anchors.new_empty(count, dtype=torch.float32)
@@ -105,10 +99,7 @@ def launch(
             numbers.scale,
             numbers.lowest,
             numbers.inverse_temperature,
-            D=dim,
-            D_PAD=padded,
-            TILE=tile,
             ROWS=_COMBINED_ROWS,
-            OFFSET=numbers.offset_needed,
+            **shared,
         )
     return loss, gradient

@@ -48,20 +48,19 @@ def piece_of(tile, program, share, num_admissible, borders_ptr, ends_ptr, BLOCK:
 
 @gluon.jit
 def _produce(
-    negatives, negatives_there, filled, emptied, share, last_tile, steps, num_admissible,
-    borders_ptr, ends_ptr, BLOCK: gl.constexpr, D_PAD: gl.constexpr, STAGES: gl.constexpr,
+    tiles, work, buffers, negatives,
+    BLOCK: gl.constexpr, D_PAD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy the blocks that the program meets, in order, each to the next buffer that is empty."""
-    program = gl.program_id(0)
+    last_tile, steps = tiles
+    negatives_there, filled, emptied = buffers
     count = 0
     for step in range(steps):
-        tile = last_tile - step
-        begin, end, low, skip, resume, high, full = piece_of(
-            tile, program, share, num_admissible, borders_ptr, ends_ptr, BLOCK
-        )
+        begin, end, low, skip, resume, high, full = piece_of(last_tile - step, *work, BLOCK)
+        borders = low, skip, resume, high, full
         for place in range(begin, end):
             stage = count % STAGES
-            row = block_of(place, low, skip, resume, high, full) * BLOCK
+            row = block_of(place, *borders) * BLOCK
             mbarrier.wait(emptied.index(stage), ((count // STAGES) & 1) ^ 1)
             mbarrier.expect(filled.index(stage), BLOCK * D_PAD * 2)
             tma.async_copy_global_to_shared(
@@ -71,16 +70,27 @@ def _produce(
 
 
 @gluon.jit
+def _multiply_block(zeros, memory, count, STAGES: gl.constexpr, HALF: gl.constexpr):
+    """Issue the product of the anchors and the block, when that is there and it is the turn."""
+    negatives_there, filled, _, anchors_there, my_turn, _ = memory
+    stage = count % STAGES
+    mbarrier.wait(filled.index(stage), (count // STAGES) & 1)
+    mbarrier.wait(my_turn, (count & 1) ^ (1 - HALF))
+    negatives = negatives_there.index(stage).permute((1, 0))
+    return warpgroup_mma(anchors_there, negatives, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _weigh(
-    logits, offset, place, low, skip, resume, high, full, excluded_from, excluded_to,
-    num_admissible, scale, BLOCK: gl.constexpr, MASKED: gl.constexpr, OFFSET: gl.constexpr,
-    HEADROOM: gl.constexpr,
+    logits, offset, place, borders, admission, scale,
+    BLOCK: gl.constexpr, MASKED: gl.constexpr, OFFSET: gl.constexpr, HEADROOM: gl.constexpr,
 ):  # fmt: skip
     """Weights of a block's products, and the rows' offsets, raised where a logit asks for it."""
     if MASKED:
+        excluded_from, excluded_to, num_admissible = admission
         layout: gl.constexpr = logits.type.layout
         columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-        column = (block_of(place, low, skip, resume, high, full) * BLOCK + columns)[None, :]
+        column = (block_of(place, *borders) * BLOCK + columns)[None, :]
         admitted = (column < excluded_from[:, None]) | (column >= excluded_to[:, None])
         logits = gl.where(admitted & (column < num_admissible), logits, float("-inf"))
     logits *= scale
@@ -97,10 +107,7 @@ def _add(weights, TILE: gl.constexpr, BLOCK: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    negatives_there, filled, emptied, anchors_there, my_turn, other_turn, share, last_tile, steps,
-    num_active, num_admissible, anchors_ptr, anchors_stride, anchors_stride_d, order_ptr,
-    excluded_from_ptr, excluded_to_ptr, borders_ptr, ends_ptr, weighted_ptr, total_ptr, offset_ptr,
-    scale, lowest, D: gl.constexpr, D_PAD: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr,
+    shared, memory, D: gl.constexpr, D_PAD: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr,
     OFFSET: gl.constexpr, HEADROOM: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Sums over the blocks that the program meets, for one half of each tile's anchors.
@@ -108,6 +115,13 @@ def _consume(
     While this warpgroup computes weights, the other one's products keep the matrix units busy: it
     issues the next block's first product and this block's second one in its turn, then passes it.
     """
+    tiles, work, anchors, excluded, results, scale, lowest = shared
+    last_tile, steps = tiles
+    program, _, num_admissible, _, _ = work
+    anchors_ptr, anchors_stride, anchors_stride_d, order_ptr, num_active = anchors
+    excluded_from_ptr, excluded_to_ptr = excluded
+    weighted_ptr, total_ptr, offset_ptr = results
+    negatives_there, _, emptied, anchors_there, _, other_turn = memory
     dtype: gl.constexpr = negatives_there.dtype
     ROWS: gl.constexpr = TILE // 2
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -117,13 +131,10 @@ def _consume(
     ACROSS: gl.constexpr = D_PAD // 8
     copied: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
 
-    program = gl.program_id(0)
     count = 0
     for step in range(steps):
         tile = last_tile - step
-        begin, end, low, skip, resume, high, full = piece_of(
-            tile, program, share, num_admissible, borders_ptr, ends_ptr, BLOCK
-        )
+        begin, end, low, skip, resume, high, full = piece_of(tile, *work, BLOCK)
         if begin < end:
             first = tile * TILE + HALF * ROWS
             place_of = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, copied))
@@ -144,45 +155,32 @@ def _consume(
             used = place_of < num_active
             excluded_from = gl.load(excluded_from_ptr + place_of, mask=used, other=0)
             excluded_to = gl.load(excluded_to_ptr + place_of, mask=used, other=0)
+            admission = excluded_from, excluded_to, num_admissible
+            borders = low, skip, resume, high, full
             unmasked = low + full - high
 
             zeros = gl.zeros([ROWS, BLOCK], gl.float32, products)
             sums = gl.zeros([ROWS, D_PAD], gl.float32, sums_layout)
             offset = gl.full([ROWS], lowest, gl.float32, by_row)
 
-            stage = count % STAGES
-            mbarrier.wait(filled.index(stage), (count // STAGES) & 1)
-            mbarrier.wait(my_turn, (count & 1) ^ (1 - HALF))
-            later = warpgroup_mma(
-                anchors_there,
-                negatives_there.index(stage).permute((1, 0)),
-                zeros,
-                use_acc=False,
-                is_async=True,
-            )
+            later = _multiply_block(zeros, memory, count, STAGES, HALF)
             mbarrier.arrive(other_turn)
             logits = warpgroup_mma_wait(0, deps=[later])
             weights, offset = _weigh(
-                logits, offset, begin, low, skip, resume, high, full,
-                excluded_from, excluded_to, num_admissible, scale,
+                logits, offset, begin, borders, admission, scale,
                 BLOCK, True, OFFSET, HEADROOM,
             )  # fmt: skip
             total = _add(weights, ROWS, BLOCK)
             packed = gl.convert_layout(weights.to(dtype), operand)
 
-            packed, sums, total, offset, count = _add_blocks(
-                packed, sums, total, offset, count, zeros,
-                negatives_there, filled, emptied, anchors_there, my_turn, other_turn,
-                begin + 1, gl.minimum(end, unmasked),
-                low, skip, resume, high, full, excluded_from, excluded_to, num_admissible, scale,
-                ROWS, BLOCK, False, OFFSET, HEADROOM, STAGES, HALF,
+            state = packed, sums, total, offset, count
+            state = _add_blocks(
+                state, zeros, memory, begin + 1, gl.minimum(end, unmasked), borders, admission,
+                scale, ROWS, BLOCK, False, OFFSET, HEADROOM, STAGES, HALF,
             )  # fmt: skip
             packed, sums, total, offset, count = _add_blocks(
-                packed, sums, total, offset, count, zeros,
-                negatives_there, filled, emptied, anchors_there, my_turn, other_turn,
-                gl.maximum(begin + 1, unmasked), end,
-                low, skip, resume, high, full, excluded_from, excluded_to, num_admissible, scale,
-                ROWS, BLOCK, True, OFFSET, HEADROOM, STAGES, HALF,
+                state, zeros, memory, gl.maximum(begin + 1, unmasked), end, borders, admission,
+                scale, ROWS, BLOCK, True, OFFSET, HEADROOM, STAGES, HALF,
             )  # fmt: skip
 
             stage = count % STAGES
@@ -206,28 +204,13 @@ def _consume(
 
 @gluon.jit
 def _add_blocks(
-    packed,
-    sums,
-    total,
-    offset,
-    count,
+    state,
     zeros,
-    negatives_there,
-    filled,
-    emptied,
-    anchors_there,
-    my_turn,
-    other_turn,
+    memory,
     begin,
     end,
-    low,
-    skip,
-    resume,
-    high,
-    full,
-    excluded_from,
-    excluded_to,
-    num_admissible,
+    borders,
+    admission,
     scale,
     ROWS: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -241,26 +224,19 @@ def _add_blocks(
 
     packed: the weights of the block before, which its buffer waits for.
     """
+    packed, sums, total, offset, count = state
+    negatives_there, filled, emptied, _, _, other_turn = memory
     for place in range(begin, end):
         held = count % STAGES
         count += 1
         stage = count % STAGES
-        mbarrier.wait(filled.index(stage), (count // STAGES) & 1)
-        mbarrier.wait(my_turn, (count & 1) ^ (1 - HALF))
-        logits_later = warpgroup_mma(
-            anchors_there,
-            negatives_there.index(stage).permute((1, 0)),
-            zeros,
-            use_acc=False,
-            is_async=True,
-        )
+        logits_later = _multiply_block(zeros, memory, count, STAGES, HALF)
         sums_later = warpgroup_mma(packed, negatives_there.index(held), sums, is_async=True)
         mbarrier.arrive(other_turn)
         logits = warpgroup_mma_wait(1, deps=[logits_later])
         before = offset
         weights, offset = _weigh(
-            logits, offset, place, low, skip, resume, high, full,
-            excluded_from, excluded_to, num_admissible, scale,
+            logits, offset, place, borders, admission, scale,
             BLOCK, MASKED, OFFSET, HEADROOM,
         )  # fmt: skip
         added = _add(weights, ROWS, BLOCK)
@@ -337,39 +313,21 @@ def dc_loss_partial(
     mbarrier.init(turn1, count=1)
     fence_async_shared()
 
+    buffers = negatives_there, filled, emptied
+    memory0 = negatives_there, filled, emptied, anchors_there.index(0), turn0, turn1
+    memory1 = negatives_there, filled, emptied, anchors_there.index(1), turn1, turn0
+    tiles = last_tile, steps
+    work = program, share, num_admissible, borders_ptr, ends_ptr
+    anchors = anchors_ptr, anchors_stride, anchors_stride_d, order_ptr, num_active
+    excluded = excluded_from_ptr, excluded_to_ptr
+    results = weighted_ptr, total_ptr, offset_ptr
+    shared = tiles, work, anchors, excluded, results, scale, lowest
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    negatives_there, filled, emptied, anchors_there.index(0), turn0, turn1,
-                    share, last_tile, steps, num_active, num_admissible,
-                    anchors_ptr, anchors_stride, anchors_stride_d, order_ptr,
-                    excluded_from_ptr, excluded_to_ptr, borders_ptr, ends_ptr,
-                    weighted_ptr, total_ptr, offset_ptr, scale, lowest,
-                    D, D_PAD, TILE, BLOCK, OFFSET, HEADROOM, STAGES, 0,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    negatives_there, filled, emptied, anchors_there.index(1), turn1, turn0,
-                    share, last_tile, steps, num_active, num_admissible,
-                    anchors_ptr, anchors_stride, anchors_stride_d, order_ptr,
-                    excluded_from_ptr, excluded_to_ptr, borders_ptr, ends_ptr,
-                    weighted_ptr, total_ptr, offset_ptr, scale, lowest,
-                    D, D_PAD, TILE, BLOCK, OFFSET, HEADROOM, STAGES, 1,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    negatives, negatives_there, filled, emptied,
-                    share, last_tile, steps, num_admissible, borders_ptr, ends_ptr,
-                    BLOCK, D_PAD, STAGES,
-                ),
-            ),
+            (_consume, (shared, memory0, D, D_PAD, TILE, BLOCK, OFFSET, HEADROOM, STAGES, 0)),
+            (_consume, (shared, memory1, D, D_PAD, TILE, BLOCK, OFFSET, HEADROOM, STAGES, 1)),
+            (_produce, (tiles, work, buffers, negatives, BLOCK, D_PAD, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
-    )  # fmt: skip
+    )

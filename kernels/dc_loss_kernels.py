@@ -10,23 +10,20 @@ LANES = tl.constexpr(8)
 
 
 @triton.jit
+def _load_rows(features_ptr, stride, stride_d, row, dims, mask):
+    place = row[:, None] * stride + dims[None, :] * stride_d
+    return tl.load(features_ptr + place, mask=mask, other=0.0)
+
+
+@triton.jit
 def _add_blocks(
-    weighted,
-    total,
-    offset,
+    sums,
     b_anchors,
     negatives,
-    excluded_from,
-    excluded,
-    num_admissible,
     begin,
     end,
-    jump1_at,
-    jump1_by,
-    jump2_at,
-    jump2_by,
-    jump3_at,
-    jump3_by,
+    jumps,
+    admission,
     scale,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -38,6 +35,10 @@ def _add_blocks(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Add the blocks at places [begin, end), which lie further on behind the jumps, to the sums."""
+    weighted, total, offset = sums
+    jump1_at, jump1_by, jump2_at, jump2_by = jumps
+    excluded_from, excluded, num_admissible = admission
     columns = tl.arange(0, BLOCK)
     dims = tl.arange(0, D_PAD)
     for place in tl.range(begin, end, num_stages=STAGES):
@@ -45,7 +46,6 @@ def _add_blocks(
         block += tl.where(block >= jump1_at, jump1_by, 0)
         if MASKED:
             block += tl.where(block >= jump2_at, jump2_by, 0)
-            block += tl.where(block >= jump3_at, jump3_by, 0)
         if TMA:
             b_negatives = negatives.load([block * BLOCK, 0])
         else:
@@ -131,11 +131,8 @@ def dc_loss_partial(
         place = tile * TILE + rows
         used = place < num_active
         row = tl.load(order_ptr + place, mask=used, other=0)
-        b_anchors = tl.load(
-            anchors_ptr + row[:, None] * anchors_stride + dims[None, :] * anchors_stride_d,
-            mask=used[:, None] & (dims < D)[None, :],
-            other=0.0,
-        )
+        mask = used[:, None] & (dims < D)[None, :]
+        b_anchors = _load_rows(anchors_ptr, anchors_stride, anchors_stride_d, row, dims, mask)
         excluded_from = tl.load(excluded_from_ptr + place, mask=used, other=0)
         excluded_to = tl.load(excluded_to_ptr + place, mask=used, other=0)
         excluded = (excluded_to - excluded_from).to(tl.uint32, bitcast=True)
@@ -146,22 +143,22 @@ def dc_loss_partial(
         full = tl.maximum(high, num_admissible // BLOCK)
         unmasked = low + full - high
 
-        weighted = tl.zeros((TILE, D_PAD), tl.float32)
-        total = tl.zeros((TILE, LANES), tl.float32)
-        offset = tl.full((TILE,), lowest, tl.float32)
-        weighted, total, offset = _add_blocks(
-            weighted, total, offset, b_anchors, negatives,
-            excluded_from, excluded, num_admissible,
-            begin, tl.minimum(end, unmasked),
-            low, high - low, 0, 0, 0, 0,
-            scale, TILE, BLOCK, D_PAD, TMA, False, OFFSET, HEADROOM, PRECISION, STAGES,
+        sums = (
+            tl.zeros((TILE, D_PAD), tl.float32),
+            tl.zeros((TILE, LANES), tl.float32),
+            tl.full((TILE,), lowest, tl.float32),
+        )
+        admission = excluded_from, excluded, num_admissible
+        sums = _add_blocks(
+            sums, b_anchors, negatives, begin, tl.minimum(end, unmasked),
+            (low, high - low, 0, 0), admission, scale,
+            TILE, BLOCK, D_PAD, TMA, False, OFFSET, HEADROOM, PRECISION, STAGES,
         )  # fmt: skip
         weighted, total, offset = _add_blocks(
-            weighted, total, offset, b_anchors, negatives,
-            excluded_from, excluded, num_admissible,
+            sums, b_anchors, negatives,
             tl.maximum(begin, unmasked) - unmasked + low, end - unmasked + low,
-            skip, resume - skip, high, full - high, 0, 0,
-            scale, TILE, BLOCK, D_PAD, TMA, True, OFFSET, HEADROOM, PRECISION, STAGES,
+            (skip, resume - skip, high, full - high), admission, scale,
+            TILE, BLOCK, D_PAD, TMA, True, OFFSET, HEADROOM, PRECISION, STAGES,
         )  # fmt: skip
 
         # Along the list of blocks program or tile grows from one piece to the next.
@@ -235,16 +232,9 @@ def dc_loss_combine(
     row = tl.load(order_ptr + place, mask=inside, other=0)
     used = inside & (place < tl.load(num_active_ptr))
     mask = used[:, None] & (dims < D)[None, :]
-    b_anchors = tl.load(
-        anchors_ptr + row[:, None] * anchors_stride + dims[None, :] * anchors_stride_d,
-        mask=mask,
-        other=0.0,
-    ).to(tl.float32)
-    b_positives = tl.load(
-        positives_ptr + row[:, None] * positives_stride + dims[None, :] * positives_stride_d,
-        mask=mask,
-        other=0.0,
-    ).to(tl.float32)
+    b_anchors = _load_rows(anchors_ptr, anchors_stride, anchors_stride_d, row, dims, mask)
+    b_positives = _load_rows(positives_ptr, positives_stride, positives_stride_d, row, dims, mask)
+    b_anchors, b_positives = b_anchors.to(tl.float32), b_positives.to(tl.float32)
 
     # Not > 0: what is not a number must not come out as 0.
     admitted = used & (total != 0)

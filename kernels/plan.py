@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
+from triton import cdiv
 
 from cac_fast import tiles
 from cac_fast.kernels.plan_kernels import dc_loss_keys, dc_loss_plan
@@ -16,43 +16,23 @@ _SEARCHES_AT_A_TIME = 128
 _COPIED_ELEMENTS_PER_PROGRAM = 4096
 
 
-class _Layout(NamedTuple):
-    """What follows from shapes alone.
-
-    tiles: of anchors.
-    anchors, negatives: rows of the copies.
-    numbers: lengths of the parts of the workspace.
-    key_programs, programs: of the two launches.
-    """
-
-    tiles: int
-    anchors: int
-    negatives: int
-    numbers: tuple[int, ...]
-    key_programs: int
-    programs: int
-
-
 @lru_cache(maxsize=64)
-def _lay_out(count: int, others: int, sizes: tiles.Sizes, copy_anchors: bool) -> _Layout:
-    count_tiles = _cdiv(count, sizes.tile)
-    rows = _cdiv(others, sizes.block) * sizes.block
+def _lay_out(
+    count: int, others: int, sizes: tiles.Sizes, copy_anchors: bool
+) -> tuple[int, int, tuple[int, ...], int, int]:
+    """What follows from shapes alone: tiles of anchors, rows of the negatives' copy, lengths of the
+    parts of the workspace, programs of the two launches."""
+    num_tiles = cdiv(count, sizes.tile)
+    rows = cdiv(others, sizes.block) * sizes.block
     # Where a part does not begin at a multiple of 16 bytes, Triton compiles the kernels again: none
     # depends on the number of anchors.
     fixed = sizes.programs, sizes.programs, 1, 1
-    numbers = (*fixed, -sum(fixed) % 4, 4 * count_tiles, count, -count % 4, count)
+    parts = (*fixed, -sum(fixed) % 4, 4 * num_tiles, count, -count % 4, count)
     copied = _COPIED_ELEMENTS_PER_PROGRAM // sizes.padded
-    programs = 1 + _cdiv(count, _SEARCHES_AT_A_TIME) + _cdiv(rows, copied)
+    programs = 1 + cdiv(count, _SEARCHES_AT_A_TIME) + cdiv(rows, copied)
     if copy_anchors:
-        programs += _cdiv(count_tiles * sizes.tile, copied)
-    return _Layout(
-        count_tiles,
-        count_tiles * sizes.tile,
-        rows,
-        numbers,
-        _cdiv(count + others, _KEYS_PER_PROGRAM),
-        programs,
-    )
+        programs += cdiv(num_tiles * sizes.tile, copied)
+    return num_tiles, rows, parts, cdiv(count + others, _KEYS_PER_PROGRAM), programs
 
 
 def prepare(
@@ -68,12 +48,12 @@ def prepare(
     anchors, _, negatives, anchor_labels, negative_labels, active, _ = operands
     count, dim = anchors.shape
     others = len(negatives)
-    layout = _lay_out(count, others, sizes, copy_anchors)
+    num_tiles, rows, parts, key_programs, programs = _lay_out(count, others, sizes, copy_anchors)
     key_dtype = tiles.key_dtype(anchor_labels.dtype, negative_labels.dtype, classes)
     bits = key_dtype.itemsize * 8
 
     keys = active.new_empty(count + others, dtype=key_dtype)
-    dc_loss_keys[(layout.key_programs,)](
+    dc_loss_keys[(key_programs,)](
         anchor_labels,
         negative_labels,
         active,
@@ -90,16 +70,14 @@ def prepare(
     anchor_keys, anchor_order = anchor_keys.sort(stable=True)
     negative_keys, negative_order = negative_keys.sort(stable=True)
 
-    numbers = active.new_empty(sum(layout.numbers), dtype=torch.int32)
-    first_tile, last_tile, *counts, _, borders, excluded_from, _, excluded_to = numbers.split(
-        layout.numbers
-    )
-    ends = active.new_empty(layout.tiles, dtype=torch.int64)
+    numbers = active.new_empty(sum(parts), dtype=torch.int32)
+    first_tile, last_tile, *counts, _, borders, excluded_from, _, excluded_to = numbers.split(parts)
+    ends = active.new_empty(num_tiles, dtype=torch.int64)
     share = active.new_empty((), dtype=torch.int64)
     padded = sizes.padded
-    ordered_negatives = negatives.new_empty((layout.negatives, padded))
-    ordered_anchors = anchors.new_empty((layout.anchors, padded)) if copy_anchors else None
-    dc_loss_plan[(layout.programs,)](
+    ordered_negatives = negatives.new_empty((rows, padded))
+    ordered_anchors = anchors.new_empty((num_tiles * sizes.tile, padded)) if copy_anchors else None
+    dc_loss_plan[(programs,)](
         anchor_keys,
         negative_keys,
         anchor_order,
@@ -125,10 +103,6 @@ def prepare(
         ROWS=_COPIED_ELEMENTS_PER_PROGRAM // padded,
         COPY_ANCHORS=copy_anchors,
     )
-    order = tiles.LabelOrder(anchor_order, negative_order, excluded_from, excluded_to, *counts)
+    order = tiles.LabelOrder(negative_order, anchor_order, excluded_from, excluded_to, *counts)
     plan = tiles.Plan(borders, ends, share, first_tile, last_tile)
     return tiles.Prepared(order, plan, ordered_negatives, ordered_anchors)
-
-
-def _cdiv(number: int, divisor: int) -> int:
-    return -(-number // divisor)

@@ -15,7 +15,6 @@ from cac_fast.backend.base import Backend
 from cac_fast.operands import Operands
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SM_90A_DTYPES = _DTYPES[1:]
 # Other numbers of channels are padded to the next of these.
 _KERNEL_CHANNELS = (64, 128, 256)
 
@@ -29,7 +28,7 @@ def unavailable(sm_90a: bool = False) -> str | None:
     if sm_90a:
         if (9, 0) not in gpus:
             return "needs a GPU of compute capability 9.0"
-        if not _has_sm_90a():
+        if not any(arch.startswith("9.0a") for arch in _extension.cuda_archs()):
             return "is built without code for sm_90a: install again with TORCH_CUDA_ARCH_LIST=9.0"
     if all(gpu < (8, 0) for gpu in gpus):
         return "needs a GPU of compute capability 8.0 or newer"
@@ -37,7 +36,7 @@ def unavailable(sm_90a: bool = False) -> str | None:
 
 
 def refuses(anchors: Tensor, sm_90a: bool = False) -> str | None:
-    dtypes = _SM_90A_DTYPES if sm_90a else _DTYPES
+    dtypes = _DTYPES[1:] if sm_90a else _DTYPES
     if anchors.device.type != "cuda":
         return f"it works on a CUDA device, not on {anchors.device}"
     if anchors.dtype not in dtypes:
@@ -45,11 +44,11 @@ def refuses(anchors: Tensor, sm_90a: bool = False) -> str | None:
     if anchors.shape[1] > _KERNEL_CHANNELS[-1]:
         return f"it takes features of up to {_KERNEL_CHANNELS[-1]} channels, not {anchors.shape[1]}"
     capability = torch.cuda.get_device_capability(anchors.device)
+    gpu = ".".join(map(str, capability))
     if sm_90a and capability != (9, 0):
-        return "it needs a GPU of compute capability 9.0, not " + ".".join(map(str, capability))
+        return f"it needs a GPU of compute capability 9.0, not {gpu}"
     archs = _extension.cuda_archs()
     if not runs_on(capability, archs):
-        gpu = ".".join(map(str, capability))
         return (
             f"it is built for {', '.join(archs)}, and the GPU is {gpu}: install again with "
             f"TORCH_CUDA_ARCH_LIST={gpu}"
@@ -84,10 +83,6 @@ def _sizes(
     return tiles.Sizes(*_operators().dc_loss_sizes_cuda(anchors, padded, tf32, sm_90a), padded)
 
 
-def _has_sm_90a() -> bool:
-    return any(arch.startswith("9.0a") for arch in _extension.cuda_archs())
-
-
 def dc_loss_rows(
     operands: Operands, classes: int | None = None, sm_90a: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -112,11 +107,7 @@ def dc_loss_rows(
         ordered_anchors,
         positives,
         ordered_negatives,
-        order.anchors,
-        order.excluded_from,
-        order.excluded_to,
-        order.num_active,
-        order.num_admissible,
+        *order[1:],
         *plan,
         *tiles.numbers(anchors.dtype, temperature),
         tf32,

@@ -1,9 +1,5 @@
 #include "device.cuh"
 #include "launch.cuh"
-#include "shapes.cuh"
 
-namespace cac_fast::cuda {
-
-const Kernels kBFloat16Kernels{sizes<BFloat16Shape>, launch<BFloat16Shape>};
-
-}  // namespace cac_fast::cuda
+const cac_fast::cuda::Kernels cac_fast::cuda::kBFloat16Kernels{
+    sizes<BFloat16Shape, Path>, launch<BFloat16Shape, Path>};

@@ -1,9 +1,5 @@
 #include "device.cuh"
 #include "launch.cuh"
-#include "shapes.cuh"
 
-namespace cac_fast::cuda {
-
-const Kernels kFloat32Kernels{sizes<Float32Shape>, launch<Float32Shape>};
-
-}  // namespace cac_fast::cuda
+const cac_fast::cuda::Kernels cac_fast::cuda::kFloat32Kernels{
+    sizes<Float32Shape, Path>, launch<Float32Shape, Path>};

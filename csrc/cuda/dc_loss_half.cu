@@ -1,9 +1,5 @@
 #include "device.cuh"
 #include "launch.cuh"
-#include "shapes.cuh"
 
-namespace cac_fast::cuda {
-
-const Kernels kHalfKernels{sizes<HalfShape>, launch<HalfShape>};
-
-}  // namespace cac_fast::cuda
+const cac_fast::cuda::Kernels cac_fast::cuda::kHalfKernels{
+    sizes<HalfShape, Path>, launch<HalfShape, Path>};

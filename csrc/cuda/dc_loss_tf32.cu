@@ -1,9 +1,5 @@
 #include "device.cuh"
 #include "launch.cuh"
-#include "shapes.cuh"
 
-namespace cac_fast::cuda {
-
-const Kernels kTf32Kernels{sizes<Tf32Shape>, launch<Tf32Shape>};
-
-}  // namespace cac_fast::cuda
+const cac_fast::cuda::Kernels cac_fast::cuda::kTf32Kernels{
+    sizes<Tf32Shape, Path>, launch<Tf32Shape, Path>};

@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <type_traits>
 
 #include "combine.cuh"
 #include "launch.h"
@@ -44,40 +45,47 @@ Sizes find_sizes(Kernel* plain, Kernel* with_offset) {
   return sizes;
 }
 
-template <class Shape>
-Sizes find_sizes() {
-  return find_sizes<Shape>(dc_loss_partial<Shape, false>, dc_loss_partial<Shape, true>);
-}
-
-template <class Shape, bool kOffset>
-void launch_combine(const Operands& given) {
+// `partial`: of a Shape, with its arguments behind the operands.
+template <class Shape, bool kOffset, class... More>
+void launch_kernels(
+    void (*partial)(Operands, More...), const Operands& given, int64_t programs,
+    const std::type_identity_t<More>&... more) {
+  const auto stream = static_cast<cudaStream_t>(current_stream());
+  partial<<<static_cast<unsigned>(programs), Shape::kThreads, Shape::kSharedBytes, stream>>>(
+      given, more...);
+  check(cudaGetLastError());
   const auto groups = static_cast<unsigned>((given.count + kCombinedRows - 1) / kCombinedRows);
   dc_loss_combine<typename Shape::Element, Shape::kDim, Shape::kTile, kOffset>
-      <<<groups, kCombinedRows * kWarp, 0, static_cast<cudaStream_t>(current_stream())>>>(given);
+      <<<groups, kCombinedRows * kWarp, 0, stream>>>(given);
   check(cudaGetLastError());
 }
 
-template <class Shape, bool kOffset>
-void launch_kernels(const Operands& given, int64_t programs) {
-  find_sizes<Shape>();  // allows the shared memory, where nobody has asked for the sizes yet
-  dc_loss_partial<Shape, kOffset>
-      <<<static_cast<unsigned>(programs), Shape::kThreads, Shape::kSharedBytes,
-         static_cast<cudaStream_t>(current_stream())>>>(given);
-  check(cudaGetLastError());
-  launch_combine<Shape, kOffset>(given);
-}
+struct Path {
+  template <class Shape>
+  static Sizes sizes() {
+    return find_sizes<Shape>(dc_loss_partial<Shape, false>, dc_loss_partial<Shape, true>);
+  }
 
-template <template <int> class ShapeOf>
+  template <class Shape, bool kOffset>
+  static void launch(const Operands& given, int64_t programs) {
+    launch_kernels<Shape, kOffset>(dc_loss_partial<Shape, kOffset>, given, programs);
+  }
+};
+
+// Of the Shape of these channels, as a Path launches it.
+template <template <int> class ShapeOf, class Path>
 Sizes sizes(int64_t padded) {
-  return with_shape<ShapeOf>(padded, [](auto shape) { return find_sizes<decltype(shape)>(); });
+  return with_shape<ShapeOf>(
+      padded, [](auto shape) { return Path::template sizes<decltype(shape)>(); });
 }
 
-template <template <int> class ShapeOf>
+template <template <int> class ShapeOf, class Path>
 void launch(const Operands& given, int64_t padded, int64_t programs, bool offset) {
   with_shape<ShapeOf>(padded, [&](auto shape) {
     using Shape = decltype(shape);
-    offset ? launch_kernels<Shape, true>(given, programs)
-           : launch_kernels<Shape, false>(given, programs);
+    Path::template sizes<Shape>();  // allows the shared memory, where nobody has asked for it yet
+    offset ? Path::template launch<Shape, true>(given, programs)
+           : Path::template launch<Shape, false>(given, programs);
   });
 }
 

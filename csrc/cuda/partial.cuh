@@ -99,7 +99,7 @@ class Partial {
       copy_block(walk, place + kStages - 1, end, free);
 
       const char* negatives = blocks_ + buffer * (kBlock * kPitch);
-      float logits[kRows][kBlock / 8][4];
+      float logits[kRows][kBlock / 8][4] = {};
       Unit::multiply(logits, anchors_ + first_row_ * kPitch, negatives, lane_);
       if (place >= walk.unmasked()) mask_rows(logits, tile, walk.block(place) * kBlock);
       weigh<kOffset>(logits, sums, total, offset);

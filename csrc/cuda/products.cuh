@@ -23,19 +23,11 @@ struct MatrixUnit {
     return 8 * i + 2 * t + (j & 1);
   }
 
-  // logits = anchors (rows of the warp) times negatives, both in shared memory.
+  // logits += anchors (rows of the warp) times negatives, both in shared memory.
   static __device__ __forceinline__ void multiply(
       float (&logits)[kRows][kBlock / 8][4], const char* anchors, const char* negatives, int lane) {
     const int of_a = not_hoisted(rows_first(lane, kPitch));
     const int of_b = not_hoisted(chunks_first(lane, kPitch));
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int n = 0; n < kBlock / 8; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) logits[r][n][j] = 0;
-      }
-    }
     // One step is 32 bytes of a row: 16 channels of 16 bits, or 8 of TF32.
 #pragma unroll
     for (int chunk = 0; chunk < kPitch / kChunk; chunk += 2) {
@@ -155,14 +147,6 @@ struct MultiplyAdds {
   static __device__ __forceinline__ void multiply(
       float (&logits)[kRows][kBlock / 8][4], const char* anchors, const char* negatives, int lane) {
     const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int n = 0; n < kBlock / 8; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) logits[r][n][j] = 0;
-      }
-    }
 #pragma unroll 1
     for (int chunk = 0; chunk < kPitch / kChunk; ++chunk) {
       float4 a[kRows][2];

@@ -2,9 +2,5 @@
 #include "device.cuh"
 #include "launch.cuh"
 
-namespace cac_fast::cuda {
-
-const Kernels kBFloat16Sm90Kernels{
-    sm90::sizes<sm90::BFloat16Shape>, sm90::launch<sm90::BFloat16Shape>};
-
-}  // namespace cac_fast::cuda
+const cac_fast::cuda::Kernels cac_fast::cuda::kBFloat16Sm90Kernels{
+    sizes<sm90::BFloat16Shape, sm90::Path>, launch<sm90::BFloat16Shape, sm90::Path>};

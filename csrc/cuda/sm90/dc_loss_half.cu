@@ -2,9 +2,5 @@
 #include "device.cuh"
 #include "launch.cuh"
 
-namespace cac_fast::cuda {
-
-const Kernels kHalfSm90Kernels{
-    sm90::sizes<sm90::HalfShape>, sm90::launch<sm90::HalfShape>};
-
-}  // namespace cac_fast::cuda
+const cac_fast::cuda::Kernels cac_fast::cuda::kHalfSm90Kernels{
+    sizes<sm90::HalfShape, sm90::Path>, launch<sm90::HalfShape, sm90::Path>};

@@ -51,37 +51,19 @@ TensorMap encode(const Boxes& boxes) {
   return map;
 }
 
-template <class Shape>
-Sizes find_sizes() {
-  return cuda::find_sizes<Shape>(
-      dc_loss_partial_sm90<Shape, false>, dc_loss_partial_sm90<Shape, true>);
-}
+struct Path {
+  template <class Shape>
+  static Sizes sizes() {
+    return find_sizes<Shape>(dc_loss_partial_sm90<Shape, false>, dc_loss_partial_sm90<Shape, true>);
+  }
 
-template <class Shape, bool kOffset>
-void launch_both(const Operands& given, int64_t programs) {
-  using Element = typename Shape::Element;
-  find_sizes<Shape>();  // allows the shared memory, where nobody has asked for the sizes yet
-  dc_loss_partial_sm90<Shape, kOffset>
-      <<<static_cast<unsigned>(programs), Shape::kThreads, Shape::kSharedBytes,
-         static_cast<cudaStream_t>(current_stream())>>>(
-          given, encode<Element>(anchor_boxes<Shape>(given)),
-          encode<Element>(negative_boxes<Shape>(given)));
-  check(cudaGetLastError());
-  launch_combine<Shape, kOffset>(given);
-}
-
-template <template <int> class ShapeOf>
-Sizes sizes(int64_t padded) {
-  return with_shape<ShapeOf>(padded, [](auto shape) { return find_sizes<decltype(shape)>(); });
-}
-
-template <template <int> class ShapeOf>
-void launch(const Operands& given, int64_t padded, int64_t programs, bool offset) {
-  with_shape<ShapeOf>(padded, [&](auto shape) {
-    using Shape = decltype(shape);
-    offset ? launch_both<Shape, true>(given, programs)
-           : launch_both<Shape, false>(given, programs);
-  });
-}
+  template <class Shape, bool kOffset>
+  static void launch(const Operands& given, int64_t programs) {
+    using Element = typename Shape::Element;
+    launch_kernels<Shape, kOffset>(
+        dc_loss_partial_sm90<Shape, kOffset>, given, programs,
+        encode<Element>(anchor_boxes<Shape>(given)), encode<Element>(negative_boxes<Shape>(given)));
+  }
+};
 
 }  // namespace cac_fast::cuda::sm90
