@@ -10,8 +10,10 @@ import pytest
 from data_folders import one_line, write_folder
 from small_training import ROOT
 
+from cac_fast.train import config
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.errors import InputError
+from cac_fast.train.methods import method_class
 from cac_fast.train.networks import build_network
 from cac_fast.train.registry import BACKBONES, LAYOUTS, METHODS, NETWORKS, Entry, Registry
 from cac_fast.train.settings import FIELDS
@@ -111,3 +113,10 @@ def test_ones_own_module_comes_before_the_commands_files(working_folder: Path) -
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"No module named 'nowhere', {working_folder}/samples.py line 1" in done.stderr
+
+
+def test_a_method_is_a_method(working_folder: Path) -> None:
+    (working_folder / "mine.py").write_text("class Net: pass\n")
+    with pytest.raises(InputError) as error:
+        method_class(config.parse(["--dataset", "toycity", "--method", "mine:Net"]))
+    one_line(error, "--method mine:Net: ", "no subclass of cac_fast.train.methods.Method")
