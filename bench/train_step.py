@@ -136,8 +136,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     size = {"type": count, "metavar": "N"}
-    parser.add_argument("--network", default="deeplabv3plus", choices=NETWORKS.names)
-    parser.add_argument("--backbone", choices=BACKBONES.names, help="resnet18; on a GPU resnet50")
+    parser.add_argument("--network", default="deeplabv3plus", type=NETWORKS.checked)
+    parser.add_argument("--backbone", type=BACKBONES.checked, help="resnet18; on a GPU resnet50")
     parser.add_argument("--batch-size", **size, default=8, help="labeled, and as many unlabeled")
     parser.add_argument("--crop-size", **size, help="128; on a GPU 720")
     parser.add_argument("--negatives", **size, help="M in all: 25.6k; on a GPU 129.6k")

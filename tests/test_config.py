@@ -38,6 +38,8 @@ def test_later_sources_win(tmp_path):
     assert settings.optim.learning_rate == 0.25
     assert settings.data.labeled_scale == (0.5, 1.5)
     assert settings.model.network == "deeplabv3plus"
+    settings = config.parse(["--dataset", "toycity", "--iterations", "3"])
+    assert (settings.optim.iterations, settings.model.backbone) == (3, "resnet18")
 
 
 @pytest.mark.parametrize(

@@ -31,22 +31,19 @@ COMMANDS = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(working_folder: Path) -> Path:
     """Where the commands are started: the page's files, and photos with their masks beside them."""
     for name, text in FILES.items():
-        (tmp_path / name).write_text(text)
+        (working_folder / name).write_text(text)
     rng = np.random.default_rng(3)
     for split, images, masks in (("train", 6, 4), ("val", 2, 2)):
-        (tmp_path / "photos" / split).mkdir(parents=True)
+        (working_folder / "photos" / split).mkdir(parents=True)
         for index in range(images):
             image, mask = scene(rng, 48, 56)
-            Image.fromarray(image).save(tmp_path / f"photos/{split}/{index}.jpg")
+            Image.fromarray(image).save(working_folder / f"photos/{split}/{index}.jpg")
             if index < masks:
-                Image.fromarray(mask).save(tmp_path / f"photos/{split}/{index}.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return tmp_path
+                Image.fromarray(mask).save(working_folder / f"photos/{split}/{index}.png")
+    return working_folder
 
 
 def train(output: str, *more: str) -> list[str]:

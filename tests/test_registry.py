@@ -10,22 +10,15 @@ import pytest
 from data_folders import one_line, write_folder
 from small_training import ROOT
 
+from cac_fast.train import config
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.errors import InputError
+from cac_fast.train.methods import method_class
 from cac_fast.train.networks import build_network
 from cac_fast.train.registry import BACKBONES, LAYOUTS, METHODS, NETWORKS, Entry, Registry
 from cac_fast.train.settings import FIELDS
 
 REGISTRIES = [LAYOUTS, NETWORKS, BACKBONES, METHODS]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder where a command is started; what it imports is forgotten after the test."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return tmp_path
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.option)
@@ -66,9 +59,9 @@ def test_the_nearest_name_is_offered() -> None:
     one_line(error, "--dataset", "'citscapes'", "did you mean cityscapes?", "module:name")
 
 
-def test_code_of_the_working_folder(folder: Path) -> None:
-    (folder / "inner").mkdir()
-    (folder / "inner/mine.py").write_text("def name(): return 3\n")
+def test_code_of_the_working_folder(working_folder: Path) -> None:
+    (working_folder / "inner").mkdir()
+    (working_folder / "inner/mine.py").write_text("def name(): return 3\n")
     assert METHODS.load("inner.mine:name")() == 3
 
 
@@ -86,37 +79,44 @@ def test_code_of_the_working_folder(folder: Path) -> None:
         ("needs:Net", ["No module named 'not_installed'", "{folder}/needs.py line 1"]),
     ],
 )
-def test_code_that_cannot_be_had(folder: Path, name: str, words: list[str]) -> None:
-    (folder / "mine.py").write_text("class Net: pass\n")
-    (folder / "broken.py").write_text("x = 1\nnowhere\n")
-    (folder / "typo.py").write_text("def (:\n")
-    (folder / "needs.py").write_text("import not_installed\n")
+def test_code_that_cannot_be_had(working_folder: Path, name: str, words: list[str]) -> None:
+    (working_folder / "mine.py").write_text("class Net: pass\n")
+    (working_folder / "broken.py").write_text("x = 1\nnowhere\n")
+    (working_folder / "typo.py").write_text("def (:\n")
+    (working_folder / "needs.py").write_text("import not_installed\n")
     with pytest.raises(InputError) as error:
         NETWORKS.load(name)
-    one_line(error, f"--network {name}: ", *(word.format(folder=folder) for word in words))
+    one_line(error, f"--network {name}: ", *(word.format(folder=working_folder) for word in words))
 
 
-def test_all_that_is_named_can_be_ones_own(folder: Path) -> None:
-    write_folder(folder / "data")
-    (folder / "mine.py").write_text(
+def test_all_that_is_named_can_be_ones_own(working_folder: Path) -> None:
+    write_folder(working_folder / "data")
+    (working_folder / "mine.py").write_text(
         "from cac_fast.train.data.layouts.folder import open_folder as layout\n"
         "from cac_fast.train.networks.lraspp import lraspp as network\n"
         "from cac_fast.train.networks.backbones import MobileNetBackbone\n"
         "def backbone(*strides): return MobileNetBackbone('mobilenet_v2', *strides)\n"
     )
-    assert open_data("mine:layout", folder / "data").classes == ("sky", "wet road", "car")
+    assert open_data("mine:layout", working_folder / "data").classes == ("sky", "wet road", "car")
     with pytest.raises(InputError, match="mine:layout needs its folder: give --data-dir"):
         open_data("mine:layout", None)
     network = build_network("mine:network", "mine:backbone", 3)
     assert network.feature_channels == 128 + 32
 
 
-def test_ones_own_module_comes_before_the_commands_files(folder: Path) -> None:
+def test_ones_own_module_comes_before_the_commands_files(working_folder: Path) -> None:
     """Python looks first where the command's file is, and that folder has a samples.py too."""
-    (folder / "samples.py").write_text("from nowhere import x\n")
+    (working_folder / "samples.py").write_text("from nowhere import x\n")
     words = "--dataset samples:x --data-dir . --labeled-share 1/2 --output lists".split()
     done = subprocess.run(
         [sys.executable, ROOT / "train/split.py", *words], capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"No module named 'nowhere', {folder}/samples.py line 1" in done.stderr
+    assert f"No module named 'nowhere', {working_folder}/samples.py line 1" in done.stderr
+
+
+def test_a_method_is_a_method(working_folder: Path) -> None:
+    (working_folder / "mine.py").write_text("class Net: pass\n")
+    with pytest.raises(InputError) as error:
+        method_class(config.parse(["--dataset", "toycity", "--method", "mine:Net"]))
+    one_line(error, "--method mine:Net: ", "no subclass of cac_fast.train.methods.Method")

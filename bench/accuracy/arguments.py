@@ -10,6 +10,7 @@ from accuracy.arms import ARMS, METHODS
 from accuracy.shrink import shrunken
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import Parser
+from cac_fast.train.registry import LAYOUTS
 from lib.measure import ROOT
 
 
@@ -100,8 +101,8 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
                 f"--names {path}: there are results called {path.stem!r} already: rename the file"
             )
         called.append(path.stem)
-    if options.dataset == "toycity" and options.folder is None:
-        options.folder = ROOT / "data" / "toycity"
+    if options.folder is None and (made_in := LAYOUTS.entry(options.dataset).made_in):
+        options.folder = ROOT / made_in
     if options.shrink < 1:
         raise InputError(f"--shrink {options.shrink} is no size: give 1 or more")
     if options.shrink > 1:
