@@ -54,7 +54,7 @@ def check_threshold(threshold: float) -> None:
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
 
 
 def check_kind(name: str, tensor: Tensor, kind: str) -> None:
@@ -97,7 +97,7 @@ def check_features(
     (a, d), device = anchors.shape, anchors.device
     if negatives.ndim != 2 or negatives.shape[1] != d:
         raise ValueError(f"negatives must have shape (M, {d}), not {tuple(negatives.shape)}")
-    m = len(negatives)
+    m = negatives.shape[0]
     for name, tensor, shape, kind in (
         ("anchors", anchors, (a, d), "floating point"),
         ("positives", positives, (a, d), "floating point"),
@@ -112,7 +112,7 @@ def check_operands(operands: Operands) -> None:
     *features_and_labels, active, temperature = operands
     check_features(*features_and_labels)
     anchors = operands.anchors
-    check_rows("active", active, (len(anchors),), "bool", anchors.device)
+    check_rows("active", active, anchors.shape[:1], "bool", anchors.device)
     check_temperature(temperature)
 
 
@@ -136,7 +136,7 @@ def check_views(
         ("logits1", logits1, of_logits),
         ("logits2", logits2, of_logits),
     ):
-        check_shape(name, tensor, tuple(shape))
+        check_shape(name, tensor, shape)
         check_kind(name, tensor, "floating point")
     for name in ("partner1", "partner2", "valid1", "valid2"):
         check_shape(f"overlap.{name}", getattr(overlap, name), (batch, h * w))

@@ -77,7 +77,7 @@ def directional_contrastive_loss(
         ("anchor_confidence", anchor_confidence),
         ("positive_confidence", positive_confidence),
     ):
-        check_rows(name, confidence, (len(anchors),), "floating point", anchors.device)
+        check_rows(name, confidence, anchors.shape[:1], "floating point", anchors.device)
     check_constant("negatives", negatives)
     active = _active(anchor_confidence, positive_confidence, threshold, directional=True)
     features = (_unit(x).to(anchors.dtype) for x in (anchors, positives.detach(), negatives))

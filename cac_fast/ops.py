@@ -11,8 +11,6 @@ from cac_fast.checks import check_classes, check_constant, check_operands, check
 from cac_fast.choice import choose_backend
 from cac_fast.operands import Operands
 
-_NAME = "cac_fast::dc_loss_rows"
-
 
 def dc_loss_rows(
     anchors: Tensor,
@@ -60,7 +58,7 @@ def dc_loss_rows(
     )
 
 
-@torch.library.custom_op(_NAME, mutates_args=())
+@torch.library.custom_op("cac_fast::dc_loss_rows", mutates_args=())
 def _operator(
     anchors: Tensor,
     positives: Tensor,

@@ -18,11 +18,9 @@ int64_t divide_up(int64_t value, int64_t divisor) {
   return (value + divisor - 1) / divisor;
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-void cut_rows(const std::vector<int64_t>& labels, int64_t height, std::vector<Range>& ranges) {
+// Spans without their negatives.
+std::vector<Span> cut_rows(const std::vector<int64_t>& labels, int64_t height) {
+  std::vector<Span> spans;
   const auto count = static_cast<int64_t>(labels.size());
   bool shared = false;
   for (int64_t begin = 0, end; begin < count; begin = end) {
@@ -31,16 +29,17 @@ void cut_rows(const std::vector<int64_t>& labels, int64_t height, std::vector<Ra
     if (2 * rows >= height) {
       const int64_t pieces = divide_up(rows, height);
       for (int64_t piece = 0; piece < pieces; ++piece) {
-        ranges.push_back({begin + rows * piece / pieces, begin + rows * (piece + 1) / pieces});
+        spans.push_back({begin + rows * piece / pieces, begin + rows * (piece + 1) / pieces});
       }
       shared = false;
-    } else if (shared && end - ranges.back().begin <= height) {
-      ranges.back().end = end;
+    } else if (shared && end - spans.back().begin <= height) {
+      spans.back().end = end;
     } else {
-      ranges.push_back({begin, end});
+      spans.push_back({begin, end});
       shared = true;
     }
   }
+  return spans;
 }
 
 }  // namespace
@@ -84,18 +83,14 @@ Ordered order_by_label(std::vector<int64_t> rows, const int64_t* labels) {
 std::vector<Span> cut_spans(
     const std::vector<int64_t>& labels, const std::vector<int64_t>& negative_labels,
     int64_t height) {
-  std::vector<Range> ranges;
-  cut_rows(labels, height, ranges);
-  std::vector<Span> spans;
-  spans.reserve(ranges.size());
+  std::vector<Span> spans = cut_rows(labels, height);
   const auto first = negative_labels.begin(), behind = negative_labels.end();
-  for (const auto [begin, end] : ranges) {
-    const int64_t smallest = labels[begin];
-    const int64_t largest = labels[end - 1];
-    const int64_t low = std::lower_bound(first, behind, smallest) - first;
-    const int64_t high = std::upper_bound(first, behind, largest) - first;
-    const int64_t middle_end = smallest == largest ? low : high;
-    spans.push_back({begin, end, low, middle_end, high, behind - first});
+  for (Span& span : spans) {
+    const int64_t smallest = labels[span.begin], largest = labels[span.end - 1];
+    span.low = std::lower_bound(first, behind, smallest) - first;
+    span.high = std::upper_bound(first, behind, largest) - first;
+    span.middle_end = smallest == largest ? span.low : span.high;
+    span.count = behind - first;
   }
   return spans;
 }

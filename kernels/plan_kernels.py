@@ -68,12 +68,7 @@ def _excluded(key, negative_keys_ptr, negatives, BITS: tl.constexpr):
 def _plan(
     anchor_keys_ptr,
     negative_keys_ptr,
-    borders_ptr,
-    ends_ptr,
-    share_ptr,
-    first_tile_ptr,
-    last_tile_ptr,
-    counts_ptr,
+    made,
     count,
     negatives,
     programs,
@@ -82,6 +77,7 @@ def _plan(
     BITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    borders_ptr, ends_ptr, share_ptr, first_tile_ptr, last_tile_ptr, counts_ptr = made
     inactive = tl.full((), 2 ** (BITS - 1) - 1, tl.int64)
     num_active = _below(anchor_keys_ptr, count, inactive)
     num_admissible = _below(negative_keys_ptr, negatives, inactive - 1)
@@ -202,9 +198,9 @@ def dc_loss_plan(
     copies = tl.cdiv(tl.cdiv(negatives, BLOCK) * BLOCK, ROWS)
     if program == 0:
         _plan(
-            anchor_keys_ptr, negative_keys_ptr, borders_ptr, ends_ptr, share_ptr,
-            numbers_ptr, last_tile_ptr, counts_ptr, count, negatives, programs,
-            TILE, BLOCK, BITS, CHUNK,
+            anchor_keys_ptr, negative_keys_ptr,
+            (borders_ptr, ends_ptr, share_ptr, numbers_ptr, last_tile_ptr, counts_ptr),
+            count, negatives, programs, TILE, BLOCK, BITS, CHUNK,
         )  # fmt: skip
     elif program <= searches:
         place = (program - 1) * CHUNK + tl.arange(0, CHUNK)

@@ -12,8 +12,6 @@
 #include <type_traits>
 
 #include "../launch.cuh"
-#include "../launch.h"
-#include "../shapes.cuh"
 #include "layout.h"
 #include "partial.cuh"
 #include "shapes.cuh"
