@@ -2,10 +2,10 @@
 
     python bench/scaling.py [--processes 1,2] [--images 4] [--json FILE] [-- TRAINER'S OPTIONS]
 
-Real runs of ``train/main.py --method cac`` with data, both losses and the gather of the negatives.
-Weak: each process has ``--images`` images, so the batch and the negatives that every process meets
+Real runs of `train/main.py --method cac` with data, both losses and the gather of the negatives.
+Weak: each process has `--images` images, so the batch and the negatives that every process meets
 grow with their number. Strong: the batch is that of the most processes throughout. All runs take
-turns. What follows ``--`` goes to ``train/main.py`` as it is, behind what is given here.
+turns. What follows `--` goes to `train/main.py` as it is, behind what is given here.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the arguments before ``--``; keep the rest for ``train/main.py``."""
+    """Read the arguments before `--`; keep the rest for `train/main.py`."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -6,7 +6,7 @@ The step is the trainer's own, from the forward passes to the optimizer; data an
 out. The baseline (lib/train_step_baseline.py) is the same step as the paper's authors do it. Both
 start from equal weights, batch and negatives, and their losses and gradients must agree in float32
 before anything is timed; then all take turns. With it comes the trainer's step with the baseline's
-heads ("plain heads"). What follows ``--`` goes to the trainer as it is. Without options: the goal
+heads ("plain heads"). What follows `--` goes to the trainer as it is. Without options: the goal
 row of the device. The record is written after every turn, and a step that does not fit into the
 GPU's memory gets a row that says so.
 """

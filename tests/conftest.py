@@ -29,7 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 @pytest.fixture(scope="session")
 def folder_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ``folder`` data set: 4 labeled, 3 unlabeled, 3 validation and 2 test images."""
+    """A `folder` data set: 4 labeled, 3 unlabeled, 3 validation and 2 test images."""
     return write_scenes(
         tmp_path_factory.mktemp("folder"), {"train": (4, 3), "val": (3, 0), "test": (2, 0)}
     )

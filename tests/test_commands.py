@@ -278,7 +278,7 @@ def fails(
     options: dict[str, object],
     capfd: pytest.CaptureFixture[str],
 ) -> str:
-    """The one line that ``command`` answers with, warnings and progress left out."""
+    """The one line that `command` answers with, warnings and progress left out."""
     capfd.readouterr()
     arguments = [
         str(item)

@@ -42,7 +42,7 @@ class Network(nn.Module):
 
 
 def make_data(folder: Path, count: int) -> SegmentationData:
-    """``count`` images of different sizes with masks of the first three classes and 255."""
+    """`count` images of different sizes with masks of the first three classes and 255."""
     rng = np.random.default_rng(0)
     samples = []
     for index in range(count):

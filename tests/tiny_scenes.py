@@ -24,7 +24,7 @@ def scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray
 def write_scenes(
     root: Path, splits: dict[str, tuple[int, int]], size: tuple[int, int] = (48, 56)
 ) -> Path:
-    """Write a ``--dataset folder`` tree: per split (images with a mask, images without)."""
+    """Write a `--dataset folder` tree: per split (images with a mask, images without)."""
     rng = np.random.default_rng(7)
     root.mkdir(parents=True, exist_ok=True)
     (root / "classes.txt").write_text("0 sky 70 130 180\n1 ground 128 64 128\n2 box 220 20 60\n")

@@ -14,7 +14,7 @@ __all__ = ["load"]
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Predictor:
-    """Load a run's ``best.pt`` or ``last.pt`` for inference, in eval mode, on ``device``.
+    """Load a run's `best.pt` or `last.pt` for inference, in eval mode, on `device`.
 
     Raises:
         InputError: the file is missing, truncated, or no checkpoint of this program.

@@ -1,4 +1,4 @@
-"""Look at data: ``python train/check.py --dataset folder --data-dir DIR --sheet sheet.png``."""
+"""Look at data: `python train/check.py --dataset folder --data-dir DIR --sheet sheet.png`."""
 
 from __future__ import annotations
 

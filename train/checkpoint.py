@@ -16,7 +16,7 @@ FORMAT = 1
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path``; a crash at any moment leaves the old file or the new one.
+    """Write `state` to `path`; a crash at any moment leaves the old file or the new one.
 
     Raises:
         InputError: it cannot be written (a full disk, as a rule); a former file is still there.
@@ -44,7 +44,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 
 def find(path: Path) -> Path:
-    """The file that a path means: of a run folder ``best.pt``, or ``last.pt`` where that is not."""
+    """The file that a path means: of a run folder `best.pt`, or `last.pt` where that is not."""
     if not path.is_dir():
         return path
     files = [path / name for name in ("best.pt", "last.pt")]
@@ -52,7 +52,7 @@ def find(path: Path) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that :func:`write` made, onto the CPU, with ``weights_only=True``.
+    """Read a checkpoint that `write` made, onto the CPU, with `weights_only=True`.
 
     Raises:
         InputError: the file is missing, truncated, or no checkpoint of this program.
@@ -84,7 +84,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load_model(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Load ``weights`` strictly into ``module``.
+    """Load `weights` strictly into `module`.
 
     Raises:
         InputError: names or shapes differ: the checkpoint is of another architecture.
@@ -106,7 +106,7 @@ def load_model(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: 
 
 
 def is_finite(module: torch.nn.Module) -> bool:
-    """Whether all numbers that ``module`` would put into a checkpoint are finite."""
+    """Whether all numbers that `module` would put into a checkpoint are finite."""
     tensors = [value for value in module.state_dict().values() if value.is_floating_point()]
     return bool(torch.stack([value.isfinite().all() for value in tensors]).all())
 
@@ -120,7 +120,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Take back what :func:`random_state` gave."""
+    """Take back what `random_state` gave."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

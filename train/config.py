@@ -35,9 +35,9 @@ FREE = frozenset(
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Read the command line of ``train/main.py``.
+    """Read the command line of `train/main.py`.
 
-    Later sources win: defaults, the data set's preset, ``--config`` TOML, flags.
+    Later sources win: defaults, the data set's preset, `--config` TOML, flags.
 
     Raises:
         InputError: an unknown option or key (with the nearest match), or an impossible value.
@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 
 
 def differences(config: Config, former: dict[str, Any]) -> list[str]:
-    """Settings that change what is computed and differ from those of a ``former`` run."""
+    """Settings that change what is computed and differ from those of a `former` run."""
     return [
         f"{name}: {there!r} there, {here!r} here"
         for name, here in config.flat().items()
@@ -162,7 +162,7 @@ def _known(key: str, where: str) -> str:
 
 
 def _convert(name: str, value: Any) -> Any:
-    """``value`` (text, or what TOML gave) as the type of the setting ``name``."""
+    """`value` (text, or what TOML gave) as the type of the setting `name`."""
     kind = TYPES[name]
     if NoneType in typing.get_args(kind):
         if str(value).lower() == "none":

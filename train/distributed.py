@@ -36,7 +36,7 @@ class World:
         return self.rank == 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum ``tensor`` over all ranks in place and return it; a no-op for one process."""
+        """Sum `tensor` over all ranks in place and return it; a no-op for one process."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -46,13 +46,13 @@ class World:
         return dist.new_group() if self.size > 1 else None
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
-        """Give every rank rank 0's buffers of ``module``."""
+        """Give every rank rank 0's buffers of `module`."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
     def all_gather_objects(self, item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """Every rank's ``item``, in rank order."""
+        """Every rank's `item`, in rank order."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
@@ -60,7 +60,7 @@ class World:
         return items
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Run ``work`` on rank 0 and hand its result, or its :class:`InputError`, to every rank.
+        """Run `work` on rank 0 and hand its result, or its `InputError`, to every rank.
 
         The others wait for up to a day.
         """
@@ -79,7 +79,7 @@ class World:
         return outcome[0]
 
     def on_each_machine(self, work: Callable[[], None]) -> None:
-        """Run ``work`` on one rank of every machine, and raise an :class:`InputError` everywhere.
+        """Run `work` on one rank of every machine, and raise an `InputError` everywhere.
 
         All ranks return when the last machine is done, for which they wait for up to a day.
         """
@@ -112,7 +112,7 @@ def world_size() -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process for ``--device``: ``auto`` takes CUDA where it is available."""
+    """The device of this process for `--device`: `auto` takes CUDA where it is available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -160,7 +160,7 @@ def world(device_name: str) -> Iterator[World]:
 
 
 def unused(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """A part of ``store``, the same on all ranks, in which no earlier try has left anything.
+    """A part of `store`, the same on all ranks, in which no earlier try has left anything.
 
     After a failure torchrun hands the new processes the store of the former ones, with their
     addresses in it: ranks that find those wait for processes that have ended.
@@ -189,7 +189,7 @@ def unused(store: dist.Store, rank: int, size: int) -> dist.Store:
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Run a command's body; an :class:`InputError` becomes one line (a machine) and exit code 2."""
+    """Run a command's body; an `InputError` becomes one line (a machine) and exit code 2."""
     # A file name that is no UTF-8 must not end a run that prints it.
     sys.stdout.reconfigure(errors="backslashreplace")
     try:

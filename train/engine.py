@@ -1,4 +1,4 @@
-"""The training loop: from a :class:`Config` to a run folder."""
+"""The training loop: from a `Config` to a run folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SYNC_BUFFERS = next(
 
 
 def train(config: Config, world: World) -> dict[str, Any]:
-    """Run a training; return ``{"best": {"miou", "iteration"} | None, "last": result | None}``.
+    """Run a training; return `{"best": {"miou", "iteration"} | None, "last": result | None}`.
 
     Raises:
         InputError: something in the settings or the data cannot be used.
@@ -136,7 +136,7 @@ class Trainer(RunState):
             self.log.step()
 
     def optimize(self, step: Step) -> Batch:
-        """One step of every optimizer on the batches of ``step``; the method's named scalars."""
+        """One step of every optimizer on the batches of `step`; the method's named scalars."""
         config = self.config
         factor = poly(self.iteration, self.iterations, config.optim.poly_power)
         for group in groups(self.optimizers):

@@ -22,7 +22,7 @@ class RankInputError(InputError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says against writing ``path`` (a full disk, as a rule) into one line."""
+    """Turn what the system says against writing `path` (a full disk, as a rule) into one line."""
     try:
         yield
     except OSError as error:
@@ -33,6 +33,6 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """As ``, did you mean voc?``; empty where no name is similar."""
+    """As `, did you mean voc?`; empty where no name is similar."""
     nearest = difflib.get_close_matches(name, names, n=1)
     return f", did you mean {nearest[0]}?" if nearest else ""

@@ -1,4 +1,4 @@
-"""Evaluate: ``python train/evaluate.py --checkpoint FILE --dataset voc --data-dir DIR``."""
+"""Evaluate: `python train/evaluate.py --checkpoint FILE --dataset voc --data-dir DIR`."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _check_classes(trained: Sequence[str], given: Sequence[str], path: Path) -> 
 
 
 def _table(classes: Sequence[str], result: dict[str, Any]) -> str:
-    """Names and numbers; ``-`` for a class that is neither in a mask nor in a prediction."""
+    """Names and numbers; `-` for a class that is neither in a mask nor in a prediction."""
     rows = [
         (name, "-" if iou is None else f"{iou:.4f}")
         for name, iou in zip(classes, result["iou"], strict=True)

@@ -25,7 +25,7 @@ from cac_fast.train.progress import Progress
 class ConfusionMatrix:
     """Pixels by true and predicted class.
 
-    ``counts`` is (K, K) int64 on ``device``; its rows are the true classes.
+    `counts` is (K, K) int64 on `device`; its rows are the true classes.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str) -> None:
@@ -71,7 +71,7 @@ class ConfusionMatrix:
 
     @property
     def miou(self) -> float:
-        """Mean of :attr:`iou` over the classes that have one; NaN if nothing was counted."""
+        """Mean of `iou` over the classes that have one; NaN if nothing was counted."""
         return self.iou.nanmean().item()
 
     @property
@@ -92,14 +92,14 @@ def evaluate(
     progress: Progress | None = None,
     on_prediction: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate ``network`` on ``samples``, each in its original size at a single scale.
+    """Evaluate `network` on `samples`, each in its original size at a single scale.
 
-    Every rank must call it. A rank takes every ``world.size``-th sample, so each is counted once;
+    Every rank must call it. A rank takes every `world.size`-th sample, so each is counted once;
     a rank may have none. Modules are in eval mode meanwhile and each gets its own mode back; the
     global random state is left alone.
 
     Args:
-        network: on ``world.device``.
+        network: on `world.device`.
         samples: images that all have masks.
         data: where the samples come from; it reads their masks.
         workers: processes a rank that read ahead; 0 reads in this one.
@@ -110,7 +110,7 @@ def evaluate(
             for each of this rank's images.
 
     Returns:
-        ``miou`` (mean over the classes present), ``pixel_accuracy`` and ``iou`` (a list with None
+        `miou` (mean over the classes present), `pixel_accuracy` and `iou` (a list with None
         for absent classes), all in [0, 1] and the same on every rank.
 
     Raises:
@@ -177,7 +177,7 @@ def _fitting(image: Tensor, sample: Sample) -> AbstractContextManager[None]:
 
 
 class _Images(Dataset):
-    """Image (3, H, W) and truth (H, W), uint8, or the :class:`InputError` that reading them raised.
+    """Image (3, H, W) and truth (H, W), uint8, or the `InputError` that reading them raised.
 
     Raised in a worker it would reach the main process with the worker's traceback in its message.
     """

@@ -27,7 +27,7 @@ LARGEST_MARGIN = 128
 STRIDE = 16
 
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
-"""What :meth:`Predictor.predict` takes for an image."""
+"""What `predict` takes for an image."""
 
 
 class Predictor(nn.Module):
@@ -66,11 +66,11 @@ class Predictor(nn.Module):
     def logits(self, image: Tensor) -> Tensor:
         """Logits (K, H, W) of an RGB image (3, H, W) uint8 on any device.
 
-        The image is padded as :func:`pad_image` says and the logits are cropped back. They carry no
+        The image is padded as `pad_image` says and the logits are cropped back. They carry no
         gradient and are on the predictor's device.
 
         Raises:
-            ValueError: ``image`` is no uint8 tensor (3, H, W).
+            ValueError: `image` is no uint8 tensor (3, H, W).
         """
         _check(image)
         height, width = image.shape[1:]
@@ -90,16 +90,16 @@ class Predictor(nn.Module):
         or (3, H, W), in the order red, green, blue (OpenCV reads blue first). Of a shape that may
         be both, arrays are taken as (H, W, 3) and tensors as (3, H, W).
 
-        With ``tile``, windows of at most ``tile`` x ``tile`` pixels go through the network one at a
+        With `tile`, windows of at most `tile` x `tile` pixels go through the network one at a
         time, and of the whole image only the class ids are kept. Only a window's center counts:
-        pixels within min(128, ``tile`` // 4) of its edge lack context and are taken from its
+        pixels within min(128, `tile` // 4) of its edge lack context and are taken from its
         neighbor. A network that pools globally sees the window and not the image, so its result
         can differ from the one without tiles.
 
         Raises:
-            ValueError: ``tile`` is below 64, or ``image`` has another form, holds floating-point
+            ValueError: `tile` is below 64, or `image` has another form, holds floating-point
                 values or is the path of no file.
-            TypeError: ``image`` is of another type.
+            TypeError: `image` is of another type.
             InputError: a file cannot be read.
         """
         if tile is not None and tile < SMALLEST_TILE:
@@ -131,12 +131,12 @@ class Window(NamedTuple):
 
     @property
     def kept_inside(self) -> slice:
-        """``kept``, counted from the window's start."""
+        """`kept`, counted from the window's start."""
         return slice(self.kept_start - self.start, self.kept_stop - self.start)
 
 
 def windows(length: int, tile: int | None) -> list[Window]:
-    """Windows of at most ``tile`` pixels (None: no bound) that keep each of ``length`` pixels once.
+    """Windows of at most `tile` pixels (None: no bound) that keep each of `length` pixels once.
 
     Every window starts at a multiple of 16. What is kept is min(128, tile // 4) pixels or more away
     from those ends of a window that are not ends of the axis.
@@ -203,7 +203,7 @@ def _check(image: Tensor) -> None:
 
 
 def _picture(image: Picture) -> Image.Image | Tensor:
-    """A PIL image in RGB or a tensor (3, H, W) of uint8; raises as :meth:`Predictor.predict`."""
+    """A PIL image in RGB or a tensor (3, H, W) of uint8; raises as `predict`."""
     if isinstance(image, (str, os.PathLike)):
         if not os.path.isfile(image):
             raise ValueError(

@@ -62,7 +62,7 @@ class RunLog:
             self.bar.update()
 
     def train(self, iteration: int, values: dict[str, float | None]) -> None:
-        """Write one ``"kind": "train"`` line."""
+        """Write one `"kind": "train"` line."""
         if not self.is_main:
             return
         self._write("train", iteration, values)
@@ -74,7 +74,7 @@ class RunLog:
             self.say(f"[{iteration}/{self.total}] {text}  {values['images_per_s']:.1f} img/s")
 
     def val(self, iteration: int, result: dict[str, Any]) -> None:
-        """Write one ``"kind": "val"`` line."""
+        """Write one `"kind": "val"` line."""
         if not self.is_main:
             return
         self._write("val", iteration, result)
@@ -104,7 +104,7 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line that a crash cut short is left out."""
+    """The lines of a `metrics.jsonl`; a last line that a crash cut short is left out."""
     lines = []
     if path.is_file():
         for text in path.read_text().splitlines():
@@ -118,17 +118,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 COLUMNS: dict[str, float | None] = dict.fromkeys(
     "loss loss_ce loss_dc active pairs negatives lr images_per_s data_s peak_memory_mb".split(), 0.0
 ) | {"positive_cosine": None, "skipped_images": 0}
-"""What every ``"kind": "train"`` line begins with, so that those of all runs can be read alike, and
+"""What every `"kind": "train"` line begins with, so that those of all runs can be read alike, and
 the value where a step has none."""
 
 
 def train_line(
     readings: list[dict[str, Any]], rate: float, reductions: Mapping[str, str]
 ) -> dict[str, float | None]:
-    """The values of a ``"kind": "train"`` line from the readings of all ranks.
+    """The values of a `"kind": "train"` line from the readings of all ranks.
 
-    ``images_per_s`` counts the labeled and unlabeled images of all ranks; memory and waiting are
-    those of the worst rank. The method's scalars are reduced as its ``reductions`` say.
+    `images_per_s` counts the labeled and unlabeled images of all ranks; memory and waiting are
+    those of the worst rank. The method's scalars are reduced as its `reductions` say.
     """
 
     def values(name: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""Train: ``torchrun train/main.py --dataset cityscapes --data-dir DIR``, or plain ``python``."""
+"""Train: `torchrun train/main.py --dataset cityscapes --data-dir DIR`, or plain `python`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cac_fast.train import config, distributed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse ``arguments`` and train; 0 at the end, 2 after one line about bad input."""
+    """Parse `arguments` and train; 0 at the end, 2 after one line about bad input."""
 
     def command() -> None:
         settings = config.parse(arguments)

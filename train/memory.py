@@ -28,7 +28,7 @@ def is_full(error: BaseException) -> bool:
 
 @contextmanager
 def fitting(message: str) -> Iterator[None]:
-    """Turn what is raised where memory is full into ``message``.
+    """Turn what is raised where memory is full into `message`.
 
     Raises:
         RankInputError: memory is full, on this rank perhaps alone.

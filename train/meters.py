@@ -16,7 +16,7 @@ from cac_fast.train.batch import Step
 class Meters:
     """Means of named scalars over the steps since the last reading, kept on the device.
 
-    Adding never waits for the device; only :meth:`read` does. The first iteration whose loss was
+    Adding never waits for the device; only `read` does. The first iteration whose loss was
     not finite is kept too.
     """
 
@@ -43,8 +43,8 @@ class Meters:
     def read(self) -> dict[str, Any]:
         """Take the reading of this rank and start anew.
 
-        Returns ``means`` by name, ``images`` of a step, seconds a step waited for data ``data_s``,
-        ``steps_per_s``, ``peak_memory_mb`` and ``first_bad``, the first iteration whose loss was
+        Returns `means` by name, `images` of a step, seconds a step waited for data `data_s`,
+        `steps_per_s`, `peak_memory_mb` and `first_bad`, the first iteration whose loss was
         not finite or -1.
         """
         means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}

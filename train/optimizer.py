@@ -17,7 +17,7 @@ def build_optimizers(method: Method, config: Config) -> list[Optimizer]:
     """The SGD of the method's networks, and the further optimizers that it has.
 
     The SGD has two groups, the backbones and the rest. Every group of each has its learning rate
-    before the schedule as ``base_lr``.
+    before the schedule as `base_lr`.
     """
     more = method.more_optimizers()
     elsewhere = {
@@ -54,7 +54,7 @@ def groups(optimizers: list[Optimizer]) -> list[dict[str, Any]]:
 
 
 def load_states(optimizers: list[Optimizer], states: list[dict[str, Any]]) -> None:
-    """Take back the optimizers' ``state_dict``; the base rates stay those of the settings."""
+    """Take back the optimizers' `state_dict`; the base rates stay those of the settings."""
     rates = [group["base_lr"] for group in groups(optimizers)]
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
@@ -86,7 +86,7 @@ def start_momentum(optimizer: torch.optim.SGD) -> None:
 
 
 def poly(iteration: int, total: int, power: float) -> float:
-    """Factor of the poly schedule for the step after ``iteration`` ones (paper, Sec. 4.1)."""
+    """Factor of the poly schedule for the step after `iteration` ones (paper, Sec. 4.1)."""
     return (1 - iteration / total) ** power
 
 

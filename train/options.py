@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser without abbreviations whose errors are :class:`InputError`.
+    """An argument parser without abbreviations whose errors are `InputError`.
 
     An unknown option is reported first, with the nearest option there is.
     """
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse ``args`` (default: the command line).
+        """Parse `args` (default: the command line).
 
         Raises:
             InputError: an unknown option, a missing one, or a value that cannot be used.
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number that is ``minimum`` or more."""
+    """An argparse type: a whole number that is `minimum` or more."""
 
     def convert(text: str) -> int:
         try:
@@ -76,7 +76,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def add_data_options(parser: Parser) -> None:
-    """Add ``--dataset`` and ``--data-dir``."""
+    """Add `--dataset` and `--data-dir`."""
     parser.add_argument(
         "--dataset",
         required=True,
@@ -90,7 +90,7 @@ def add_data_options(parser: Parser) -> None:
 
 
 def add_device_option(parser: Parser) -> None:
-    """Add ``--device``."""
+    """Add `--device`."""
     parser.add_argument(
         "--device",
         choices=DEVICES,

@@ -1,4 +1,4 @@
-"""Predict: ``python train/predict.py --checkpoint FILE --images DIR --output DIR``."""
+"""Predict: `python train/predict.py --checkpoint FILE --images DIR --output DIR`."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def plan(sources: Sequence[tuple[Path, Path]], output: Path) -> list[Job]:
-    """What to write for every image, given with its path below ``output``.
+    """What to write for every image, given with its path below `output`.
 
     Raises:
         InputError: a file would be written twice or over an image.
@@ -149,11 +149,11 @@ def find_images(
     """The images that are meant, sorted, with their paths below the folder that was given.
 
     Of a folder or a pattern and what is below it these are not hidden files, and not what lies in
-    ``output``, which an earlier run made of them. Files that are named are images whatever their
+    `output`, which an earlier run made of them. Files that are named are images whatever their
     suffix is. The second item counts the files of other kinds by suffix.
 
     Raises:
-        InputError: there is no image, or ``output`` is the folder of the images.
+        InputError: there is no image, or `output` is the folder of the images.
     """
     from cac_fast.train.data.listing import files, is_image, kinds
     from cac_fast.train.data.names import IMAGE_SUFFIXES

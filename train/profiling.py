@@ -42,10 +42,10 @@ def clocked(device: torch.device) -> Iterator[Clock]:
 
 
 class StepProfile:
-    """Profiles ``count`` steps of a run, which goes on unchanged (but slower) meanwhile.
+    """Profiles `count` steps of a run, which goes on unchanged (but slower) meanwhile.
 
-    It begins ``WARM_UP`` steps after the unlabeled images, or for a method without them after the
-    first step. ``path`` gets the Chrome trace. ``say`` gets one line: milliseconds a step, and each
+    It begins `WARM_UP` steps after the unlabeled images, or for a method without them after the
+    first step. `path` gets the Chrome trace. `say` gets one line: milliseconds a step, and each
     phase's share of them, in time of the device. "data wait" is what the loaders kept the step
     waiting; "to device" the copies there, color changes and normalization. The rest is what has
     no name: logging, and evaluations that fell due.
@@ -57,7 +57,7 @@ class StepProfile:
         self.count, self.device, self.path, self.say = count, device, path, say
 
     def watch(self, steps: Iterator[Step], contrastive: bool) -> Iterator[Step]:
-        """Hand on ``steps``. ``contrastive``: wait for those with unlabeled images."""
+        """Hand on `steps`. `contrastive`: wait for those with unlabeled images."""
         global _clock
         seen = 0
         profiler = profile(activities=_activities(self.device))

@@ -11,13 +11,13 @@ from tqdm import tqdm
 SECONDS_A_LINE = 10
 
 Progress = Callable[[int, int], None]
-"""Called as ``progress(done, total)`` after each item."""
+"""Called as `progress(done, total)` after each item."""
 
 
 def show_progress(text: str) -> Progress:
-    """A :data:`Progress` on stderr: a bar on a terminal, else plain lines.
+    """A `Progress` on stderr: a bar on a terminal, else plain lines.
 
-    A line is ``text done/total`` and comes every ten seconds, so that quick work is silent.
+    A line is `text done/total` and comes every ten seconds, so that quick work is silent.
     """
     bar: tqdm | None = None
     said = time.monotonic()
@@ -38,5 +38,5 @@ def show_progress(text: str) -> Progress:
 
 
 def warn(message: str) -> None:
-    """Write one line ``warning: message`` to stderr, above a bar if one is shown."""
+    """Write one line `warning: message` to stderr, above a bar if one is shown."""
     tqdm.write(f"warning: {message}", file=sys.stderr)

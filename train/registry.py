@@ -1,7 +1,7 @@
 """What a run chooses by name: data layouts, networks, backbones and methods.
 
 An entry says where the code is; it is imported when it is first used. Code outside the project
-needs no entry: its name is ``module:attribute``, found in the working folder or where Python looks.
+needs no entry: its name is `module:attribute`, found in the working folder or where Python looks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cac_fast.train.errors import InputError, did_you_mean
 class Entry:
     """Code that has a name.
 
-    where: ``module:attribute``.
+    where: `module:attribute`.
     help: one line.
     arguments: given to it before all others.
     preset: of a data layout: settings in place of the defaults, by their flat names.
@@ -38,9 +38,9 @@ class Entry:
 
 
 class Registry:
-    """What an option can name: entries, and code outside the project as ``module:attribute``.
+    """What an option can name: entries, and code outside the project as `module:attribute`.
 
-    An entry ``prefix/NAME`` stands for all names that begin with ``prefix/``; its code is given
+    An entry `prefix/NAME` stands for all names that begin with `prefix/`; its code is given
     what follows.
     """
 
@@ -62,12 +62,12 @@ class Registry:
         return found
 
     def checked(self, name: str) -> str:
-        """``name`` itself; raises as :meth:`entry`."""
+        """`name` itself; raises as `entry`."""
         self.entry(name)
         return name
 
     def load(self, name: str) -> Any:
-        """The function or class that ``name`` stands for.
+        """The function or class that `name` stands for.
 
         Raises:
             InputError: there is no such name, or code outside the project cannot be imported.

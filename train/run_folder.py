@@ -75,7 +75,7 @@ class RunFolder:
         return former
 
     def _starts_over(self, first: bool) -> bool:
-        """Whether ``--restart`` still has to be done: torchrun repeats it after a failure."""
+        """Whether `--restart` still has to be done: torchrun repeats it after a failure."""
         if not self.config.run.restart:
             return False
         if not first:
@@ -88,7 +88,7 @@ class RunFolder:
         return True
 
     def prepare(self, new: bool) -> None:
-        """Make the folder, note the settings, and delete what ``--restart`` starts over from.
+        """Make the folder, note the settings, and delete what `--restart` starts over from.
 
         new: this run goes on from nothing.
         """

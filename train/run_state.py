@@ -1,4 +1,4 @@
-"""All that a run holds, on one rank: made anew or from ``last.pt``, and written there."""
+"""All that a run holds, on one rank: made anew or from `last.pt`, and written there."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class RunState:
             torch.manual_seed(self.config.run.seed + self.world.rank + self.iteration)
 
     def _save(self) -> None:
-        """Write ``last.pt``: all that a resumed run needs to go on as if it had never stopped."""
+        """Write `last.pt`: all that a resumed run needs to go on as if it had never stopped."""
         mine = checkpoint.random_state(self.world.device), self.stream.skipped
         everyone = self.world.all_gather_objects(mine)
         if not self.world.is_main:

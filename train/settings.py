@@ -212,9 +212,9 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run, in groups; ``python train/main.py --help`` gives each one's meaning.
+    """The settings of a run, in groups; `python train/main.py --help` gives each one's meaning.
 
-    Flags, TOML files, ``config.json`` and checkpoints name a setting without its group.
+    Flags, TOML files, `config.json` and checkpoints name a setting without its group.
     """
 
     data: DataSettings
@@ -225,7 +225,7 @@ class Config:
 
     @classmethod
     def of(cls, **values: Any) -> Config:
-        """The settings ``values``, by their flat names, and the defaults of all others."""
+        """The settings `values`, by their flat names, and the defaults of all others."""
         groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
         for name, value in values.items():
             groups[GROUP_OF[name]][name] = value
@@ -238,7 +238,7 @@ class Config:
         }
 
     def changed(self, **values: Any) -> Config:
-        """The same settings but for ``values``, by their flat names."""
+        """The same settings but for `values`, by their flat names."""
         return Config.of(**self.flat() | values)
 
     @property

@@ -11,11 +11,11 @@ from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By ``--precision``: autocast's dtype, None for none."""
+"""By `--precision`: autocast's dtype, None for none."""
 
 
 def pick_precision(config: Config, world: World) -> str:
-    """A key of `AUTOCAST`: what ``--precision`` means on this device."""
+    """A key of `AUTOCAST`: what `--precision` means on this device."""
     if config.optim.precision != "auto":
         return config.optim.precision
     if world.device.type != "cuda":
@@ -50,7 +50,7 @@ def check_batch(config: Config, world: World) -> None:
 
 
 def set_determinism(config: Config, world: World) -> None:
-    """Choose PyTorch's algorithms as ``--deterministic`` says."""
+    """Choose PyTorch's algorithms as `--deterministic` says."""
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # On CUDA bilinear upsampling has no deterministic backward: warn, as nothing can replace it.

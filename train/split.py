@@ -1,4 +1,4 @@
-"""Lists of a share: ``python train/split.py ... --labeled-share 1/8 --output DIR``."""
+"""Lists of a share: `python train/split.py ... --labeled-share 1/8 --output DIR`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call of ``compare.py`` asks for."""
+"""What a call of `compare.py` asks for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def arms(text: str) -> list[str]:
 def split_arguments(
     arguments: list[str], description: str | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Read the arguments before ``--``; those behind it are for ``train/main.py``.
+    """Read the arguments before `--`; those behind it are for `train/main.py`.
 
     Raises:
         InputError: an argument cannot be used.

@@ -9,7 +9,7 @@ METHODS = ("supervised", "cac")
 
 
 class Arm(NamedTuple):
-    """A method of ``train/main.py``, the color of its curve, whether it sees the masks of all
+    """A method of `train/main.py`, the color of its curve, whether it sees the masks of all
     images or those of the list, and its further options."""
 
     method: str

@@ -2,7 +2,7 @@
 
     python bench/accuracy/causes.py --runs runs/camvid [--json FILE]
 
-For every run of ``compare.py``: how many classes are known, and val and test again, with batch-norm
+For every run of `compare.py`: how many classes are known, and val and test again, with batch-norm
 statistics taken anew from the same unlabeled crops for both methods (small batches leave noisy
 ones). For those of CAC also the strength of its loss beside the cross entropy, and, where the
 unlabeled images have masks, how well both ends of the pairs that it learns from know the truth: it
@@ -52,7 +52,7 @@ KNOWN = 0.1
 
 
 def with_statistics_of(predictor: Predictor, crops: list[Tensor]) -> Predictor:
-    """A copy whose batch-norm statistics are the mean of those of ``crops``, (B, 3, c, c) uint8."""
+    """A copy whose batch-norm statistics are the mean of those of `crops`, (B, 3, c, c) uint8."""
     changed = copy.deepcopy(predictor)
     update_bn([(batch / 255 - changed.mean) / changed.std for batch in crops], changed.network)
     return changed.eval()
@@ -164,7 +164,7 @@ def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Print a line for every run below ``--runs``, and write ``--json``."""
+    """Print a line for every run below `--runs`, and write `--json`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

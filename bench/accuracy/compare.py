@@ -3,9 +3,9 @@
     python bench/accuracy/compare.py --name camvid --dataset folder --data-dir DIR \\
         --shares 1/16 -- --backbone mobilenet_v2 --weights FILE --iterations 1500
 
-What follows ``--`` goes to ``train/main.py`` as it is. ``--arms`` adds to the two what a gain has
-to be seen against: ``supervised_all``, supervised with the masks of all the images (the headroom),
-and ``control``, CAC with ``--dc-weight 0`` (batch statistics of the unlabeled crops alone).
+What follows `--` goes to `train/main.py` as it is. `--arms` adds to the two what a gain has
+to be seen against: `supervised_all`, supervised with the masks of all the images (the headroom),
+and `control`, CAC with `--dc-weight 0` (batch statistics of the unlabeled crops alone).
 
 The hours are planned first, from ten steps of each kind. A run that is already finished is not
 repeated, and one that was interrupted goes on where it stopped. The record is written anew after
@@ -40,7 +40,7 @@ from lib.running import RunError, programs
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Run every arm, share and seed; write JSON, table and plot below ``options.results``.
+    """Run every arm, share and seed; write JSON, table and plot below `options.results`.
 
     JSON and table are written after each run, the plot at the end. The JSON says how far the others
     have come, also when a signal stops them. 1 if a run failed, else 0.

@@ -60,9 +60,9 @@ def table(results: list[dict]) -> str:
 
 
 def paired(one: dict[int, float], other: dict[int, float]) -> dict[str, Any]:
-    """Mean of ``other`` minus ``one`` over the seeds that both have, with its standard error.
+    """Mean of `other` minus `one` over the seeds that both have, with its standard error.
 
-    ``mean`` is None without such a seed, ``standard_error`` with fewer than two.
+    `mean` is None without such a seed, `standard_error` with fewer than two.
     """
     differences = [other[seed] - one[seed] for seed in sorted(one.keys() & other.keys())]
     count = len(differences)
@@ -86,8 +86,8 @@ def known_classes(runs: list[dict], column: str) -> list[int]:
 def differences(points: dict[str, dict[int, float]]) -> dict[str, Any]:
     """What every arm gains over supervised: points by arm and seed.
 
-    Of CAC ``gain``, ``gain_standard_error`` and ``seeds``, of all masks ``headroom`` and so on, of
-    any other arm ``NAME_gain`` and so on. ``informative`` says whether the headroom is
+    Of CAC `gain`, `gain_standard_error` and `seeds`, of all masks `headroom` and so on, of
+    any other arm `NAME_gain` and so on. `informative` says whether the headroom is
     LEAST_HEADROOM points and LEAST_ERRORS standard errors; None as long as two seeds do not tell.
     """
     found: dict[str, Any] = {}
@@ -107,10 +107,10 @@ def differences(points: dict[str, dict[int, float]]) -> dict[str, Any]:
 
 
 def summarize(results: list[dict], data: str, scored_on: str) -> list[dict[str, Any]]:
-    """A row for each setting: paired differences in points of mIoU on ``scored_on``.
+    """A row for each setting: paired differences in points of mIoU on `scored_on`.
 
-    The row itself is of the last state, ``best`` of the best state on val; each is over all
-    classes, and its ``known`` over those that supervised training knows. Runs of a record that were
+    The row itself is of the last state, `best` of the best state on val; each is over all
+    classes, and its `known` over those that supervised training knows. Runs of a record that were
     scored on something else, or without the classes' IoU, are left out.
     """
     rows = []

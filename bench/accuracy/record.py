@@ -19,7 +19,7 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.registry import LAYOUTS
 
 FACTS = ("device", "architecture", "cpu", "cpu_capability", "python", "torch", "triton")
-"""Where an older record says, for all its runs, what each run's ``machines`` say now."""
+"""Where an older record says, for all its runs, what each run's `machines` say now."""
 
 
 class Former(NamedTuple):
@@ -76,7 +76,7 @@ def former_record(target: Path, options: Namespace, digests: dict[str, str]) -> 
 def content_digests(data: SegmentationData, files: dict[str, list[Path]]) -> dict[str, str]:
     """Short hashes of what the runs of one record share, wherever it lies.
 
-    Of the names of the data's classes, images and masks, and of each entry of ``files``.
+    Of the names of the data's classes, images and masks, and of each entry of `files`.
     """
 
     def short(*texts: str) -> str:
@@ -91,9 +91,9 @@ def content_digests(data: SegmentationData, files: dict[str, list[Path]]) -> dic
 
 
 def unlike(here: Namespace, settings: Config, there: Namespace, former: Config) -> list[str]:
-    """Data, lists and lengths in which a call of ``compare.py`` differs from a former one.
+    """Data, lists and lengths in which a call of `compare.py` differs from a former one.
 
-    ``here`` and ``there`` are the options before ``--``, the others those behind it.
+    `here` and `there` are the options before `--`, the others those behind it.
     """
     pairs: dict[str, tuple[Any, Any]] = {
         "--shrink": (here.shrink, there.shrink),

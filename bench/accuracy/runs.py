@@ -22,7 +22,7 @@ Job = tuple[str, str, int]
 def note_call(job: Job, options: argparse.Namespace) -> dict[str, list]:
     """The commits and machines that a run was trained with, oldest first, from `read_note`.
 
-    Those of this call, ``options.note``, are among them unless the run is finished.
+    Those of this call, `options.note`, are among them unless the run is finished.
 
     Raises:
         InputError: as `is_finished`.
@@ -41,14 +41,14 @@ def note_call(job: Job, options: argparse.Namespace) -> dict[str, list]:
 
 
 def read_note(folder: Path) -> dict[str, list]:
-    """What a run's ``compare.json`` says; a run that was started without it has unknown commits."""
+    """What a run's `compare.json` says; a run that was started without it has unknown commits."""
     path = folder / "compare.json"
     noted = json.loads(path.read_text()) if path.is_file() else {"commits": ["unknown"]}
     return {"machines": [], **noted}
 
 
 def scored_parts(options: argparse.Namespace) -> dict[str, list[str]]:
-    """What is scored of test, by name, and the options of ``train/evaluate.py`` for it."""
+    """What is scored of test, by name, and the options of `train/evaluate.py` for it."""
     parts: dict[str, list[str]] = {"test": []} if options.test else {}
     return parts | {path.stem: ["--names", str(path)] for path in options.names}
 
@@ -60,7 +60,7 @@ def run_folder(job: Job, options: argparse.Namespace) -> Path:
 
 
 def list_folder(pattern: str, seed: int) -> Path:
-    """The folder of labeled.txt and unlabeled.txt: for ``{list}`` the seed modulo their number.
+    """The folder of labeled.txt and unlabeled.txt: for `{list}` the seed modulo their number.
 
     Raises:
         InputError: there is no such folder.
@@ -77,7 +77,7 @@ def list_folder(pattern: str, seed: int) -> Path:
 
 
 def data_arguments(job: Job, options: argparse.Namespace) -> list[str]:
-    """The options of ``train/main.py`` that say which masks a run may see.
+    """The options of `train/main.py` that say which masks a run may see.
 
     Raises:
         InputError: as `list_folder`.
@@ -152,7 +152,7 @@ def is_finished(job: Job, options: argparse.Namespace) -> bool:
     """Whether a run has made the iterations that this call asks for.
 
     Raises:
-        InputError: the run's ``last.pt`` cannot be read, or a setting cannot be used.
+        InputError: the run's `last.pt` cannot be read, or a setting cannot be used.
     """
     last = run_folder(job, options) / "last.pt"
     if "--restart" in options.rest or not last.is_file():

@@ -1,4 +1,4 @@
-"""A smaller copy of a ``folder`` data set, for comparisons that would take days at full size."""
+"""A smaller copy of a `folder` data set, for comparisons that would take days at full size."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lib.measure import ROOT
 
 
 def shrunken(source: Path, factor: int, parent: Path = ROOT / "data") -> Path:
-    """The folder below ``parent`` that holds ``source`` at 1/``factor`` of its size, brought up to
+    """The folder below `parent` that holds `source` at 1/`factor` of its size, brought up to
     date: images by area, masks by nearest, both as PNG, so that nothing is lost but the size.
 
     Files whose source has changed are made again, those whose source is gone are removed.
 
     Raises:
-        InputError: ``source`` is no ``folder`` data set, a file of it cannot be read or has a mask
+        InputError: `source` is no `folder` data set, a file of it cannot be read or has a mask
             of another size, or the copy cannot be written.
     """
     source = source.resolve()

@@ -56,7 +56,7 @@ def further_scenes(misleading: bool, varied_light: bool) -> list[Scene]:
 
 
 def miou(predictor: Predictor, scenes: list[Scene]) -> float:
-    """mIoU over ``scenes`` in points."""
+    """mIoU over `scenes` in points."""
     confusion = ConfusionMatrix(len(predictor.classes), "cpu")
     for scene in scenes:
         labels = predictor.predict(Image.fromarray(scene.image))
@@ -76,7 +76,7 @@ def unlabeled_crops() -> list[Tensor]:
 
 
 def main(arguments: list[str]) -> None:
-    """Score all runs, print a table and write ``--json``."""
+    """Score all runs, print a table and write `--json`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

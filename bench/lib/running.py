@@ -34,7 +34,7 @@ class Programs:
 
     @contextlib.contextmanager
     def start(self, command: list[str], threads: int) -> Iterator[subprocess.Popen]:
-        """One that says its lines to ``stdout``, until it ends.
+        """One that says its lines to `stdout`, until it ends.
 
         Raises:
             RunError: no more programs are to start.
@@ -93,7 +93,7 @@ programs = Programs()
 
 
 def run(command: list[str], threads: int, label: str) -> None:
-    """Run one program of the project to its end; pass its lines on, each behind ``label``.
+    """Run one program of the project to its end; pass its lines on, each behind `label`.
 
     Raises:
         RunError: it ended with another code than 0.

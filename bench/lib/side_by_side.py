@@ -14,7 +14,7 @@ def _answer(answers: Any, index: int, call: Callable[[], Any]) -> None:
 
 
 def side_by_side(calls: Sequence[Callable[[], Any]], seconds: float) -> list[tuple[Any, str]]:
-    """What each call returns, and "" or why it returned nothing: ``(None, "exit code 3")``.
+    """What each call returns, and "" or why it returned nothing: `(None, "exit code 3")`.
 
     calls: can be pickled, as their results can. seconds: after which they are killed.
     """

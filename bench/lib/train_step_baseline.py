@@ -52,7 +52,7 @@ class BaselineStep:
         )
 
     def __call__(self, labeled: Batch, unlabeled: Batch) -> Batch:
-        """One step on NCHW batches; ``loss``, ``loss_ce`` and ``loss_dc`` as tensors."""
+        """One step on NCHW batches; `loss`, `loss_ce` and `loss_dc` as tensors."""
         method = self.method.train()
         with phase("forward labeled"):
             logits = method.network(labeled["image"])

@@ -71,7 +71,7 @@ def is_image(path: Path) -> bool:
 
 
 def kinds(counts: Counter[str]) -> str:
-    """As ``.heic 3, .npy 1``."""
+    """As `.heic 3, .npy 1`."""
     return ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in counts.most_common())
 
 

@@ -30,7 +30,7 @@ from cac_fast.train.progress import show_progress
 def fill_cache(
     config: Config, data: SegmentationData, labeled: list[Sample], unlabeled: list[Sample]
 ) -> None:
-    """Bring ``config.data.cache`` up to date with what the streams will read, and nothing more.
+    """Bring `config.data.cache` up to date with what the streams will read, and nothing more.
 
     unlabeled: empty for a method that draws none.
 
@@ -83,7 +83,7 @@ class Stream:
         )
 
     def steps(self, start: int, end: int, with_unlabeled: bool) -> Iterator[Step]:
-        """The batches after ``start`` iterations, up to the one that makes them ``end``.
+        """The batches after `start` iterations, up to the one that makes them `end`.
 
         Raises:
             RankInputError: a labeled image, or ten unlabeled ones in a row, cannot be used.
@@ -110,7 +110,7 @@ class Stream:
             yield Step(first, second, waited)
 
     def names(self, iteration: int) -> list[str]:
-        """The images of one of the last ``log_every`` iterations on this rank."""
+        """The images of one of the last `log_every` iterations on this rank."""
         return [name for number, names in self.recent if number == iteration for name in names]
 
     def _common(self, start: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _STOP = {signal.SIGINT, signal.SIGTERM}
 def start(loader: DataLoader) -> Iterator[Any]:
     """The loader's items, its processes safe from those signals from their first moment on.
 
-    loader: has `leave_signals_to_trainer` as its ``worker_init_fn``, and hands its items over with
+    loader: has `leave_signals_to_trainer` as its `worker_init_fn`, and hands its items over with
     `share`.
 
     Raises:
@@ -53,7 +53,7 @@ def leave_signals_to_trainer(worker: int) -> None:
 
 
 def share(item: Any) -> Any:
-    """In a loader's process: ``item`` with its tensors in shared memory, as they would be anyway.
+    """In a loader's process: `item` with its tensors in shared memory, as they would be anyway.
 
     PyTorch does this in a thread of the queue, and where the memory is full the item is lost there
     and waited for for ever. Here such an item goes through a pipe.

@@ -14,7 +14,7 @@ __all__ = ["Method", "Networks", "build_method", "method_class"]
 
 
 def method_class(config: Config) -> type[Method]:
-    """The method that ``config.loss.method`` names; raises InputError if it is none."""
+    """The method that `config.loss.method` names; raises InputError if it is none."""
     found = METHODS.load(config.loss.method)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise InputError(

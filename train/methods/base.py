@@ -1,6 +1,6 @@
 """What the trainer asks of a method, and what methods share.
 
-A method is a file: a subclass of :class:`Method` with ``forward``, and whatever else of it differs
+A method is a file: a subclass of `Method` with `forward`, and whatever else of it differs
 from supervised training with one network.
 """
 
@@ -32,10 +32,10 @@ class Method(nn.Module):
     """A training method: its networks, its losses and what follows a step.
 
     Everything that it trains or keeps is a child module, a parameter or a buffer, or goes through
-    :meth:`extra_state`: so it is saved, resumed, moved to the device and shared between the ranks.
+    `extra_state`: so it is saved, resumed, moved to the device and shared between the ranks.
     It draws random numbers by PyTorch alone, whose state is saved too.
 
-    With ``--accumulate`` > 1 the networks see a batch in so many slices (:meth:`sliced`), whose
+    With `--accumulate` > 1 the networks see a batch in so many slices (`sliced`), whose
     activations backward computes again, a slice at a time. The losses are taken once, of the whole
     batch, so that every denominator and every negative is that of the step in one pass. It costs
     one more forward pass, which a loss with fewer negatives for the earlier slices would have
@@ -50,7 +50,7 @@ class Method(nn.Module):
     """
 
     views: Mapping[str, View] = {}
-    """What :meth:`forward` gets of the unlabeled images; empty for a method that uses none. Whether
+    """What `forward` gets of the unlabeled images; empty for a method that uses none. Whether
     a class has any must be known before it is built; the constructor may then choose others."""
 
     reductions: Mapping[str, str] = {}
@@ -82,17 +82,17 @@ class Method(nn.Module):
     # ---- what a method may say
 
     def forward(self, labeled: Batch, unlabeled: Batch | None) -> Batch:
-        """Named scalars of a step; backward of ``loss`` gives all gradients, of all optimizers.
+        """Named scalars of a step; backward of `loss` gives all gradients, of all optimizers.
 
         It is scaled so that the mean of the gradients over ranks, which DDP takes, is the gradient
         of the global loss. Each further scalar is written to metrics.jsonl by its name.
 
         Args:
-            labeled: ``image`` float (B, 3, c, c), normalized, and ``label`` uint8 (B, c, c).
-            unlabeled: None in the warm-up, and for a method without views; else ``image_NAME`` as
-                above and ``boxes_NAME`` of each view, and of the crops v that these show
-                ``on_imagev``, ``flipv``, ``validv`` and ``offset``: see
-                :class:`~cac_fast.train.data.augment.UnlabeledTransform`.
+            labeled: `image` float (B, 3, c, c), normalized, and `label` uint8 (B, c, c).
+            unlabeled: None in the warm-up, and for a method without views; else `image_NAME` as
+                above and `boxes_NAME` of each view, and of the crops v that these show
+                `on_imagev`, `flipv`, `validv` and `offset`: see
+                `UnlabeledTransform`.
         """
         raise NotImplementedError
 
@@ -124,11 +124,11 @@ class Method(nn.Module):
         return self.network
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beyond ``state_dict``."""
+        """What a checkpoint must hold beyond `state_dict`."""
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`extra_state` gave."""
+        """Take back what `extra_state` gave."""
 
     # ---- what a method may use
 
@@ -142,24 +142,24 @@ class Method(nn.Module):
             self._compiled[network] = torch.compile(network.features, dynamic=False)
 
     def features(self, images: Tensor, network: Segmenter | None = None) -> Tensor:
-        """E of images (B, 3, H, W), by ``network`` or the first one, compiled where asked for."""
+        """E of images (B, 3, H, W), by `network` or the first one, compiled where asked for."""
         network = self.network if network is None else network
         return self._compiled.get(network, network.features)(images)
 
     def logits(self, images: Tensor, network: Segmenter | None = None) -> Tensor:
-        """Logits (B, K, H, W) of images (B, 3, H, W), in fp32 at least; ``network`` as above."""
+        """Logits (B, K, H, W) of images (B, 3, H, W), in fp32 at least; `network` as above."""
         network = self.network if network is None else network
         low = network.classify(self.features(images, network))
         return upsample_logits(low, images.shape[-2:])
 
     def sliced(self, function: Any, *batch: Tensor, keep_last: bool = False) -> list[Any]:
-        """``function`` of each slice of a batch; see :func:`in_slices`."""
+        """`function` of each slice of a batch; see `in_slices`."""
         return in_slices(function, self.num_slices, self, *batch, keep_last=keep_last)
 
     def supervised_loss(
         self, labeled: Batch, network: Segmenter | None = None, last: bool = True
     ) -> Tensor:
-        """Cross entropy over the valid pixels of the whole global batch, of ``network`` or the
+        """Cross entropy over the valid pixels of the whole global batch, of `network` or the
         first one.
 
         last: this is the step's last pass through a network.

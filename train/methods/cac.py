@@ -37,10 +37,10 @@ Finish = Callable[[], DCLossOutput]
 
 
 class CAC(Method):
-    """``L = L_ce + lambda * L_dc`` (Eq. 9), L_dc between two overlapping crops.
+    """`L = L_ce + lambda * L_dc` (Eq. 9), L_dc between two overlapping crops.
 
-    The network's features feed the projector Phi, which this method owns; ``config`` has the loss's
-    settings and the ablation switches of Table 3. The ranks share the negatives, kept in ``dtype``.
+    The network's features feed the projector Phi, which this method owns; `config` has the loss's
+    settings and the ablation switches of Table 3. The ranks share the negatives, kept in `dtype`.
     """
 
     views = PAIR
@@ -128,7 +128,7 @@ class CAC(Method):
         return losses
 
     def separate_forward(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, Finish]:
-        """Cross entropy and :meth:`contrast` of three passes, each with its own batch statistics.
+        """Cross entropy and `contrast` of three passes, each with its own batch statistics.
 
         The labeled images come last: meanwhile the negatives travel between the ranks.
         """
@@ -159,7 +159,7 @@ class CAC(Method):
         return loss, self.view(parts[1]), self.view(parts[2])
 
     def unlabeled_view(self, images: Tensor) -> Projected:
-        """:meth:`view` of images (B, 3, H, W)."""
+        """`view` of images (B, 3, H, W)."""
         return self.view(self.features(images))
 
     def contrast(self, view1: Projected, view2: Projected, unlabeled: Batch) -> Finish:

@@ -6,7 +6,7 @@ from cac_fast.train.methods.base import Batch, Method
 
 
 class Supervised(Method):
-    """``L = L_ce`` of the upsampled logits."""
+    """`L = L_ce` of the upsampled logits."""
 
     def forward(self, labeled: Batch, unlabeled: Batch | None) -> Batch:
         loss = self.supervised_loss(labeled)

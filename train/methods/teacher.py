@@ -40,7 +40,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, network: Segmenter, iteration: int) -> None:
-        """Move parameters and float buffers toward those of ``network``, whose copy this is.
+        """Move parameters and float buffers toward those of `network`, whose copy this is.
 
         iteration: steps before the one that was just done.
         """
@@ -49,7 +49,7 @@ class Teacher(nn.Module):
 
 
 def frozen(module: nn.Module) -> Callable[..., Any]:
-    """``module`` as a function through which its parameters get no gradient, but its inputs do."""
+    """`module` as a function through which its parameters get no gradient, but its inputs do."""
 
     def call(*inputs: Any) -> Any:
         fixed = {name: value.detach() for name, value in module.named_parameters()}

@@ -119,7 +119,7 @@ def initialize(module: nn.Module) -> None:
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Let every batch norm of ``module`` use its running statistics."""
+    """Let every batch norm of `module` use its running statistics."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.eval()

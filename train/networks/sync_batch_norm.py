@@ -19,7 +19,7 @@ from cac_fast.collectives import all_gather
 
 
 def synchronize_batch_norm(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Put a :class:`SyncBatchNorm2d` with the same tensors where ``module`` has a `BatchNorm2d`.
+    """Put a `SyncBatchNorm2d` with the same tensors where `module` has a `BatchNorm2d`.
 
     Names, and so checkpoints, stay as they are.
     """
@@ -48,7 +48,7 @@ class SyncBatchNorm2d(_BatchNorm):
             self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in the dtype of ``x``; in evaluation mode by the running statistics."""
+        """(B, C, H, W) in the dtype of `x`; in evaluation mode by the running statistics."""
         if self.training:
             self.num_batches_tracked.add_(1)
             x = _Normalize.apply(x, self.weight, self.bias, self)

@@ -63,7 +63,7 @@ class TimmEncoder(Encoder):
         return [self]
 
     def read_weights(self, source: Path) -> dict[str, Any]:
-        """As :meth:`Encoder.read_weights`, of a file with all of the classifier's tensors but those
+        """As `read_weights`, of a file with all of the classifier's tensors but those
         of its last layer; of "timm" what timm fetches over the network or finds in its cache.
 
         Raises InputError if the file cannot be read or lacks a tensor, or timm has no weights.
