@@ -31,7 +31,8 @@ class FeatureBank:
     group: the ranks that share the bank; None for all. With a group of its own the gather waits
         for no other collective.
 
-    Raises ValueError for bad choices.
+    Raises:
+        ValueError: bad choices.
 
     >>> bank = FeatureBank(steps=2, dim=4)
     >>> bank.push(torch.randn(3, 4), torch.tensor([0, 1, 1]))
@@ -88,7 +89,8 @@ class FeatureBank:
         labels: (M,) integer.
         Both are detached; nothing that is pushed ever receives a gradient.
 
-        Raises ValueError for a wrong shape or dtype and for more rows than the ring has room for.
+        Raises:
+            ValueError: a wrong shape or dtype, or more rows than the ring has room for.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(
@@ -124,7 +126,8 @@ class FeatureBank:
         The draw is a function of `seed` and the number of pushes: the same on every rank, and after
         a resume. Nothing waits for the device.
 
-        Raises ValueError for a count below 1.
+        Raises:
+            ValueError: a count below 1.
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, not {count}")
@@ -151,7 +154,8 @@ class FeatureBank:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved ring, whatever number of ranks wrote it.
 
-        Raises ValueError if its steps or channels are not those of this bank.
+        Raises:
+            ValueError: its steps or channels are not those of this bank.
         """
         self._settle()
         features, labels = state["features"], state["labels"]

@@ -41,8 +41,9 @@ def choose_backend(name: str, anchors: Tensor, temperature: float = 0.1) -> Rows
     CAC_FAST_CHECK=0 in the environment leaves the comparison out. It is also left out while a CUDA
     graph is captured and in tracing, where an earlier choice holds, or else the first candidate.
 
-    Raises ValueError for an unknown name and for a back end that cannot be used here or on these,
-    and VerificationError where all that "auto" may take fail or are wrong.
+    Raises:
+        ValueError: an unknown name, or a back end that cannot be used here or on these.
+        VerificationError: all that "auto" may take fail or are wrong.
     """
     return BACKENDS[_choose(name, anchors, temperature)].load().rows
 
@@ -63,8 +64,10 @@ def verify(
     dim: D.
     temperature: tau.
 
-    Raises ValueError for bad choices, as the loss does, and VerificationError, which names the back
-    end, where it fails or is further off in any row than rounding explains.
+    Raises:
+        ValueError: bad choices, as by the loss.
+        VerificationError: the back end, which it names, fails or is further off in some row than
+            rounding explains.
 
     >>> verify(backend="eager", dim=16).gradient_error < 1e-5
     True
@@ -94,8 +97,9 @@ def settle_backend(
     temperature: tau.
     group: None for all ranks there are.
 
-    Raises ValueError for bad choices, as the loss does, and VerificationError, on all ranks, where
-    there is no such back end.
+    Raises:
+        ValueError: bad choices, as by the loss.
+        VerificationError: there is no such back end; raised on all ranks.
 
     >>> settle_backend(dim=16).backend in ("cpp", "eager")
     True

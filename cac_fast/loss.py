@@ -58,8 +58,8 @@ def directional_contrastive_loss(
     taken of values in the anchors' dtype, or autocast's. The gradient goes to `anchors` alone;
     positives and confidences are taken as constants.
 
-    Raises ValueError for wrong shapes, dtypes, devices and choices and for negatives that require
-    grad.
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or choices, or negatives that require grad.
 
     >>> features, labels, confidence = torch.eye(2), torch.tensor([0, 1]), torch.full((2,), 0.5)
     >>> loss = directional_contrastive_loss(
@@ -139,7 +139,8 @@ class DirectionalContrastiveLoss(nn.Module):
     backend: "auto" or a name from `cac_fast.backends()`. What "auto" takes may differ between
         ranks, by rounding alone; after `cac_fast.settle_backend` on all of them it does not.
 
-    Raises ValueError for bad choices.
+    Raises:
+        ValueError: bad choices.
 
     >>> inside, no = torch.tensor([[2, 2]]), torch.tensor([False])
     >>> overlap = overlap_from_crops(torch.tensor([[0, 1]]), no, no, inside, inside, size=(2, 2))
@@ -204,7 +205,8 @@ class DirectionalContrastiveLoss(nn.Module):
         The loss is a float32 (float64 for float64 features); the products inside are taken in the
         features' dtype, or autocast's. With a bank all ranks must call this together.
 
-        Raises ValueError for wrong shapes or dtypes.
+        Raises:
+            ValueError: wrong shapes or dtypes.
         """
         return self.start(features1, features2, logits1, logits2, overlap, truth)()
 

@@ -38,8 +38,8 @@ def dc_loss_rows(
     the anchors alone, and only through the loss. `torch.ops.cac_fast.dc_loss_rows` is the same, but
     cannot see whether negatives require grad.
 
-    Raises ValueError for wrong shapes, dtypes, devices and choices, and for negatives that
-    require grad.
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or choices, or negatives that require grad.
     """
     check_constant("negatives", negatives)
     check_temperature(temperature)

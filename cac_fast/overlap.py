@@ -53,7 +53,8 @@ def overlap_from_crops(
         counted from the top left of the crop before its flip (padding is at the bottom and right).
     size: (h, w) of the feature map.
 
-    Raises ValueError for a wrong shape or dtype.
+    Raises:
+        ValueError: a wrong shape or dtype.
 
     >>> inside, no = torch.tensor([[2, 2]]), torch.tensor([False])
     >>> overlap_from_crops(torch.tensor([[0, 1]]), no, no, inside, inside, size=(2, 2)).partner1

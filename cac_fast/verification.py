@@ -53,8 +53,9 @@ class Verification:
 def compare(name: str, operands: Operands) -> Verification:
     """Compare a back end with the reference in float64.
 
-    Raises VerificationError, which names the back end, where it fails or is further off in any row
-    than rounding explains, and where the comparison itself fails.
+    Raises:
+        VerificationError: the back end, which it names, fails or is further off in some row than
+            rounding explains, or the comparison itself fails.
     """
     device, dtype = operands.anchors.device, operands.anchors.dtype
     with torch.autocast(device.type, enabled=False):
@@ -98,7 +99,8 @@ def make_case(
 
     sizes: `THOROUGH` or `QUICK`. Random states are left alone.
 
-    Raises ValueError for a bad dtype, D or temperature.
+    Raises:
+        ValueError: a bad dtype, D or temperature.
     """
     if dim < 1:
         raise ValueError(f"dim must be at least 1, not {dim}")

@@ -46,7 +46,8 @@ class Case:
     def per_view_and_steps(self) -> tuple[int, int]:
         """Negatives of each view, and over how many steps, that make M; as few steps as can be.
 
-        Raises ValueError for an odd M.
+        Raises:
+            ValueError: an odd M.
         """
         if self.negatives % 2 or self.negatives < 2:
             raise ValueError(f"two views cannot share {self.negatives} negatives: make it even")
@@ -59,7 +60,9 @@ def make_trainer(case: Case, *more: str) -> Trainer:
     """A trainer that is ready for `optimize`, its bank full, its pseudo labels of all classes.
 
     more: options of train/main.py that go over those of the case. Always the same weights.
-    Raises InputError for options that no trainer takes.
+
+    Raises:
+        InputError: options that no trainer takes.
     """
     per_view, steps = case.per_view_and_steps
     options = {

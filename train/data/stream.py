@@ -74,7 +74,8 @@ class Stream:
     def prepare_for(self, expected: Preprocessing) -> None:
         """From now on make images as a network expects them.
 
-        Raises InputError if crops are of no size for it.
+        Raises:
+            InputError: crops are of no size for it.
         """
         expected.check_crop(self.config.data.crop_size)
         self.mean, self.std = (

@@ -26,6 +26,7 @@ def build_network(network: str, backbone: str, num_classes: int, dropout: bool =
     dropout: whether the network has the dropout that it is published with. The weight names do not
     depend on it.
 
-    Raises InputError for an unknown name.
+    Raises:
+        InputError: an unknown name.
     """
     return NETWORKS.load(network)(backbone, num_classes, dropout)

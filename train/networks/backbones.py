@@ -100,7 +100,8 @@ def build_backbone(name: str, output_stride: int, low_stride: int) -> Encoder:
     Returns a module that maps (B, 3, H, W) to the low-level and the high-level features; it has
     their `low_channels` and `high_channels`, and `blocks()`.
 
-    Raises InputError for an unknown name.
+    Raises:
+        InputError: an unknown name.
     """
     return BACKBONES.load(name)(output_stride, low_stride)
 

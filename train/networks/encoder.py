@@ -35,7 +35,8 @@ class Encoder(nn.Module):
         """The content of a weights file, its tensors under this backbone's names but for what
         programs put in front of them or around them; of a run of this program as it is.
 
-        Raises InputError if the file cannot be read.
+        Raises:
+            InputError: the file cannot be read.
         """
         return read_file(source)
 

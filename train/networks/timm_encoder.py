@@ -30,7 +30,8 @@ class TimmEncoder(Encoder):
     Channels, mean and std are timm's; `preprocessing.multiple` is measured: some families round
     sizes down at stride 16.
 
-    Raises InputError if timm is not there, knows no such name or cannot give it this stride.
+    Raises:
+        InputError: timm is not there, knows no such name or cannot give it this stride.
     """
 
     def __init__(self, name: str, output_stride: int, low_stride: int) -> None:
@@ -66,7 +67,8 @@ class TimmEncoder(Encoder):
         """As `read_weights`, of a file with all of the classifier's tensors but those
         of its last layer; of "timm" what timm fetches over the network or finds in its cache.
 
-        Raises InputError if the file cannot be read or lacks a tensor, or timm has no weights.
+        Raises:
+            InputError: the file cannot be read or lacks a tensor, or timm has no weights.
         """
         timm = _import_timm()
         if str(source) == "timm":
@@ -113,7 +115,8 @@ class TimmEncoder(Encoder):
     def _measure_multiple(self, stride: int) -> int:
         """What sides must be multiples of for maps of side / stride, rounded up.
 
-        Raises KeyError if a map has neither this stride nor this one rounded down.
+        Raises:
+            KeyError: a map has neither this stride nor this one rounded down.
         """
         _, high = self.net.eval()(torch.zeros(1, 3, _PROBE, _PROBE))
         self.net.train()

@@ -51,8 +51,9 @@ def load_backbone_weights(network: Segmenter, path: str | Path) -> WeightsReport
     BatchNorm's `num_batches_tracked`, absent from old files, is neither loaded nor counted. A
     tensor of another shape is skipped and missing.
 
-    Raises InputError if the file cannot be read (not there, truncated, not only tensors) or holds
-    another architecture.
+    Raises:
+        InputError: the file cannot be read (not there, truncated, not only tensors) or holds
+            another architecture.
     """
     content = network.backbone.read_weights(Path(path))
     path, of_run = find(Path(path)), is_run(content)
@@ -141,7 +142,8 @@ def read_file(path: Path) -> dict[str, Any]:
 
     path: a file, or the folder of a run.
 
-    Raises InputError if it is not there, truncated, or holds more than tensors.
+    Raises:
+        InputError: it is not there, truncated, or holds more than tensors.
     """
     path = find(path)
     if not path.is_file():
