@@ -192,10 +192,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     dtypes = names("float32", "bfloat16", "float16")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", default=devices[0], choices=devices)
-    parser.add_argument("--providers", type=names(*known), help="back ends, baselines", **several)
-    parser.add_argument("--sizes", type=sizes, metavar="AxM,...", help="not the standard rows")
-    parser.add_argument("--labels", type=names(*LABELS), help=", ".join(LABELS), **several)
-    parser.add_argument("--dtypes", type=dtypes, help="float32, bfloat16, float16", **several)
+    parser.add_argument(
+        "--providers", type=names(*known), help="only these back ends and baselines", **several
+    )
+    parser.add_argument(
+        "--sizes", type=sizes, metavar="AxM,...", help="in place of the standard ones"
+    )
+    parser.add_argument(
+        "--labels", type=names(*LABELS), help="only these of " + ", ".join(LABELS), **several
+    )
+    parser.add_argument(
+        "--dtypes", type=dtypes, help="only these of float32, bfloat16, float16", **several
+    )
     parser.add_argument("--repeats", type=int, help="timed runs at most (10; on a GPU 30)")
     parser.add_argument("--minutes", type=float, default=4.5, help="for the run (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all rows, device, versions")

@@ -234,9 +234,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", default=devices[0], choices=devices)
-    parser.add_argument("--crop-size", type=int, default=720, metavar="N")
-    parser.add_argument("--height", type=int, default=1024, metavar="N", help="of a picture")
-    parser.add_argument("--pictures", type=int, default=6, metavar="N")
+    parser.add_argument("--crop-size", type=int, default=720, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--height", type=int, default=1024, metavar="N", help="of a picture (%(default)s)"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=6, metavar="N", help="how many (%(default)s)"
+    )
     parser.add_argument("--minutes", type=float, default=1.5, help="for timing (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all rows, device, versions")
     return parser.parse_args(arguments)

@@ -298,6 +298,17 @@ def test_scored_splits_must_hold_images(trainer: Trainer, source: Path) -> None:
     assert trainer.trained == []
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--seeds", 2)])
+def test_demo_takes_no_arguments_and_trains_nothing_for_help(
+    argument: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo.compare, "compare", lambda _: pytest.fail("it trains"))
+    try:
+        assert run_command(lambda: demo.main([argument])) == code
+    except SystemExit as ended:
+        assert ended.code == code
+
+
 def test_demo_answers_an_outdated_toy_city_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,7 @@ def split_arguments(
     parser.add_argument(
         "--arms", type=arms, default=",".join(METHODS), help=f"of {', '.join(ARMS)} (%(default)s)"
     )
-    parser.add_argument("--seeds", type=numbers, default="0,1,2")
+    parser.add_argument("--seeds", type=numbers, default="0,1,2", help="of the runs (%(default)s)")
     parser.add_argument(
         "--shares", default="1/8", help="labeled shares, or 'lists' for the data set's own lists"
     )
@@ -72,7 +72,12 @@ def split_arguments(
         "--shrink", type=int, default=1, help="train on a copy of a folder set at 1/N of its size"
     )
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/NAME)")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "bench" / "results",
+        help="folder of the result files (default: bench/results)",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads a run")
     return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]

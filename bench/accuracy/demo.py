@@ -5,7 +5,9 @@ make demo        (or: python bench/accuracy/demo.py)
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from cac_fast.train.colors import colorize
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
+from cac_fast.train.options import Parser
 from lib.measure import ROOT
 
 OUTPUT = ROOT / "runs" / "demo"
@@ -42,14 +45,17 @@ def pictures(path: Path) -> None:
     picture.resize(size, Image.Resampling.NEAREST).save(path)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Train both methods side by side, one thread each, then show what they learned.
 
     1 if a run failed, else 0.
 
     Raises:
-        InputError: the toy city is an outdated one or cannot be written.
+        InputError: an argument is given, or the toy city is an outdated one or cannot be written.
     """
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
     name = "--name toycity --dataset toycity --shares lists --seeds 0 --jobs 2 --threads 1"
     folders = ["--data-dir", str(DATA), "--runs", str(OUTPUT), "--results", str(OUTPUT)]
     failed = compare.compare(compare.parse([*name.split(), *folders]))
@@ -62,4 +68,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

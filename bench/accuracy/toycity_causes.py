@@ -80,8 +80,13 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "toycity")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=ROOT / "runs" / "toycity",
+        help="folder of the comparison's runs (default: runs/toycity)",
+    )
+    parser.add_argument("--seeds", default="0,1,2", help="of the runs (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     options = parser.parse_args(arguments)
 
