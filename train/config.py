@@ -131,7 +131,8 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
     choices = field.metadata["choices"]
     if isinstance(choices, tuple):
         return "{" + ",".join(choices) + "}"
-    return field.name.rsplit("_", 1)[-1].upper()
+    names = {"int": "N", "float": "X", "tuple[float, float]": "LOW,HIGH"}
+    return names.get(str(field.type).removesuffix(" | None"), field.name.rsplit("_", 1)[-1].upper())
 
 
 def _flag(name: str) -> str:

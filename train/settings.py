@@ -45,7 +45,7 @@ def setting(
 class DataSettings:
     """What to train on, and how it is cropped (paper, Sec. 4.1)."""
 
-    dataset: str = setting("", "data layout", choices=LAYOUTS)
+    dataset: str = setting("", "data layout, always needed", choices=LAYOUTS)
     data_dir: str | None = setting(None, "the data's folder (not needed for toycity)")
     labeled: str | None = setting(None, "list of labeled images")
     unlabeled: str | None = setting(
@@ -63,18 +63,19 @@ class DataSettings:
     )
     crop_size: int = setting(320, "side of the square crops in pixels, a multiple of 8")
     labeled_scale: tuple[float, float] = setting(
-        (0.5, 2.0), "range of the random resize of labeled images", POSITIVE_RANGE
+        (0.5, 2.0), "range of the random resize of labeled images, as 0.5,2.0", POSITIVE_RANGE
     )
     unlabeled_scale: tuple[float, float] = setting(
-        (0.8, 2.0), "range of the random resize of unlabeled images", POSITIVE_RANGE
+        (0.8, 2.0), "range of the random resize of unlabeled images, as 0.8,2.0", POSITIVE_RANGE
     )
     base_size: int | None = setting(
         None,
-        "authors: the long side is drawn from the range times this (default: a ratio of the image)",
+        "as the authors: the scales are multiples of this long side in pixels (default: of the "
+        "image's own size)",
         POSITIVE,
     )
     iou_range: tuple[float, float] = setting(
-        (0.1, 1.0), "bounds of the IoU of the two crops", POSITIVE_RANGE, IOU_RANGE
+        (0.1, 1.0), "bounds of the IoU of the two crops, as 0.1,1.0", POSITIVE_RANGE, IOU_RANGE
     )
     jitter_labeled: bool = setting(False, "authors, Cityscapes: color jitter of labeled crops too")
 
@@ -87,7 +88,7 @@ class ModelSettings:
     backbone: str = setting("resnet50", "backbone", choices=BACKBONES)
     weights: str | None = setting(
         None,
-        "the library's checkpoint for the backbone, a run of this program, or timm: what timm "
+        "torchvision's or timm's file for the backbone, a run of this program, or timm: what timm "
         "fetches (default: random)",
     )
     dropout: bool = setting(True, "the networks' dropout")
@@ -126,7 +127,7 @@ class OptimizationSettings:
     weight_decay: float = setting(1e-4, "SGD weight decay", NOT_NEGATIVE)
     poly_power: float = setting(0.9, "power of the poly schedule", NOT_NEGATIVE)
     sync_bn: bool = setting(True, "batch statistics over all processes")
-    freeze_bn: bool = setting(False, "running statistics in training too")
+    freeze_bn: bool = setting(False, "batch norm keeps its running statistics, in training too")
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class LossSettings:
     warmup: int | None = setting(
         None, "iterations with the supervised loss alone (default: 1/16 of all)", NOT_NEGATIVE
     )
-    temperature: float = setting(0.1, "tau")
+    temperature: float = setting(0.1, "tau, by which the loss divides cosines")
     threshold: float = setting(
         0.75, "gamma, confidence that a positive must exceed", NOT_NEGATIVE, CONFIDENCE
     )
@@ -160,13 +161,15 @@ class LossSettings:
     )
     max_negatives: int | None = setting(
         None,
-        "the loss meets so many random negatives of the bank, each counted M/N-fold",
+        "draw this many of the M negatives at random and let each count for M / N (default: all)",
         POSITIVE,
     )
     bank_past_steps: int = setting(
         0, "past steps whose negatives are kept besides the current one's", NOT_NEGATIVE
     )
-    projector: bool = setting(True, "ablation Proj: the projector (off: identity)")
+    projector: bool = setting(
+        True, "ablation Proj: the projector between features and loss (off: none)"
+    )
     context: bool = setting(True, "ablation Context: two different crops (off: identical boxes)")
     contrastive: bool = setting(
         True, "ablation CL: the contrastive loss (off: l2 between positives)"
@@ -182,7 +185,7 @@ class LossSettings:
     )
     dc_backend: str = setting(
         "auto",
-        "back end of the loss: auto (the fastest that is right here), "
+        "back end of the loss: auto (the first of a fixed order that is right here), "
         + ", ".join(f"{name} ({entry.help})" for name, entry in BACKENDS.items()),
         choices=("auto", *BACKENDS),
     )
