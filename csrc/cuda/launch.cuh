@@ -46,10 +46,10 @@ Sizes find_sizes(Kernel* plain, Kernel* with_offset) {
 }
 
 // `partial`: of a Shape, with its arguments behind the operands.
-template <class Shape, bool kOffset, class... More>
+template <class Shape, bool kOffset, class... Parameters, class... More>
 void launch_kernels(
-    void (*partial)(Operands, More...), const Operands& given, int64_t programs,
-    const std::type_identity_t<More>&... more) {
+    void (*partial)(Operands, Parameters...), const Operands& given, int64_t programs,
+    const More&... more) {
   const auto stream = static_cast<cudaStream_t>(current_stream());
   partial<<<static_cast<unsigned>(programs), Shape::kThreads, Shape::kSharedBytes, stream>>>(
       given, more...);
