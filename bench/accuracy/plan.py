@@ -7,8 +7,13 @@ import json
 
 from accuracy.arms import ARMS
 from accuracy.runs import Job, data_arguments, is_finished
-from cac_fast.train import config
+from cac_fast.train import config, registry
 from lib.running import run
+
+
+def is_alone(arm: str) -> bool:
+    """Whether an arm's method sees no unlabeled images."""
+    return not registry.METHODS.load(ARMS[arm].method).views
 
 
 def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:
@@ -20,10 +25,10 @@ def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, flo
     """
     hours = {}
     # Those with unlabeled images first: such a measurement knows the steps without them too.
-    arms = sorted({arm for arm, _, _ in jobs}, key=lambda arm: ARMS[arm].method == "supervised")
+    arms = sorted({arm for arm, _, _ in jobs}, key=is_alone)
     seconds: dict[str, float] = {}
     for arm in arms:
-        alone = ARMS[arm].method == "supervised"
+        alone = is_alone(arm)
         job = next(job for job in jobs if job[0] == arm)
         words = ["--method", ARMS[arm].method, *data_arguments(job, options), *options.data]
         words += [*options.rest, *ARMS[arm].more]

@@ -8,7 +8,6 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
-#include <type_traits>
 
 #include "combine.cuh"
 #include "launch.h"
