@@ -13,7 +13,7 @@ import tiny_scenes
 from data_folders import DATA, needs_camvid, write_image
 from PIL import Image
 
-from cac_fast.train import check, config, contact_sheet, main
+from cac_fast.train import check, config, main, pictures
 from cac_fast.train.data import forms, opening
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.inventory import Inventory, Part, Seen
@@ -246,17 +246,17 @@ def test_check_prints_writes_and_draws(tmp_path, capfd):
     assert found["warnings"] == inventory.warnings() and found["broken"] == []
     # Twelve of the labeled images and four of validation, in tiles of one size.
     sheet = Image.open(files[1])
-    assert sheet.width == 4 * (contact_sheet.TILE[0] + 16) + 16
-    assert sheet.height > 4 * contact_sheet.TILE[1]
+    assert sheet.width == 4 * (pictures.TILE[0] + 16) + 16
+    assert sheet.height > 4 * pictures.TILE[1]
 
 
 def test_overlay_is_the_mask_over_the_image(tmp_path):
     root = write(tmp_path, [np.repeat(mask(*[0] * 60, *[255] * 60), 20, 1)], [])
     Image.new("RGB", (160, 120), (100, 100, 100)).save(root / "images/train/0.png")
     data = open_data("folder", root)
-    tile = np.asarray(contact_sheet._tile(data.splits["train"][0], data)).astype(int)
+    tile = np.asarray(pictures._tile(data.splits["train"][0], data)).astype(int)
     assert tile.shape == (240, 320, 3)
-    mixed = 100 + contact_sheet.OPACITY * (np.array(COLORS[0]) - 100)
+    mixed = 100 + pictures.OPACITY * (np.array(COLORS[0]) - 100)
     assert np.abs(tile[20, 20] - mixed).max() <= 1
     assert (tile[120, 50] == 255).all()  # the border between them
     ignored = tile[200, :16]

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from cac_fast.train.data.workers import is_lost_worker
-from cac_fast.train.errors import InputError
-from cac_fast.train.memory import is_full
+from cac_fast.train.errors import InputError, is_full
 
 FORMAT = 1
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cac_fast.train import memory
-from cac_fast.train.errors import InputError, RankInputError
+from cac_fast.train.errors import InputError, RankInputError, fitting, is_full
 
 # Rank 0 may read every file of a large data set while the others wait for it; a training step that
 # waits keeps PyTorch's own limit.
@@ -146,7 +145,7 @@ def world(device_name: str) -> Iterator[World]:
         else:
             dist.init_process_group("gloo", **place)
     except (RuntimeError, ValueError) as error:  # a port in use, a host that is not there
-        if memory.is_full(error):  # of a GPU, where NCCL starts at once
+        if is_full(error):  # of a GPU, where NCCL starts at once
             raise
         address = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
         reason = f"{error}".strip().partition("\n")[0]
@@ -193,7 +192,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     # A file name that is no UTF-8 must not end a run that prints it.
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with memory.fitting(
+        with fitting(
             "memory is full: end other programs that use it, or use --device cpu if it is a GPU's"
         ):
             return command() or 0

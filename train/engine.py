@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from cac_fast.train import checkpoint, memory
+from cac_fast.train import checkpoint
 from cac_fast.train.announcement import announce
 from cac_fast.train.batch import Batch, Step
 from cac_fast.train.config import Config
 from cac_fast.train.data.workers import lost_workers, undisturbed
 from cac_fast.train.distributed import World
-from cac_fast.train.errors import InputError
+from cac_fast.train.errors import InputError, fitting
 from cac_fast.train.evaluation import evaluate
 from cac_fast.train.log import RunLog, train_line
 from cac_fast.train.networks import freeze_batch_norm
 from cac_fast.train.optimizer import groups, has_gradients, poly
+from cac_fast.train.pictures import SampleSheet
 from cac_fast.train.profiling import StepProfile, phase
 from cac_fast.train.run_state import RunState
-from cac_fast.train.samples import SampleSheet
 
 # DDP's copying of rank 0's buffers before every step, as PyTorch calls it: the older name last.
 _SYNC_BUFFERS = next(
@@ -44,7 +44,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
 
 
 def _fitting() -> contextlib.AbstractContextManager[None]:
-    return memory.fitting(
+    return fitting(
         "memory is full outside a step: end other programs that use it, or use --accumulate, a "
         "smaller --crop-size or --batch-size, or --device cpu"
     )
@@ -124,7 +124,7 @@ class Trainer(RunState):
     def _train_step(self, step: Step) -> None:
         with undisturbed():
             self.in_step = True
-            with memory.fitting(
+            with fitting(
                 f"a step does not fit in the memory of {self.world.device}: go on with "
                 "--checkpoint-activations, or start over with --accumulate, a smaller "
                 "--crop-size or a smaller --batch-size"

@@ -1,4 +1,4 @@
-"""The one exception that bad input raises in the trainer, and what its messages share."""
+"""The one exception that bad input and full memory raise in the trainer, and its messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+
+_MEMORY_IS_FULL = (
+    "DefaultCPUAllocator",
+    "CUDA out of memory",  # as torch.compile quotes it
+    "CUDA error: out of memory",
+    "'out of memory'",  # NCCL's
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 class InputError(Exception):
@@ -21,8 +32,8 @@ class RankInputError(InputError):
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says against writing `path` (a full disk, as a rule) into one line."""
+def writing(path: Path | str) -> Iterator[None]:
+    """Turn what the system says against writing ``path`` (a full disk, as a rule) into one line."""
     try:
         yield
     except OSError as error:
@@ -30,6 +41,28 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({error.strerror or error}): mend that, then give the same "
             "command again"
         ) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an exception says that something did not fit in memory, a GPU's or the machine's."""
+    # For PyTorch's own allocator on a GPU there is an exception type, else only the message.
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return full or any(words in str(error) for words in _MEMORY_IS_FULL)
+
+
+@contextmanager
+def fitting(message: str) -> Iterator[None]:
+    """Turn what is raised where memory is full into ``message``.
+
+    Raises:
+        RankInputError: memory is full, on this rank perhaps alone.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_full(error):
+            raise
+        raise RankInputError(message) from error
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

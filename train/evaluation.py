@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from cac_fast.train import memory
 from cac_fast.train.data.images import IGNORE, check_size, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.workers import leave_signals_to_trainer, lost_workers, share, start
 from cac_fast.train.distributed import World
-from cac_fast.train.errors import InputError
+from cac_fast.train.errors import InputError, fitting
 from cac_fast.train.inference import Predictor
 from cac_fast.train.networks import Segmenter
 from cac_fast.train.progress import Progress
@@ -170,7 +169,7 @@ def evaluate(
 
 def _fitting(image: Tensor, sample: Sample) -> AbstractContextManager[None]:
     height, width = image.shape[1:]
-    return memory.fitting(
+    return fitting(
         f"image {sample.image} ({width} x {height}) does not fit in memory: images are scored "
         "whole, make those of this split and their masks smaller or use --device cpu"
     )

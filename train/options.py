@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cac_fast.train.errors import InputError, did_you_mean
+from cac_fast.train.errors import InputError, did_you_mean, writing
 from cac_fast.train.registry import LAYOUTS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -28,6 +30,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
+
+    def add_path(
+        self, name: str, metavar: str, text: str, *, writable: bool = False, **more: Any
+    ) -> None:
+        """Add an option for a path; ``writable`` refuses one where no file can lie."""
+        kind = partial(_writable, name) if writable else Path
+        self.add_argument(name, type=kind, metavar=metavar, help=text, **more)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -75,6 +84,20 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return convert
 
 
+def _writable(option: str, text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{option} {path}: give a file in a folder that exists")
+    return path
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write what ``--json`` asks for, if it is given."""
+    if path is not None:
+        with writing(f"--json {path}"):
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def add_data_options(parser: Parser) -> None:
     """Add `--dataset` and `--data-dir`."""
     parser.add_argument(
@@ -84,16 +107,12 @@ def add_data_options(parser: Parser) -> None:
         metavar="NAME",
         help=f"data layout: {LAYOUTS.describe()}",
     )
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="the data's folder (not needed for toycity)"
-    )
+    parser.add_path("--data-dir", "DIR", "the data's folder (not needed for toycity)")
 
 
-def add_device_option(parser: Parser) -> None:
-    """Add `--device`."""
-    parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        default="auto",
-        help="where to compute; auto: the GPU if there is one",
-    )
+def add_network_options(parser: Parser) -> None:
+    """Add ``--checkpoint`` and ``--device``."""
+    text = "a run folder, or its best.pt or last.pt"
+    parser.add_path("--checkpoint", "RUN", text, required=True)
+    text = "where to compute; auto: the GPU if there is one"
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=text)

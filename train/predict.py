@@ -13,9 +13,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cac_fast.train import distributed, memory
-from cac_fast.train.errors import InputError
-from cac_fast.train.options import Parser, add_device_option
+from cac_fast.train import distributed
+from cac_fast.train.errors import InputError, fitting, writing
+from cac_fast.train.options import Parser, add_network_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,31 +38,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "NAME_overlay.png for every image of a folder and the folders in it, of a pattern, or of "
         "several files.",
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=Path,
-        metavar="RUN",
-        help="a run folder, or its best.pt or last.pt",
-    )
-    parser.add_argument(
-        "--images",
-        required=True,
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="folder of images, image files, or a pattern as 'photos/**/*.jpg'",
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="folder for the predictions"
-    )
-    parser.add_argument(
-        "--tile",
-        type=int,
-        metavar="N",
-        help="give the network N x N pixels at a time, for images too large for memory (try 1024)",
-    )
-    add_device_option(parser)
+    add_network_options(parser)
+    text = "folder of images, image files, or a pattern as 'photos/**/*.jpg'"
+    parser.add_path("--images", "PATH", text, required=True, nargs="+")
+    parser.add_path("--output", "DIR", "folder for the predictions", required=True)
+    text = "give the network N x N pixels at a time, for images too large for memory (try 1024)"
+    parser.add_argument("--tile", type=int, metavar="N", help=text)
     return parser.parse_args(arguments)
 
 
@@ -122,12 +103,9 @@ def plan(sources: Sequence[tuple[Path, Path]], output: Path) -> list[Job]:
     made_of: dict[Path, Path] = {}
     jobs = []
     for source, below in sources:
-        target = output / below
-        job = Job(
-            source,
-            target.with_name(f"{target.stem}.png"),
-            target.with_name(f"{target.stem}_overlay.png"),
-        )
+        target = (output / below).with_suffix("")
+        files = (target.with_name(f"{target.name}{end}.png") for end in ("", "_overlay"))
+        job = Job(source, *files)
         for path in (job.ids, job.overlay):
             if path.resolve() in originals:
                 raise InputError(
@@ -165,23 +143,19 @@ def find_images(
     common = Path(os.path.commonpath(named)) if named else Path()
     target = output.resolve()
     for path, base in matches:
-        if base is not None and base.resolve() in target.parents:
-            place = path.resolve()
-            if target in (place, *place.parents):
-                continue
-        if not path.is_dir():
-            if base is None or is_image(path):
-                found[path] = (
-                    path.relative_to(base) if base else path.absolute().relative_to(common)
-                )
-            else:
-                others.add(path)
+        place = path.resolve()
+        if base and base.resolve() in target.parents and target in (place, *place.parents):
             continue
-        if path.resolve() == target:
+        if not path.is_dir():
+            below = {path: path.relative_to(base) if base else path.absolute().relative_to(common)}
+        elif place == target:
             raise InputError(f"--output {output} is the folder of the images: give another one")
-        for file in files(path, without=output):
-            if is_image(file):
-                found[file] = file.relative_to(base or path)
+        else:
+            inside = files(path, without=output)
+            below = {file: file.relative_to(base or path) for file in inside}
+        for file in below:
+            if is_image(file) or (file == path and base is None):
+                found[file] = below[file]
             else:
                 others.add(file)
     counts = Counter(path.suffix.lower() for path in others)
@@ -215,7 +189,7 @@ def _listed(paths: Sequence[Path]) -> str:
 def _ids(predictor: Predictor, image: Image.Image, tile: int | None, path: Path) -> np.ndarray:
     remedy = "--tile 1024" if tile is None else "a smaller --tile"
     size = f"{image.width} x {image.height}"
-    with memory.fitting(f"image {path} ({size}) does not fit in memory: use {remedy}"):
+    with fitting(f"image {path} ({size}) does not fit in memory: use {remedy}"):
         return predictor.predict(image, tile)
 
 
@@ -224,12 +198,10 @@ def _write(job: Job, image: Image.Image, ids: np.ndarray, palette: Sequence[Sequ
 
     indexed = Image.fromarray(ids)
     indexed.putpalette([value for color in palette for value in color])
-    try:
+    with writing(job.ids):
         job.ids.parent.mkdir(parents=True, exist_ok=True)
         indexed.save(job.ids)
         Image.blend(image, indexed.convert("RGB"), OVERLAY_OPACITY).save(job.overlay)
-    except OSError as error:
-        raise InputError(f"{job.ids} cannot be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from cac_fast.train import distributed
-from cac_fast.train.errors import InputError
+from cac_fast.train.errors import InputError, writing
 from cac_fast.train.options import Parser, add_data_options, at_least
 
 
@@ -24,18 +23,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "same --labeled-share and --data-list.",
     )
     add_data_options(parser)
-    parser.add_argument(
-        "--labeled-share",
-        required=True,
-        metavar="SHARE",
-        help="share of the masks that is used, as 1/8, or full",
-    )
+    text = "share of the masks that is used, as 1/8, or full"
+    parser.add_argument("--labeled-share", required=True, metavar="SHARE", help=text)
     parser.add_argument(
         "--data-list", type=at_least(0), default=0, metavar="N", help="seed of the share [0]"
     )
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="folder for the two lists"
-    )
+    parser.add_path("--output", "DIR", "folder for the two lists", required=True)
     return parser.parse_args(arguments)
 
 
@@ -51,12 +44,8 @@ def _split(options: argparse.Namespace) -> None:
             )
     data = open_data(options.dataset, options.data_dir)
     labeled, unlabeled = select(data, None, None, options.labeled_share, options.data_list)
-    try:
+    with writing(f"--output {options.output}"):
         write_lists(options.output, labeled, unlabeled, data.root)
-    except OSError as error:
-        raise InputError(
-            f"--output {options.output} cannot be written: {error.strerror}"
-        ) from error
     print(
         f"{len(labeled)} labeled and {len(unlabeled)} unlabeled images: "
         f"labeled.txt and unlabeled.txt in {options.output}"

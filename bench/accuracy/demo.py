@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy import compare
 from accuracy.arms import METHODS
 from cac_fast.train import load
-from cac_fast.train.colors import colorize
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
 from cac_fast.train.options import Parser
+from cac_fast.train.pictures import colorize
 from lib.measure import ROOT
 
 OUTPUT = ROOT / "runs" / "demo"
