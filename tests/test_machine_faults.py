@@ -18,12 +18,12 @@ from stand_ins import out_of_memory
 from torch.utils.data import DataLoader, Dataset
 
 from cac_fast.train import (
-    board,
     checkpoint,
     config,
     distributed,
     engine,
     evaluation,
+    log,
     main,
     meters,
     run_state,
@@ -284,7 +284,7 @@ def test_a_full_disk_keeps_its_own_line(monkeypatch, folder_data, tmp_path):
 
 def test_training_goes_on_without_tensorboard(monkeypatch, capsys, tmp_path):
     said: list[str] = []
-    events = board.Board(tmp_path, 1, said.append)
+    events = log.Board(tmp_path, 1, said.append)
     events.add_scalar("train/loss", 1.0, 1)
     events.writer.flush()
     # The writer's thread meets the full disk.
@@ -305,8 +305,8 @@ def _no_space(_: bytes) -> None:
 
 def test_a_full_disk_under_the_events_from_the_start(monkeypatch, tmp_path):
     said: list[str] = []
-    monkeypatch.setattr(board, "SummaryWriter", lambda *_, **__: _no_space(b""))
-    events = board.Board(tmp_path, 1, said.append)
+    monkeypatch.setattr(log, "SummaryWriter", lambda *_, **__: _no_space(b""))
+    events = log.Board(tmp_path, 1, said.append)
     events.add_scalar("train/loss", 1.0, 1)
     events.close()
     assert len(said) == 1

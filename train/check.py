@@ -8,16 +8,21 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
 
 from cac_fast.train import distributed
+from cac_fast.train.data import forms
+from cac_fast.train.data.cache import PixelReader
+from cac_fast.train.data.images import read_image
+from cac_fast.train.data.inventory import Inventory, Part, Seen, file_warnings, is_dark
+from cac_fast.train.data.layouts import SPLITS, Sample, SegmentationData, open_data
+from cac_fast.train.data.loaders import look_at_samples
 from cac_fast.train.errors import InputError, writing
 from cac_fast.train.options import Parser, add_data_options, write_json
-
-if TYPE_CHECKING:
-    from cac_fast.train.data.inventory import Inventory, Seen
-    from cac_fast.train.data.layouts import Sample, SegmentationData
-    from cac_fast.train.progress import Progress
+from cac_fast.train.pictures import draw_contact_sheet
+from cac_fast.train.progress import Progress, show_progress, warn
 
 MOST_BROKEN = 20
 """Unusable files that are named one by one."""
@@ -25,10 +30,6 @@ MOST_BROKEN = 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what is in the data; 0 if it can be trained on, 2 after one line if it cannot."""
-    return distributed.run_command(lambda: _check(_parse(arguments)))
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train/check.py",
         description="Read all images and masks; print the pixels of each class and what looks "
@@ -38,16 +39,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_path("--json", "FILE", "write what was found to this file too", writable=True)
     text = "write images with their masks to this file"
     parser.add_path("--sheet", "FILE.png", text, writable=True)
-    return parser.parse_args(arguments)
+    return distributed.run_command(lambda: _check(parser.parse_args(arguments)))
 
 
 def _check(options: argparse.Namespace) -> None:
-    # Imported late, so that a mistyped option is answered at once.
-    from PIL import Image
-
-    from cac_fast.train.data.layouts import open_data
-    from cac_fast.train.progress import warn
-
     if distributed.world_size() > 1:
         raise InputError("check is a single process: start it with python, not with torchrun")
     if options.sheet is not None:
@@ -63,8 +58,6 @@ def _check(options: argparse.Namespace) -> None:
         warn(f"cannot be used: {message}")
     write_json(options.json, inventory.as_json() | {"broken": broken})
     if options.sheet is not None:
-        from cac_fast.train.pictures import draw_contact_sheet
-
         picture = draw_contact_sheet(inventory)
         with writing(options.sheet):
             picture.save(options.sheet)
@@ -77,12 +70,6 @@ def _check(options: argparse.Namespace) -> None:
 
 def take_inventory(data: SegmentationData) -> tuple[Inventory, list[str]]:
     """Read every image and mask; what they hold, and what is wrong with those that are broken."""
-    from cac_fast.train.data.cache import PixelReader
-    from cac_fast.train.data.inventory import Inventory, Part, file_warnings
-    from cac_fast.train.data.layouts import SPLITS
-    from cac_fast.train.data.loaders import look_at_samples
-    from cac_fast.train.progress import show_progress
-
     reader, parts, broken, notes = PixelReader(data), [], [], []
     for split, name in zip(SPLITS, ("labeled", "validation", "test"), strict=True):
         masked = [sample for sample in data.splits[split] if sample.mask is not None]
@@ -109,12 +96,6 @@ def _sorted_out(found: Iterable[Seen | InputError]) -> tuple[list[Seen], list[st
 
 
 def _look_without_mask(samples: list[Sample], progress: Progress) -> Iterator[Seen | InputError]:
-    import numpy as np
-
-    from cac_fast.train.data import forms
-    from cac_fast.train.data.images import read_image
-    from cac_fast.train.data.inventory import Seen, is_dark
-
     nothing = np.zeros(256, np.int64)
 
     def look(sample: Sample) -> Seen | InputError:

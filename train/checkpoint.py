@@ -89,13 +89,8 @@ def load_model(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: 
         InputError: names or shapes differ: the checkpoint is of another architecture.
     """
     expected = module.state_dict()
-    differing = [
-        name
-        for name in sorted(expected.keys() | weights.keys())
-        if name not in expected
-        or name not in weights
-        or expected[name].shape != weights[name].shape
-    ]
+    shapes, given = ({name: x.shape for name, x in each.items()} for each in (expected, weights))
+    differing = sorted({name for name, _ in shapes.items() ^ given.items()})
     if differing:
         raise InputError(
             f"checkpoint {path} is of another architecture: {len(differing)} tensors differ, "

@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 import tomllib
 import typing
 from collections.abc import Sequence
+from configparser import ConfigParser
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from cac_fast.checks import check_temperature
-from cac_fast.train.errors import InputError, did_you_mean
+from cac_fast.train.errors import InputError, check_crop, did_you_mean
 from cac_fast.train.options import Parser
 from cac_fast.train.registry import LAYOUTS, Registry
 from cac_fast.train.settings import FIELDS, TYPES, Config
@@ -42,27 +45,24 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     Raises:
         InputError: an unknown option or key (with the nearest match), or an impossible value.
     """
-    flags = vars(_parser().parse_args(arguments))
-    values: dict[str, Any] = {}
-    if (path := flags.pop("config")) is not None:
-        values |= _read_toml(Path(path))
-    if (item := flags.pop("set")) is not None:
+    parser, arguments = _parser(), sys.argv[1:] if arguments is None else arguments
+    values = vars(parser.parse_args(arguments))
+    if values["config"] is not None:
+        values = vars(parser.parse_args([*_read_toml(Path(values["config"])), *arguments]))
+    del values["config"]
+    if (item := values.pop("set")) is not None:
         name, _, value = item.partition("=")
-        raise InputError(f"--set {item}: use {_as_flag(_known(name, '--set'), value.strip())}")
-    converted = {name: _convert(name, value) for name, value in (values | flags).items()}
-    if not converted.get("dataset"):
+        raise InputError(f"--set {item}: use {_as_flag(_known(name, '--set'), value.strip(), ' ')}")
+    if not values.get("dataset"):
         raise InputError(f"--dataset is needed: {', '.join(LAYOUTS.names)}")
-    layout = LAYOUTS.entry(converted["dataset"])
-    config = Config.of(**layout.preset | converted)
+    layout = LAYOUTS.entry(values["dataset"])
+    config = Config.of(**layout.preset | values)
     if layout.made_in is None and config.data.data_dir is None:
         raise InputError(f"--data-dir is needed for --dataset {config.data.dataset}")
     for name, value in config.flat().items():
         if value is not None:
             _check(name, value)
-    crop = config.data.crop_size
-    if crop < 8 or crop % 8:
-        lower = max(8, crop // 8 * 8)
-        raise InputError(f"--crop-size {crop} is not a multiple of 8: use {lower} or {lower + 8}")
+    check_crop(config.data.crop_size, 8)
     try:
         check_temperature(config.loss.temperature)
     except ValueError as error:
@@ -112,7 +112,7 @@ def _parser() -> Parser:
             text += f": {choices.describe()}"
         if field.default not in ("", None):
             text += f" [{field.default}]"
-        options: dict[str, Any] = {"metavar": _metavar(field)}
+        options = {"metavar": _metavar(field), "type": partial(_convert, field.name)}
         if TYPES[field.name] is bool:
             options = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(_flag(field.name), help=text, **options)
@@ -139,20 +139,23 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _as_flag(name: str, value: str) -> str:
-    if TYPES[name] is not bool:
-        return f"{_flag(name)} {value}"
-    return _flag(name if _convert(name, value) else f"no_{name}")
+def _as_flag(name: str, value: Any, separator: str) -> str:
+    if TYPES[name] is bool:
+        return _flag(name if _convert(name, str(value)) else f"no_{name}")
+    if isinstance(value, bool):
+        raise InputError(f"{_flag(name)} {value}: expected a value, not a switch")
+    return f"{_flag(name)}{separator}{value}"
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> list[str]:
+    """A file's settings as flags."""
     if not path.is_file():
         raise InputError(f"--config {path}: no such file")
     try:
         table = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: {error}") from error
-    return {_known(key, f"--config {path}"): value for key, value in table.items()}
+    return [_as_flag(_known(key, f"--config {path}"), item, "=") for key, item in table.items()]
 
 
 def _known(key: str, where: str) -> str:
@@ -162,18 +165,18 @@ def _known(key: str, where: str) -> str:
     return name
 
 
-def _convert(name: str, value: Any) -> Any:
-    """`value` (text, or what TOML gave) as the type of the setting `name`."""
+def _convert(name: str, text: str) -> Any:
+    """`text` as the type of the setting `name`."""
     kind = TYPES[name]
     if NoneType in typing.get_args(kind):
-        if str(value).lower() == "none":
+        if text.lower() == "none":
             return None
         kind = typing.get_args(kind)[0]
     convert, expected = _CONVERTERS[typing.get_origin(kind) or kind]
     try:
-        return convert(value)
-    except (TypeError, ValueError, KeyError):
-        raise InputError(f"{_flag(name)} {value}: expected {expected}") from None
+        return convert(text)
+    except (ValueError, KeyError):
+        raise InputError(f"{_flag(name)} {text}: expected {expected}") from None
 
 
 def _check(name: str, value: Any) -> None:
@@ -190,41 +193,21 @@ def _check(name: str, value: Any) -> None:
             raise InputError(f"{flag} {text}: {check.complaint}")
 
 
-def _boolean(value: Any) -> bool:
-    return value if isinstance(value, bool) else _BOOLEANS[str(value).lower()]
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, (bool, float)):
-        raise ValueError
-    return int(value)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
         raise ValueError
     return number
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        raise ValueError
-    return str(value)
-
-
-def _two_numbers(value: Any) -> tuple[float, float]:
-    low, high = value.strip("()[]").split(",") if isinstance(value, str) else value
+def _two_numbers(text: str) -> tuple[float, float]:
+    low, high = text.strip("()[]").split(",")
     return _number(low), _number(high)
 
 
-_BOOLEANS = {
-    **dict.fromkeys(("true", "1", "on", "yes"), True),
-    **dict.fromkeys(("false", "0", "off", "no"), False),
-}
 _CONVERTERS = {
-    bool: (_boolean, "true or false"),
-    int: (_integer, "a whole number"),
+    bool: (lambda text: ConfigParser.BOOLEAN_STATES[text.lower()], "true or false"),
+    int: (int, "a whole number"),
     float: (_number, "a number"),
-    str: (_text, "text"),
+    str: (str, "text"),
     tuple: (_two_numbers, "two numbers, as 0.5,2.0"),
 }

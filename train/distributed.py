@@ -140,10 +140,8 @@ def world(device_name: str) -> Iterator[World]:
     try:
         store, rank, size = next(dist.rendezvous("env://"))
         place = {"store": unused(store, rank, size), "rank": rank, "world_size": size}
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device, **place)
-        else:
-            dist.init_process_group("gloo", **place)
+        gpu = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group("nccl" if gpu else "gloo", **gpu, **place)
     except (RuntimeError, ValueError) as error:  # a port in use, a host that is not there
         if is_full(error):  # of a GPU, where NCCL starts at once
             raise

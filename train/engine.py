@@ -11,7 +11,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from cac_fast.train import checkpoint
-from cac_fast.train.announcement import announce
 from cac_fast.train.batch import Batch, Step
 from cac_fast.train.config import Config
 from cac_fast.train.data.workers import lost_workers, undisturbed
@@ -56,9 +55,9 @@ class Trainer(RunState):
     def run(self) -> dict[str, Any]:
         """Train to the last iteration; return the best and the last validation result."""
         self.world.on_main(lambda: self.folder.prepare(new=self.iteration == 0))
-        states = self.iterations, self.iteration, self.evaluated
-        self.log = RunLog(self.folder.path, *states, self.world.is_main)
-        announce(self)
+        if self.world.is_main:
+            self.log = RunLog(self.folder.path, self.iterations, self.iteration, self.evaluated)
+        self.announce()
         self.meters.restart_clock()
         result = None
         try:

@@ -33,7 +33,7 @@ class RankInputError(InputError):
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Turn what the system says against writing ``path`` (a full disk, as a rule) into one line."""
+    """Turn what the system says against writing `path` (a full disk, as a rule) into one line."""
     try:
         yield
     except OSError as error:
@@ -52,7 +52,7 @@ def is_full(error: BaseException) -> bool:
 
 @contextmanager
 def fitting(message: str) -> Iterator[None]:
-    """Turn what is raised where memory is full into ``message``.
+    """Turn what is raised where memory is full into `message`.
 
     Raises:
         RankInputError: memory is full, on this rank perhaps alone.
@@ -63,6 +63,16 @@ def fitting(message: str) -> Iterator[None]:
         if not is_full(error):
             raise
         raise RankInputError(message) from error
+
+
+def check_crop(side: int, multiple: int, wanted_by: str = "") -> None:
+    """Raise InputError if `side`, in pixels, is not a multiple."""
+    if side < multiple or side % multiple:
+        lower = max(multiple, side // multiple * multiple)
+        raise InputError(
+            f"--crop-size {side} is not a multiple of {multiple}{wanted_by}: use {lower} or "
+            f"{lower + multiple}"
+        )
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

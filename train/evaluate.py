@@ -9,29 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from cac_fast.train import distributed
+from cac_fast.train.data.layouts import open_data
+from cac_fast.train.data.lists import named
 from cac_fast.train.errors import InputError
-from cac_fast.train.options import (
-    Parser,
-    add_data_options,
-    add_network_options,
-    at_least,
-    write_json,
-)
+from cac_fast.train.evaluation import evaluate
+from cac_fast.train.inference import load
+from cac_fast.train.options import Parser, add_data_options, at_least, write_json
+from cac_fast.train.progress import show_progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate and print the table; 0 at the end, 2 after one line about bad input."""
-    return distributed.run_command(lambda: _evaluate(_parse(arguments)))
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train/evaluate.py",
         description="IoU of each class, mIoU and pixel accuracy of a checkpoint, in float32, over "
         "images in their original size. Under torchrun the images are shared out over the "
         "processes.",
     )
-    add_network_options(parser)
+    parser.add_network_options()
     add_data_options(parser)
     splits = "val", "test", "train"
     parser.add_argument(
@@ -41,17 +36,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_path("--json", "FILE", "write the result to this file too", writable=True)
     text = "processes that read images, per rank [2]"
     parser.add_argument("--workers", type=at_least(0), default=2, metavar="N", help=text)
-    return parser.parse_args(arguments)
+    return distributed.run_command(lambda: _evaluate(parser.parse_args(arguments)))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    # Imported late, so that a mistyped option is answered at once.
-    from cac_fast.train.data.layouts import open_data
-    from cac_fast.train.data.lists import named
-    from cac_fast.train.evaluation import evaluate
-    from cac_fast.train.inference import load
-    from cac_fast.train.progress import show_progress
-
     with distributed.world(options.device) as world:
         # toycity may be written on the way, once.
         data = world.on_main(lambda: open_data(options.dataset, options.data_dir))
@@ -99,7 +87,7 @@ def _check_classes(trained: Sequence[str], given: Sequence[str], path: Path) -> 
 
 
 def _table(classes: Sequence[str], result: dict[str, Any]) -> str:
-    """Names and numbers; ``-`` for a class that is neither in a mask nor in a prediction."""
+    """Names and numbers; `-` for a class that is neither in a mask nor in a prediction."""
     names = *classes, "mIoU", "pixel accuracy"
     values = *result["iou"], result["miou"], result["pixel_accuracy"]
     cells = ["-" if value is None else f"{value:.4f}" for value in values]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cac_fast.train.data.images import IGNORE, check_size, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
@@ -19,6 +20,11 @@ from cac_fast.train.errors import InputError, fitting
 from cac_fast.train.inference import Predictor
 from cac_fast.train.networks import Segmenter
 from cac_fast.train.progress import Progress
+
+_TOO_LARGE = (
+    "does not fit in memory: images are scored whole, make those of this split and their masks "
+    "smaller or use --device cpu"
+)
 
 
 class ConfusionMatrix:
@@ -140,7 +146,8 @@ def evaluate(
             items = _read_ahead(stripe, data, workers, world.device)
             with lost_workers():
                 for done, (image, truth) in enumerate(items, start=1):
-                    with _fitting(image, stripe[done - 1]):
+                    size = f"{image.shape[2]} x {image.shape[1]}"
+                    with fitting(f"image {stripe[done - 1].image} ({size}) {_TOO_LARGE}"):
                         prediction = predictor.logits(image).argmax(0)
                         confusion.update(truth.to(world.device, non_blocking=True), prediction)
                         if on_prediction is not None:
@@ -167,46 +174,28 @@ def evaluate(
     }
 
 
-def _fitting(image: Tensor, sample: Sample) -> AbstractContextManager[None]:
-    height, width = image.shape[1:]
-    return fitting(
-        f"image {sample.image} ({width} x {height}) does not fit in memory: images are scored "
-        "whole, make those of this split and their masks smaller or use --device cpu"
-    )
-
-
-class _Images(Dataset):
+def _read(data: SegmentationData, sample: Sample) -> tuple[Tensor, Tensor] | InputError:
     """Image (3, H, W) and truth (H, W), uint8, or the `InputError` that reading them raised.
 
     Raised in a worker it would reach the main process with the worker's traceback in its message.
     """
-
-    def __init__(self, samples: Sequence[Sample], data: SegmentationData) -> None:
-        self.samples = samples
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | InputError:
-        sample = self.samples[index]
-        try:
-            image = np.array(read_image(sample.image))
-            truth = self.data.read_mask(sample.mask)
-            check_size(sample.mask, truth.shape, sample.image, image.shape[:2])
-        except InputError as error:
-            return error
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(truth)
+    try:
+        image = np.array(read_image(sample.image))
+        truth = data.read_mask(sample.mask)
+        check_size(sample.mask, truth.shape, sample.image, image.shape[:2])
+    except InputError as error:
+        return error
+    return share((torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(truth)))
 
 
 def _read_ahead(
     samples: Sequence[Sample], data: SegmentationData, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     loader = DataLoader(
-        _Images(samples, data),
+        samples,
         batch_size=None,
         num_workers=min(workers, len(samples)),
-        collate_fn=share,
+        collate_fn=partial(_read, data),
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_trainer,
         # Its own, or each evaluation would draw a seed for the workers from the global one.

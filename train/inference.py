@@ -216,8 +216,8 @@ def _picture(image: Picture) -> Image.Image | Tensor:
         raise TypeError(
             f"expected a path, a PIL image, an array or a tensor, not {type(image).__name__}"
         )
-    channels_last = image.ndim == 3 and image.shape[2] == 3
-    if isinstance(image, np.ndarray):
+    is_array = isinstance(image, np.ndarray)
+    if is_array:
         if image.dtype != np.uint8 or image.ndim != 3 or 3 not in image.shape[::2]:
             raise ValueError(
                 f"expected an array (H, W, 3) of uint8, or a PIL image, not {image.shape} of "
@@ -225,9 +225,7 @@ def _picture(image: Picture) -> Image.Image | Tensor:
             )
         # PyTorch warns of what it could not write, such as a PIL image's own array.
         image = torch.from_numpy(np.require(image, requirements=("C", "W")))
-    elif channels_last and image.shape[0] == 3:
-        channels_last = False
-    if channels_last:
+    if image.ndim == 3 and image.shape[2] == 3 and (is_array or image.shape[0] != 3):
         image = image.permute(2, 0, 1)
     _check(image)
     return image

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from operator import mul
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cac_fast.train.board import Board
 from cac_fast.train.errors import writing
 
 
 class RunLog:
-    """Metrics and messages of one run; on other ranks than 0 every call does nothing.
+    """Metrics and messages of one run, on rank 0.
 
     Args:
         folder: the run folder.
@@ -26,11 +27,7 @@ class RunLog:
             later lines of an earlier try are dropped.
     """
 
-    def __init__(self, folder: Path, total: int, start: int, evaluated: int, is_main: bool) -> None:
-        self.is_main = is_main
-        if not is_main:
-            return
-        self.folder = folder
+    def __init__(self, folder: Path, total: int, start: int, evaluated: int) -> None:
         self.path = folder / "metrics.jsonl"
         last = {"train": start, "val": evaluated}
         kept = [x for x in read_metrics(self.path) if x["iteration"] <= last[x["kind"]]]
@@ -38,45 +35,31 @@ class RunLog:
         with writing(self.path):
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(self.path)
-        # A bar only where somebody can watch it; in a file its carriage returns would be noise.
-        self.bar = (
-            tqdm(total=total, initial=start, unit="it", dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
-        )
         self.total = total
+        # A bar only where somebody can watch it; in a file its carriage returns would be noise.
+        self.bar = tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, disable=None)
         self.board = Board(folder / "tensorboard", start + 1, self.say)
 
     def say(self, line: str) -> None:
         """Print one line (above the bar where there is one)."""
-        if not self.is_main:
-            return
-        if self.bar is not None:
-            self.bar.write(line)
-        else:
-            print(line, flush=True)
+        self.bar.write(line)
+        sys.stdout.flush()
 
     def step(self) -> None:
         """One iteration is done."""
-        if self.is_main and self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def train(self, iteration: int, values: dict[str, float | None]) -> None:
         """Write one `"kind": "train"` line."""
-        if not self.is_main:
-            return
         self._write("train", iteration, values)
         losses = (name for name in values if name.startswith("loss"))
         text = "  ".join(f"{name.removeprefix('loss_')} {values[name]:.4f}" for name in losses)
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        else:
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
             self.say(f"[{iteration}/{self.total}] {text}  {values['images_per_s']:.1f} img/s")
 
     def val(self, iteration: int, result: dict[str, Any]) -> None:
         """Write one `"kind": "val"` line."""
-        if not self.is_main:
-            return
         self._write("val", iteration, result)
         self.say(
             f"[{iteration}/{self.total}] val mIoU {result['miou']:.4f}  "
@@ -85,15 +68,12 @@ class RunLog:
 
     def image(self, name: str, pixels: np.ndarray, iteration: int) -> None:
         """Show a picture (H, W, 3) uint8 on TensorBoard."""
-        if self.is_main:
-            self.board.add_image(name, pixels, iteration, dataformats="HWC")
+        self.board.add_image(name, pixels, iteration, dataformats="HWC")
 
     def close(self) -> None:
         """Flush what is pending."""
-        if self.is_main:
-            self.board.close()
-            if self.bar is not None:
-                self.bar.close()
+        self.board.close()
+        self.bar.close()
 
     def _write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
         with writing(self.path), open(self.path, "a") as file:
@@ -101,6 +81,58 @@ class RunLog:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(f"{kind}/{name}", value, iteration)
+
+
+class SilentLog:
+    """The `RunLog` of other ranks: every call does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+class Board:
+    """A `SummaryWriter` that gives up, with one line, where the disk does not take its events.
+
+    No run ends for want of them.
+
+    Args:
+        folder: where they go.
+        purge_step: drop what an earlier try wrote from there on.
+        say: prints that line.
+    """
+
+    def __init__(self, folder: Path, purge_step: int, say: Callable[[str], None]) -> None:
+        self.folder, self.say, self.failed = folder, say, False
+        self.excepthook = threading.excepthook
+        threading.excepthook = self._thread_failed
+        self.writer = self._try(lambda: SummaryWriter(str(folder), purge_step=purge_step))
+
+    def add_scalar(self, *arguments: Any) -> None:
+        """As `SummaryWriter.add_scalar`."""
+        self._try(lambda: self.writer.add_scalar(*arguments))
+
+    def add_image(self, *arguments: Any, **more: Any) -> None:
+        """As `SummaryWriter.add_image`."""
+        self._try(lambda: self.writer.add_image(*arguments, **more))
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self._try(lambda: self.writer.close())
+        threading.excepthook = self.excepthook
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        if self.failed:
+            return None
+        try:
+            return call()
+        except OSError as error:
+            self.failed = True
+            self.say(f"no more TensorBoard events in {self.folder}: {error.strerror or error}")
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """The writer's thread keeps its error for the next call too, which tells of it."""
+        if not isinstance(failure.exc_value, OSError):
+            self.excepthook(failure)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Meters:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, torch.Tensor] = defaultdict(int)
         self.counts: Counter[str] = Counter()
         self.steps, self.images = 0, 0
         self.waited, self.since = 0.0, time.perf_counter()
@@ -33,8 +33,7 @@ class Meters:
         bad = (self.first_bad < 0) & ~torch.isfinite(values["loss"].detach())
         self.first_bad = torch.where(bad, iteration, self.first_bad)
         for name, value in values.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.sums[name] += value.detach().double()
             self.counts[name] += 1
         self.steps += 1
         self.images += step.images
@@ -57,7 +56,8 @@ class Meters:
             "peak_memory_mb": peak_memory_mb(self.device),
             "first_bad": int(self.first_bad.item()),
         }
-        self.sums, self.counts = {}, Counter()
+        self.sums.clear()
+        self.counts.clear()
         self.steps, self.images = 0, 0
         self.waited, self.since = 0.0, time.perf_counter()
         return reading

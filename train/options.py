@@ -34,13 +34,18 @@ class Parser(argparse.ArgumentParser):
     def add_path(
         self, name: str, metavar: str, text: str, *, writable: bool = False, **more: Any
     ) -> None:
-        """Add an option for a path; ``writable`` refuses one where no file can lie."""
+        """Add an option for a path; `writable` refuses one where no file can lie."""
         kind = partial(_writable, name) if writable else Path
         self.add_argument(name, type=kind, metavar=metavar, help=text, **more)
 
-    def parse_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
+    def add_network_options(self) -> None:
+        """Add `--checkpoint` and `--device`."""
+        text = "a run folder, or its best.pt or last.pt"
+        self.add_path("--checkpoint", "RUN", text, required=True)
+        text = "where to compute; auto: the GPU if there is one"
+        self.add_argument("--device", choices=DEVICES, default="auto", help=text)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore
         """Parse `args` (default: the command line).
 
         Raises:
@@ -49,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         # First, as argparse would complain that a required option is missing if it is misspelled.
         self._reject_unknown(args)
-        namespace, rest = self.parse_known_args(args, namespace)
+        namespace, rest = self.parse_known_args(args)
         if rest:
             raise InputError(f"unexpected argument {rest[0]}: options start with --")
         return namespace
@@ -92,7 +97,7 @@ def _writable(option: str, text: str) -> Path:
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
-    """Write what ``--json`` asks for, if it is given."""
+    """Write what `--json` asks for, if it is given."""
     if path is not None:
         with writing(f"--json {path}"):
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -108,11 +113,3 @@ def add_data_options(parser: Parser) -> None:
         help=f"data layout: {LAYOUTS.describe()}",
     )
     parser.add_path("--data-dir", "DIR", "the data's folder (not needed for toycity)")
-
-
-def add_network_options(parser: Parser) -> None:
-    """Add ``--checkpoint`` and ``--device``."""
-    text = "a run folder, or its best.pt or last.pt"
-    parser.add_path("--checkpoint", "RUN", text, required=True)
-    text = "where to compute; auto: the GPU if there is one"
-    parser.add_argument("--device", choices=DEVICES, default="auto", help=text)

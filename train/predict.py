@@ -11,40 +11,38 @@ from collections import Counter
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
 
 from cac_fast.train import distributed
+from cac_fast.train.data.images import read_image
+from cac_fast.train.data.listing import files, is_image, kinds
+from cac_fast.train.data.names import IMAGE_SUFFIXES
 from cac_fast.train.errors import InputError, fitting, writing
-from cac_fast.train.options import Parser, add_network_options
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
-    from cac_fast.train.inference import Predictor
+from cac_fast.train.inference import SMALLEST_TILE, load
+from cac_fast.train.options import Parser
+from cac_fast.train.progress import show_progress, warn
 
 OVERLAY_OPACITY = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Predict every image; 0 if at least one was, 2 after one line about bad input."""
-    return distributed.run_command(lambda: _predict(_parse(arguments)))
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train/predict.py",
         description="Write NAME.png (class ids, with the classes' colors as palette) and "
         "NAME_overlay.png for every image of a folder and the folders in it, of a pattern, or of "
         "several files.",
     )
-    add_network_options(parser)
+    parser.add_network_options()
     text = "folder of images, image files, or a pattern as 'photos/**/*.jpg'"
     parser.add_path("--images", "PATH", text, required=True, nargs="+")
     parser.add_path("--output", "DIR", "folder for the predictions", required=True)
     text = "give the network N x N pixels at a time, for images too large for memory (try 1024)"
     parser.add_argument("--tile", type=int, metavar="N", help=text)
-    return parser.parse_args(arguments)
+    return distributed.run_command(lambda: _predict(parser.parse_args(arguments)))
 
 
 class Job(NamedTuple):
@@ -56,12 +54,6 @@ class Job(NamedTuple):
 
 
 def _predict(options: argparse.Namespace) -> None:
-    # Imported late, so that a mistyped option is answered at once.
-    from cac_fast.train.data.images import read_image
-    from cac_fast.train.data.listing import kinds
-    from cac_fast.train.inference import SMALLEST_TILE, load
-    from cac_fast.train.progress import show_progress, warn
-
     if distributed.world_size() > 1:
         raise InputError("predict is a single process: start it with python, not with torchrun")
     if options.tile is not None and options.tile < SMALLEST_TILE:
@@ -72,6 +64,7 @@ def _predict(options: argparse.Namespace) -> None:
     jobs = plan(sources, options.output)
     predictor = load(options.checkpoint, distributed.pick_device(options.device))
     show, skipped = show_progress("images"), 0
+    remedy = "--tile 1024" if options.tile is None else "a smaller --tile"
     for done, job in enumerate(jobs, start=1):
         try:
             image = read_image(job.image)
@@ -79,7 +72,10 @@ def _predict(options: argparse.Namespace) -> None:
             skipped += 1
             warn(f"skipped: {error}")
         else:
-            _write(job, image, _ids(predictor, image, options.tile, job.image), predictor.palette)
+            size = f"{image.width} x {image.height}"
+            with fitting(f"image {job.image} ({size}) does not fit in memory: use {remedy}"):
+                ids = predictor.predict(image, options.tile)
+            _write(job, image, ids, predictor.palette)
         show(done, len(jobs))
     if skipped == len(jobs):
         raise InputError(
@@ -104,8 +100,8 @@ def plan(sources: Sequence[tuple[Path, Path]], output: Path) -> list[Job]:
     jobs = []
     for source, below in sources:
         target = (output / below).with_suffix("")
-        files = (target.with_name(f"{target.name}{end}.png") for end in ("", "_overlay"))
-        job = Job(source, *files)
+        results = (target.with_name(f"{target.name}{end}.png") for end in ("", "_overlay"))
+        job = Job(source, *results)
         for path in (job.ids, job.overlay):
             if path.resolve() in originals:
                 raise InputError(
@@ -133,9 +129,6 @@ def find_images(
     Raises:
         InputError: there is no image, or `output` is the folder of the images.
     """
-    from cac_fast.train.data.listing import files, is_image, kinds
-    from cac_fast.train.data.names import IMAGE_SUFFIXES
-
     found: dict[Path, Path] = {}
     others: set[Path] = set()
     matches = [pair for path in given for pair in _matches(path)]
@@ -186,16 +179,7 @@ def _listed(paths: Sequence[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
-def _ids(predictor: Predictor, image: Image.Image, tile: int | None, path: Path) -> np.ndarray:
-    remedy = "--tile 1024" if tile is None else "a smaller --tile"
-    size = f"{image.width} x {image.height}"
-    with fitting(f"image {path} ({size}) does not fit in memory: use {remedy}"):
-        return predictor.predict(image, tile)
-
-
 def _write(job: Job, image: Image.Image, ids: np.ndarray, palette: Sequence[Sequence[int]]) -> None:
-    from PIL import Image
-
     indexed = Image.fromarray(ids)
     indexed.putpalette([value for color in palette for value in color])
     with writing(job.ids):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cac_fast.train.errors import InputError
+from cac_fast.train.errors import check_crop
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,9 +23,4 @@ class Preprocessing(NamedTuple):
 
     def check_crop(self, side: int) -> None:
         """Raise InputError if `side`, in pixels, is not a multiple."""
-        if side % self.multiple:
-            lower = max(self.multiple, side // self.multiple * self.multiple)
-            raise InputError(
-                f"--crop-size {side} is not a multiple of {self.multiple}, which this --backbone "
-                f"needs: use {lower} or {lower + self.multiple}"
-            )
+        check_crop(side, self.multiple, ", which this --backbone needs")

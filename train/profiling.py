@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,38 +58,36 @@ class StepProfile:
 
     def watch(self, steps: Iterator[Step], contrastive: bool) -> Iterator[Step]:
         """Hand on `steps`. `contrastive`: wait for those with unlabeled images."""
-        global _clock
-        seen = 0
-        profiler = profile(activities=_activities(self.device))
-        began = 0.0
-        try:
-            for step in steps:
-                yield step
-                seen += step.unlabeled is not None or not contrastive
-                if _clock is None and seen == WARM_UP:
-                    profiler.start()
-                    _clock = Clock(self.device)
-                    began = _settled(self.device)
-                elif _clock is not None and seen == WARM_UP + self.count:
-                    seconds = _settled(self.device) - began
-                    clock, _clock = _clock, None
-                    profiler.stop()
-                    profiler.export_chrome_trace(str(self.path))
-                    self._report(seconds, clock.totals())
-        finally:
-            if _clock is not None:
-                _clock = None
-                profiler.stop()
-        if seen < WARM_UP + self.count:
+        missing = yield from _some(steps, WARM_UP, contrastive)
+        if not missing:
+            parts = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+            parts = parts if self.device.type == "cuda" else parts[:1]
+            with profile(activities=parts) as profiler, clocked(self.device) as clock:
+                began = _settled(self.device)
+                missing = yield from _some(steps, self.count, contrastive)
+                seconds = _settled(self.device) - began
+        if missing:
             self.say(f"the run was too short to profile {self.count} steps: no trace")
-
-    def _report(self, seconds: float, totals: dict[str, float]) -> None:
+            return
+        profiler.export_chrome_trace(str(self.path))
+        totals = clock.totals()
         totals["rest"] = seconds - sum(totals.values())
         shares = ", ".join(f"{name} {value / seconds:.1%}" for name, value in totals.items())
         self.say(
             f"profile of {self.count} steps, {1000 * seconds / self.count:.1f} ms each: {shares}; "
             f"trace in {self.path}"
         )
+        yield from steps
+
+
+def _some(steps: Iterator[Step], count: int, contrastive: bool) -> Generator[Step, None, int]:
+    """Hand on steps until `count` of them have counted; return how many are missing."""
+    for step in steps:
+        yield step
+        count -= step.unlabeled is not None or not contrastive
+        if not count:
+            break
+    return count
 
 
 class Clock:
@@ -113,11 +111,6 @@ class Clock:
             seconds = start.elapsed_time(end) / 1000 if self.cuda else end - start
             sums[name] = sums.get(name, 0.0) + seconds
         return sums
-
-
-def _activities(device: torch.device) -> list[ProfilerActivity]:
-    cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    return [ProfilerActivity.CPU, *cuda]
 
 
 def _settled(device: torch.device) -> float:

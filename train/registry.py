@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 from cac_fast.train.errors import InputError, did_you_mean
@@ -88,22 +87,12 @@ class Registry:
 
 
 def _load_outside(option: str, name: str, attribute: str) -> Any:
-    module = _import_outside(option, name)
-    if not hasattr(module, attribute):
-        raise InputError(
-            f"{option}: {module.__file__} holds no '{attribute}'"
-            + did_you_mean(attribute, vars(module))
-        )
-    return getattr(module, attribute)
-
-
-def _import_outside(option: str, name: str) -> ModuleType:
     # Before the folder of the command itself, whose files must not hide the user's.
     if (folder := os.getcwd()) not in sys.path:
         sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except Exception as error:  # whatever the user's code raises
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise InputError(
@@ -116,6 +105,10 @@ def _import_outside(option: str, name: str) -> ModuleType:
             f"{option}: the module {name} cannot be imported ({reason}, {place.filename} line "
             f"{place.lineno}): mend it"
         ) from error
+    if not hasattr(module, attribute):
+        hint = did_you_mean(attribute, vars(module))
+        raise InputError(f"{option}: {module.__file__} holds no '{attribute}'{hint}")
+    return getattr(module, attribute)
 
 
 _LAYOUTS = "cac_fast.train.data.layouts"

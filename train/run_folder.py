@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from cac_fast.train import checkpoint
 from cac_fast.train.config import Config, differences
 from cac_fast.train.distributed import World
-from cac_fast.train.errors import InputError
+from cac_fast.train.errors import InputError, writing
 
 
 class RunFolder:
@@ -80,11 +80,9 @@ class RunFolder:
             return False
         if not first:
             return self.to_restart.exists()
-        try:
+        with writing(f"--output {self.path}"):
             if self.last.is_file():
                 self.to_restart.touch()
-        except OSError as error:
-            raise InputError(f"--output {self.path}: {error.strerror}") from error
         return True
 
     def prepare(self, new: bool) -> None:
@@ -92,7 +90,7 @@ class RunFolder:
 
         new: this run goes on from nothing.
         """
-        try:
+        with writing(f"--output {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if self.config.run.restart and new:
@@ -102,8 +100,6 @@ class RunFolder:
                         path.unlink()
             settings = json.dumps(self.config.flat(), indent=2)
             (self.path / "config.json").write_text(settings + "\n")
-        except OSError as error:
-            raise InputError(f"--output {self.path}: {error.strerror}") from error
 
     def _take_lock(self) -> None:
         """Keep other processes out of the folder for as long as this one lives.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from cac_fast.train.config import Config
 from cac_fast.train.data.opening import open_inputs
 from cac_fast.train.data.stream import Stream, fill_cache
 from cac_fast.train.distributed import World
-from cac_fast.train.log import RunLog
+from cac_fast.train.errors import InputError
+from cac_fast.train.log import RunLog, SilentLog
 from cac_fast.train.meters import Meters
 from cac_fast.train.methods import method_class
 from cac_fast.train.networks import (
@@ -22,16 +24,13 @@ from cac_fast.train.networks import (
     load_backbone_weights,
     synchronize_batch_norm,
 )
-from cac_fast.train.optimizer import build_optimizers, load_states
+from cac_fast.train.optimizer import build_optimizers, load_states, poly
+from cac_fast.train.progress import warn
 from cac_fast.train.run_folder import RunFolder
-from cac_fast.train.setup import (
-    AUTOCAST,
-    check_batch,
-    pick_precision,
-    set_determinism,
-    syncs_batch_norm,
-)
 from cac_fast.train.signals import StopSignals
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By `--precision`: autocast's dtype, None for none."""
 
 
 class RunState:
@@ -90,7 +89,7 @@ class RunState:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=fp16)
 
         self.meters = Meters(world.device)
-        self.log: RunLog | None = None  # opened when the run begins
+        self.log: RunLog | SilentLog = SilentLog()  # rank 0 opens its own when the run begins
         if former is None:
             torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
         else:
@@ -142,6 +141,45 @@ class RunState:
         else:  # other ranks than before: no stored state is theirs
             torch.manual_seed(self.config.run.seed + self.world.rank + self.iteration)
 
+    def announce(self) -> None:
+        """Say where the run stands, what it reads, what it trains, and warn of what looks wrong."""
+        config, data, say = self.config, self.data, self.log.say
+        if self.iteration == self.iterations:
+            say(f"{self.folder.path} is finished already (--restart starts over)")
+        elif self.iteration:
+            say(f"resuming {self.folder.path} at iteration {self.iteration}")
+        if self.grew_from is not None:
+            before, now = (
+                config.optim.learning_rate * poly(self.iteration, total, config.optim.poly_power)
+                for total in (self.grew_from, self.iterations)
+            )
+            say(
+                f"--iterations grew from {self.grew_from} to {self.iterations}: the learning "
+                f"rate follows the longer schedule, here {now:.3g} in place of {before:.3g}"
+            )
+        say(
+            f"{config.data.dataset}: {len(self.inputs.labeled)} labeled, "
+            f"{len(self.inputs.unlabeled)} unlabeled, {len(data.splits['val'])} validation "
+            f"images, {len(data.classes)} classes"
+        )
+        say(self.inputs.found)
+        for warning in self.inputs.warnings if self.world.is_main else ():
+            warn(warning)
+        size = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
+        say(
+            f"{config.loss.method}: {config.model.network} on {config.model.backbone}, "
+            f"{size:.1f} M parameters"
+        )
+        say(self.weights_report)
+        if self.method.report is not None:
+            say(self.method.report)
+        say(
+            f"{self.iterations} iterations on {self.world.size} x {self.world.device.type}, "
+            f"{self.precision}, into {self.folder.path}"
+        )
+        if not data.splits["val"]:
+            say("no validation images: best.pt will be the last state")
+
     def _save(self) -> None:
         """Write `last.pt`: all that a resumed run needs to go on as if it had never stopped."""
         mine = checkpoint.random_state(self.world.device), self.stream.skipped
@@ -176,3 +214,48 @@ class RunState:
             "iteration": self.iteration,
             "best": self.best,
         }
+
+
+def pick_precision(config: Config, world: World) -> str:
+    """A key of `AUTOCAST`: what `--precision` means on this device."""
+    if config.optim.precision != "auto":
+        return config.optim.precision
+    if world.device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def syncs_batch_norm(config: Config, world: World) -> bool:
+    """Whether batch statistics are those of all processes; one process needs no help for that."""
+    return config.optim.sync_bn and world.size > 1
+
+
+def check_batch(config: Config, world: World) -> None:
+    """Raise InputError for a batch that the processes and slices cannot share."""
+    batch, slices = config.optim.batch_size, config.optim.accumulate
+    if batch % world.size:
+        raise InputError(
+            f"--batch-size {batch} cannot be split over {world.size} processes: use a multiple of "
+            "it"
+        )
+    images = batch // world.size
+    if images % slices:
+        raise InputError(
+            f"--accumulate {slices} cannot slice the {images} images per process: use a divisor of "
+            "them"
+        )
+    if images == slices and not config.optim.freeze_bn and not syncs_batch_norm(config, world):
+        raise InputError(
+            "batch statistics need two images per process and slice: use a larger --batch-size, a "
+            "smaller --accumulate or --freeze-bn"
+        )
+
+
+def set_determinism(config: Config, world: World) -> None:
+    """Choose PyTorch's algorithms as `--deterministic` says."""
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # On CUDA bilinear upsampling has no deterministic backward: warn, as nothing can replace it.
+    warn_only = world.device.type == "cuda"
+    torch.use_deterministic_algorithms(config.run.deterministic, warn_only=warn_only)
+    torch.backends.cudnn.benchmark = not config.run.deterministic

@@ -110,9 +110,7 @@ class OptimizationSettings:
         8, "labeled images a step over all processes; as many unlabeled ones are drawn", POSITIVE
     )
     accumulate: int = setting(
-        1,
-        "less memory: the network sees the batch in this many slices, computed twice",
-        POSITIVE,
+        1, "less memory: the network sees the batch in this many slices, computed twice", POSITIVE
     )
     precision: str = setting(
         "auto",
@@ -268,13 +266,7 @@ class Config:
         return Path("runs") / re.sub("[:/]", "_", name)
 
 
-GROUPS = {
-    "data": DataSettings,
-    "model": ModelSettings,
-    "optim": OptimizationSettings,
-    "loss": LossSettings,
-    "run": RunSettings,
-}
+GROUPS = typing.get_type_hints(Config)
 FIELDS = {field.name: field for group in GROUPS.values() for field in dataclasses.fields(group)}
 GROUP_OF = {
     field.name: name for name, group in GROUPS.items() for field in dataclasses.fields(group)

@@ -7,16 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from cac_fast.train import distributed
+from cac_fast.train.data.layouts import open_data
+from cac_fast.train.data.splits import select, write_lists
 from cac_fast.train.errors import InputError, writing
 from cac_fast.train.options import Parser, add_data_options, at_least
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the two lists; 0 at the end, 2 after one line about bad input."""
-    return distributed.run_command(lambda: _split(_parse(arguments)))
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train/split.py",
         description="Write labeled.txt and unlabeled.txt, the lists that training derives from the "
@@ -29,14 +27,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--data-list", type=at_least(0), default=0, metavar="N", help="seed of the share [0]"
     )
     parser.add_path("--output", "DIR", "folder for the two lists", required=True)
-    return parser.parse_args(arguments)
+    return distributed.run_command(lambda: _split(parser.parse_args(arguments)))
 
 
 def _split(options: argparse.Namespace) -> None:
-    # Imported late, so that a mistyped option is answered at once.
-    from cac_fast.train.data.layouts import open_data
-    from cac_fast.train.data.splits import select, write_lists
-
     for name in ("labeled.txt", "unlabeled.txt"):
         if (options.output / name).exists():
             raise InputError(
