@@ -15,7 +15,7 @@ PAGES = [
 ]
 MOST_LINES = 130
 
-_CODE = re.compile(r"^``.*?^``$", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
@@ -40,7 +40,7 @@ def dead_links(page: Path) -> list[str]:
 
 
 def python_snippets(page: Path) -> list[str]:
-    return re.findall(r"^``python\n(.*?)^``$", page.read_text(encoding="utf-8"), re.M | re.S)
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
 def test_readme_is_short() -> None:

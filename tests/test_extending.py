@@ -21,7 +21,7 @@ from cac_fast.train import main as training
 from cac_fast.train.log import read_metrics
 
 PAGE = (ROOT / "docs/extending.md").read_text()
-FILES = dict(re.findall(r"``python\n# (\w+\.py)\n(.*?)``", PAGE, re.DOTALL))
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
 COMMANDS = {
     name: shlex.split(words.replace("\\\n", " "))
     for name, words in re.findall(

@@ -25,7 +25,6 @@ from cac_fast.train import (
     evaluation,
     log,
     main,
-    meters,
     run_state,
 )
 from cac_fast.train.data import workers
@@ -157,7 +156,7 @@ def test_a_step_that_does_not_fit_names_the_remedies(monkeypatch, folder_data, t
         (run_state, "build_optimizers", None),
         (run_state, "fill_cache", None),
         (evaluation.ConfusionMatrix, "reduce", 5),
-        (meters.Meters, "read", 1),
+        (log.Meters, "read", 1),
     ],
 )
 def test_memory_that_is_full_outside_a_step_is_one_line(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -75,24 +75,15 @@ def take_inventory(data: SegmentationData) -> tuple[Inventory, list[str]]:
         masked = [sample for sample in data.splits[split] if sample.mask is not None]
         others = [sample for sample in data.splits[split] if sample.mask is None]
         show = show_progress(f"checking {split}")
-        seen, wrong = _sorted_out(look_at_samples(masked, reader, show))
+        looked = list(look_at_samples(masked, reader, show))
         show = show_progress(f"checking {split}, images without mask")
-        bare, also_wrong = _sorted_out(_look_without_mask(others, show))
-        broken += wrong + also_wrong
+        alone = list(_look_without_mask(others, show))
+        broken += [str(one) for one in looked + alone if isinstance(one, InputError)]
+        seen, bare = ([one for one in each if isinstance(one, Seen)] for each in (looked, alone))
         rest = Part("unlabeled" if split == "train" else f"unlabeled {split}", bare)
         notes += file_warnings(rest, data)
         parts.append(Part(name, seen, len(seen) + len(others)))
     return Inventory(replace(data, notes=(*data.notes, *notes)), parts), broken
-
-
-def _sorted_out(found: Iterable[Seen | InputError]) -> tuple[list[Seen], list[str]]:
-    seen, broken = [], []
-    for one in found:
-        if isinstance(one, InputError):
-            broken.append(str(one))
-        else:
-            seen.append(one)
-    return seen, broken
 
 
 def _look_without_mask(samples: list[Sample], progress: Progress) -> Iterator[Seen | InputError]:

@@ -68,14 +68,13 @@ def read(path: Path) -> dict[str, Any]:
             f"checkpoint {path} cannot be read ({type(error).__name__}): "
             "it is truncated or no checkpoint"
         ) from error
-    if not isinstance(state, dict):
-        state = {}
-    if isinstance(version := state.get("format"), int) and version > FORMAT:
+    version = state.get("format") if isinstance(state, dict) else None
+    if isinstance(version, int) and version > FORMAT:
         raise InputError(
             f"checkpoint {path} is of a newer version of this program (format {version}, here "
             f"{FORMAT}): update the program"
         )
-    if state.get("format") != FORMAT:
+    if version != FORMAT:
         raise InputError(
             f"{path} is not a checkpoint of this program (use --weights for ImageNet weights)"
         )

@@ -65,17 +65,13 @@ class World:
         """
         if self.size == 1:
             return work()
-        outcome: list[Any] = [None, None]
         with _patient_group() as group:
-            if self.is_main:
-                try:
-                    outcome[0] = work()
-                except InputError as error:
-                    outcome[1] = str(error)
+            outcome = _result_and_error(work) if self.is_main else [None, None]
             dist.broadcast_object_list(outcome, src=0, group=group)
-        if outcome[1] is not None:
-            raise InputError(outcome[1])
-        return outcome[0]
+        result, error = outcome
+        if error is not None:
+            raise InputError(error)
+        return result
 
     def on_each_machine(self, work: Callable[[], None]) -> None:
         """Run `work` on one rank of every machine, and raise an `InputError` everywhere.
@@ -84,17 +80,20 @@ class World:
         """
         if self.size == 1:
             return work()
-        message = None
         with _patient_group() as group:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                try:
-                    work()
-                except InputError as error:
-                    message = str(error)
+            mine = os.environ.get("LOCAL_RANK", "0") == "0"
+            message = _result_and_error(work)[1] if mine else None
             messages = self.all_gather_objects(message, group)
         for text in messages:
             if text is not None:
                 raise InputError(text)
+
+
+def _result_and_error(work: Callable[[], Any]) -> list[Any]:
+    try:
+        return [work(), None]
+    except InputError as error:
+        return [None, str(error)]
 
 
 @contextmanager

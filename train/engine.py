@@ -31,6 +31,11 @@ _SYNC_BUFFERS = next(
     if name in inspect.signature(DistributedDataParallel).parameters
 )
 
+_FULL_OUTSIDE_A_STEP = (
+    "memory is full outside a step: end other programs that use it, or use --accumulate, a "
+    "smaller --crop-size or --batch-size, or --device cpu"
+)
+
 
 def train(config: Config, world: World) -> dict[str, Any]:
     """Run a training; return `{"best": {"miou", "iteration"} | None, "last": result | None}`.
@@ -38,15 +43,8 @@ def train(config: Config, world: World) -> dict[str, Any]:
     Raises:
         InputError: something in the settings or the data cannot be used.
     """
-    with _fitting():
+    with fitting(_FULL_OUTSIDE_A_STEP):
         return Trainer(config, world).run()
-
-
-def _fitting() -> contextlib.AbstractContextManager[None]:
-    return fitting(
-        "memory is full outside a step: end other programs that use it, or use --accumulate, a "
-        "smaller --crop-size or --batch-size, or --device cpu"
-    )
 
 
 class Trainer(RunState):
@@ -61,7 +59,7 @@ class Trainer(RunState):
         self.meters.restart_clock()
         result = None
         try:
-            with self.stop, lost_workers(), _fitting():
+            with self.stop, lost_workers(), fitting(_FULL_OUTSIDE_A_STEP):
                 if self.evaluated < self.iteration and self._evaluation_is_due():
                     result = self._evaluate()  # the former try was ended before it
                 for step in self._profiled(self._steps()):

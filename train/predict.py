@@ -107,12 +107,10 @@ def plan(sources: Sequence[tuple[Path, Path]], output: Path) -> list[Job]:
                 raise InputError(
                     f"{path} is one of the images and would be overwritten: give another --output"
                 )
-            if path in made_of:
+            if (other := made_of.setdefault(path, source)) is not source:
                 raise InputError(
-                    f"{made_of[path]} and {source} would both be written to {path}: "
-                    "rename one of them"
+                    f"{other} and {source} would both be written to {path}: rename one of them"
                 )
-            made_of[path] = source
         jobs.append(job)
     return jobs
 

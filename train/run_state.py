@@ -15,8 +15,7 @@ from cac_fast.train.data.opening import open_inputs
 from cac_fast.train.data.stream import Stream, fill_cache
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
-from cac_fast.train.log import RunLog, SilentLog
-from cac_fast.train.meters import Meters
+from cac_fast.train.log import Meters, RunLog, SilentLog
 from cac_fast.train.methods import method_class
 from cac_fast.train.networks import (
     Segmenter,
