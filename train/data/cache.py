@@ -22,16 +22,16 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from cac_fast.train.data.augment import Pixels
-from cac_fast.train.data.images import read_image
+from cac_fast.train.data.augment import Pixels, image_size
+from cac_fast.train.data.images import check_size, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.data.threads import in_threads
 from cac_fast.train.errors import InputError
 from cac_fast.train.progress import Progress
 
@@ -74,19 +74,30 @@ class PixelReader:
 
     def image(self, path: Path) -> Pixels:
         """RGB, a Pillow image or memory-mapped uint8 (H, W, 3); raises as `images.read_image`."""
-        pixels = self._mapped(path, self._entry(path))
+        pixels = self._mapped(path)
         return read_image(path) if pixels is None else pixels
 
     def mask(self, path: Path) -> np.ndarray:
         """Class ids, uint8 (H, W), perhaps memory-mapped; raises as `images.read_mask`."""
-        pixels = self._mapped(path, self._entry(path, mask=True))
+        pixels = self._mapped(path, mask=True)
         return self.data.read_mask(path) if pixels is None else pixels[..., 0]
+
+    def mask_of(self, sample: Sample, image: Pixels) -> np.ndarray:
+        """A sample's mask; InputError too if its size is not that of its image."""
+        mask = self.mask(sample.mask)
+        check_size(sample.mask, mask.shape, sample.image, image_size(image))
+        return mask
+
+    def both(self, sample: Sample) -> tuple[Pixels, np.ndarray]:
+        """A sample's image and its mask, which fits it."""
+        image = self.image(sample.image)
+        return image, self.mask_of(sample, image)
 
     def fill(
         self,
         images: Sequence[Sample],
         masks: Sequence[Sample],
-        show: Callable[[str], Progress] = lambda text: lambda done, total: None,
+        show: Callable[[str], Progress | None] = lambda text: None,
     ) -> None:
         """Write the entries that are missing or do not fit, and no others.
 
@@ -101,43 +112,35 @@ class PixelReader:
         jobs += [(sample.mask, True) for sample in masks if sample.mask is not None]
         jobs = list(dict.fromkeys(jobs))
         done = 0
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             self._remove_drafts()
-            fit, progress = [], show("checking the cache")
-            for fits in pool.map(lambda job: self._fits(*job), jobs):
-                fit.append(fits)
-                progress(len(fit), len(jobs))
-            jobs = [job for job, fits in zip(jobs, fit, strict=True) if not fits]
-            progress = show("writing the cache")
-            for done, _ in enumerate(pool.map(lambda job: self._write(*job), jobs), start=1):
-                progress(done, len(jobs))
+            found = in_threads(lambda job: self._fits(*job), jobs, show("checking the cache"))
+            jobs = [job for job, fits in zip(jobs, found, strict=True) if not fits]
+            written = in_threads(lambda job: self._write(*job), jobs, show("writing the cache"))
+            for _ in written:
+                done += 1
         except OSError as error:
             raise InputError(
                 f"the cache {self.cache} cannot be written ({error.strerror or error}) after "
                 f"{done} of {len(jobs)} files: make room, or give --cache another folder; what is "
                 "written is kept"
             ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
 
-    def _entry(self, path: Path, mask: bool = False) -> Path | None:
-        if self.cache is None:
-            return None
+    def _entry(self, path: Path, mask: bool = False) -> Path:
         # What a mask decodes to depends on the classes.
         data = self.data
-        form = (data.num_classes, data.label_map, data.palette, data.ignore_color)
-        form = form if mask else "image"
+        of_mask = (data.num_classes, data.label_map, data.palette, data.ignore_color)
+        form = of_mask if mask else "image"
         key = hashlib.sha256(os.fsencode(path.absolute()) + f"\n{form}".encode())
         return self.cache / f"{key.hexdigest()[:32]}.raw"
 
-    def _mapped(self, path: Path, entry: Path | None) -> np.ndarray | None:
+    def _mapped(self, path: Path, mask: bool = False) -> np.ndarray | None:
         """The pixels, or None where there is no entry or it does not fit the source."""
-        if entry is None:
+        if self.cache is None:
             return None
         try:
-            with entry.open("rb") as file:
+            with self._entry(path, mask).open("rb") as file:
                 header = _read_header(file.read(_PIXELS_AT), os.fstat(file.fileno()).st_size)
                 if header is None or _identity(path) != header[3:5]:
                     return None
@@ -146,7 +149,7 @@ class PixelReader:
             return None
 
     def _fits(self, path: Path, mask: bool) -> bool:
-        return self._mapped(path, self._entry(path, mask)) is not None
+        return self._mapped(path, mask) is not None
 
     def _write(self, path: Path, mask: bool) -> None:
         entry = self._entry(path, mask)
@@ -156,9 +159,8 @@ class PixelReader:
         except (InputError, OSError):
             return
         pixels = np.ascontiguousarray(pixels)
-        height, width = pixels.shape[:2]
-        checksum = zlib.crc32(pixels)
-        header = _Header(height, width, 1 if mask else 3, *identity, checksum)
+        shape = *pixels.shape[:2], 1 if mask else 3
+        header = _Header(*shape, *identity, zlib.crc32(pixels))
         draft = entry.with_name(f".{uuid.uuid4().hex}{_DRAFT}")
         try:
             with draft.open("wb") as file:

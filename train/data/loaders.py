@@ -7,11 +7,11 @@ depends on nothing else, so neither ranks nor workers nor a resume change what i
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform, image_size
+from cac_fast.train.data.augment import LabeledTransform, Pixels, UnlabeledTransform, image_size
 from cac_fast.train.data.cache import PixelReader
-from cac_fast.train.data.images import IGNORE, check_size
+from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.inventory import Seen, look
 from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.data.threads import in_threads
 from cac_fast.train.data.workers import leave_signals_to_trainer, share, start
 from cac_fast.train.errors import InputError
-from cac_fast.train.progress import warn
+from cac_fast.train.progress import Progress, warn
 
 LABELED, UNLABELED = 0, 1
 """The two streams."""
@@ -65,10 +66,8 @@ class PositionSampler(Sampler[list[int]]):
         self.slots = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_iteration
-        while True:
+        for step in count(self.start_iteration):
             yield [step * self.batch_size + slot for slot in self.slots]
-            step += 1
 
 
 def labeled_loader(
@@ -77,22 +76,16 @@ def labeled_loader(
     transform: LabeledTransform,
     *,
     seed: int,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    start_iteration: int = 0,
-    workers: int = 0,
-    pin_memory: bool = False,
     cache: Path | None = None,
+    **options: Any,
 ) -> DataLoader:
     """Endless batches of `LabeledTransform`'s items, and "name", a list of str.
 
-    `batch_size` is that of all ranks together. `cache` is the folder of a `PixelReader`. Iterate
-    with `batches`.
+    `cache` is the folder of a `PixelReader`. `options` are those of `make_loader`. Iterate with
+    `batches`.
     """
-    dataset = _LabeledItems(tuple(samples), PixelReader(data, cache), transform, seed)
-    sampler = PositionSampler(start_iteration, batch_size, rank, world_size)
-    return _loader(dataset, sampler, workers, pin_memory)
+    items = _LabeledItems(tuple(samples), PixelReader(data, cache), transform, seed)
+    return make_loader(items, **options)
 
 
 def unlabeled_loader(
@@ -101,14 +94,9 @@ def unlabeled_loader(
     transform: UnlabeledTransform,
     *,
     seed: int,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    start_iteration: int = 0,
-    workers: int = 0,
-    pin_memory: bool = False,
     cache: Path | None = None,
     with_truth: bool = False,
+    **options: Any,
 ) -> DataLoader:
     """Endless batches of `UnlabeledTransform`'s items, "name" and "skipped" int64 (B,).
 
@@ -116,10 +104,39 @@ def unlabeled_loader(
     in "skipped". `with_truth` adds the masks' cells, 255 where an image has no usable mask.
     Otherwise as `labeled_loader`.
     """
-    reader = PixelReader(data, cache)
-    dataset = _UnlabeledItems(tuple(samples), reader, transform, seed, with_truth)
+    items = _UnlabeledItems(tuple(samples), PixelReader(data, cache), transform, seed, with_truth)
+    return make_loader(items, **options)
+
+
+def make_loader(
+    items: _Items,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_iteration: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A rank's batches of the items from a step on. `batch_size` is that of all ranks together.
+
+    Raises:
+        InputError: there is no item, or fewer in a batch than ranks.
+    """
     sampler = PositionSampler(start_iteration, batch_size, rank, world_size)
-    return _loader(dataset, sampler, workers, pin_memory)
+    if not items.samples:
+        raise InputError("there is no image to train on: the list of images is empty")
+    return DataLoader(
+        items,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_trainer,
+        # Its own generator: starting workers would else advance the global one, and a run that
+        # was resumed would differ from one that was not.
+        generator=torch.Generator(),
+    )
 
 
 def batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
@@ -144,7 +161,7 @@ def batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
 def look_at_samples(
     samples: Sequence[Sample],
     reader: PixelReader,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Seen | InputError]:
     """Read every image and mask completely: what each sample holds, or what is wrong with it.
 
@@ -156,23 +173,17 @@ def look_at_samples(
         if sample.mask is None:
             return InputError(f"image {sample.image} has no mask: add it or leave the image out")
         try:
-            image, mask = reader.image(sample.image), reader.mask(sample.mask)
-            check_size(sample.mask, mask.shape, sample.image, image_size(image))
-            return look(sample, image, mask, reader.data)
+            return look(sample, *reader.both(sample), reader.data)
         except InputError as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for count, item in enumerate(pool.map(seen, samples), start=1):
-            if progress is not None:
-                progress(count, len(samples))
-            yield item
+    return in_threads(seen, samples, progress)
 
 
 def check_samples(
     samples: Sequence[Sample],
     reader: PixelReader,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Seen]:
     """What is in every image and mask, in order; see `look_at_samples`.
 
@@ -196,29 +207,26 @@ class _Failure:
 
 
 @dataclass(frozen=True)
-class _LabeledItems(Dataset):
+class _Items(Dataset):
     samples: tuple[Sample, ...]
     reader: PixelReader
-    transform: LabeledTransform
+    transform: LabeledTransform | UnlabeledTransform
     seed: int
 
+
+class _LabeledItems(_Items):
     def __getitem__(self, position: int) -> dict[str, Any] | _Failure:
         sample = self.samples[item_index(self.seed, LABELED, position, len(self.samples))]
         try:
-            image, mask = self.reader.image(sample.image), self.reader.mask(sample.mask)
-            check_size(sample.mask, mask.shape, sample.image, image_size(image))
+            pixels = self.reader.both(sample)
         except InputError as error:
             return _Failure(str(error))
-        item = self.transform(image, mask, position_rng(self.seed, LABELED, position))
+        item = self.transform(*pixels, position_rng(self.seed, LABELED, position))
         return {**item, "name": sample.name}
 
 
 @dataclass(frozen=True)
-class _UnlabeledItems(Dataset):
-    samples: tuple[Sample, ...]
-    reader: PixelReader
-    transform: UnlabeledTransform
-    seed: int
+class _UnlabeledItems(_Items):
     with_truth: bool
 
     def __getitem__(self, position: int) -> dict[str, Any] | _Failure:
@@ -230,7 +238,7 @@ class _UnlabeledItems(Dataset):
             except InputError as error:
                 messages.append(str(error))
                 continue
-            mask = self._truth(sample, image_size(image)) if self.with_truth else None
+            mask = self._truth(sample, image) if self.with_truth else None
             item = self.transform(image, mask, position_rng(self.seed, UNLABELED, position))
             skipped = torch.tensor(len(messages))
             return {**item, "name": sample.name, "skipped": skipped, "skipped_files": messages}
@@ -248,16 +256,12 @@ class _UnlabeledItems(Dataset):
         for step in rng.choice(n - 1, min(n, _ATTEMPTS) - 1, replace=False):
             yield (first + 1 + int(step)) % n
 
-    def _truth(self, sample: Sample, size: tuple[int, int]) -> np.ndarray:
-        """The mask; unknown everywhere if there is none of this size: it only feeds a meter."""
+    def _truth(self, sample: Sample, image: Pixels) -> np.ndarray:
+        """The mask; unknown everywhere if there is none that fits: it only feeds a meter."""
         if sample.mask is not None:
-            try:
-                mask = self.reader.mask(sample.mask)
-                check_size(sample.mask, mask.shape, sample.image, size)
-                return mask
-            except InputError:
-                pass
-        return np.full(size, IGNORE, np.uint8)
+            with suppress(InputError):
+                return self.reader.mask_of(sample, image)
+        return np.full(image_size(image), IGNORE, np.uint8)
 
 
 def _collate(items: list[dict[str, Any] | _Failure]) -> dict[str, Any] | _Failure:
@@ -266,24 +270,6 @@ def _collate(items: list[dict[str, Any] | _Failure]) -> dict[str, Any] | _Failur
             return item
     files = [message for item in items for message in item.pop("skipped_files", ())]
     return share({**default_collate(items), "skipped_files": files})
-
-
-def _loader(
-    dataset: Dataset, sampler: PositionSampler, workers: int, pin_memory: bool
-) -> DataLoader:
-    if not dataset.samples:
-        raise InputError("there is no image to train on: the list of images is empty")
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_trainer,
-        # Its own generator: starting workers would else advance the global one, and a run that
-        # was resumed would differ from one that was not.
-        generator=torch.Generator(),
-    )
 
 
 def _rng(*keys: int) -> np.random.Generator:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from cac_fast.train.data.inventory import Inventory, Part, Seen, file_warnings, 
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.data.loaders import check_samples
 from cac_fast.train.data.splits import select
+from cac_fast.train.data.threads import in_threads
 from cac_fast.train.errors import InputError
 from cac_fast.train.progress import show_progress
 
@@ -83,14 +82,11 @@ def look_at(
 
 def _unlabeled_warnings(samples: list[Sample], data: SegmentationData) -> list[str]:
     """What looks wrong with images that are read for the first time when their turn comes."""
-    progress, headers = show_progress("looking at unlabeled images"), []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for header in pool.map(forms.header, [sample.image for sample in samples]):
-            headers.append(header)
-            progress(len(headers), len(samples))
-        wide = [sample for sample, one in zip(samples, headers, strict=True) if one.wide]
-        read = wide[:: -(-len(wide) // MOST_READ) or 1]
-        dark = {sample for sample, one in zip(read, pool.map(_is_dark, read), strict=True) if one}
+    paths, progress = [one.image for one in samples], show_progress("looking at unlabeled images")
+    headers = list(in_threads(forms.header, paths, progress))
+    wide = [sample for sample, one in zip(samples, headers, strict=True) if one.wide]
+    read = wide[:: -(-len(wide) // MOST_READ) or 1]
+    dark = {sample for sample, one in zip(read, in_threads(_is_dark, read), strict=True) if one}
     seen = [
         Seen(sample.name, np.zeros(256, np.int64), None, one.stored_band, sample in dark)
         for sample, one in zip(samples, headers, strict=True)

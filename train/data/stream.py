@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,8 +88,8 @@ class Stream:
         Raises:
             RankInputError: a labeled image, or ten unlabeled ones in a row, cannot be used.
         """
-        labeled = loaders.batches(self._labeled_loader(start))
-        unlabeled = loaders.batches(self._unlabeled_loader(start)) if with_unlabeled else None
+        labeled = self._batches(start)
+        unlabeled = self._batches(start, unlabeled=True) if with_unlabeled else None
         for iteration in range(start + 1, end + 1):
             before = time.perf_counter()
             try:
@@ -114,45 +113,33 @@ class Stream:
         """The images of one of the last `log_every` iterations on this rank."""
         return [name for number, names in self.recent if number == iteration for name in names]
 
-    def _common(self, start: int) -> dict[str, Any]:
-        return {
+    def _batches(self, start: int, unlabeled: bool = False) -> Iterator[Batch]:
+        data, loss = self.config.data, self.config.loss
+        options = {
             "seed": self.config.run.seed,
             "batch_size": self.config.optim.batch_size,
             "rank": self.world.rank,
             "world_size": self.world.size,
             "start_iteration": start,
-            "workers": self.config.data.workers,
+            "workers": data.workers,
             "pin_memory": self.world.device.type == "cuda",
-            "cache": None if self.config.data.cache is None else Path(self.config.data.cache),
+            "cache": None if data.cache is None else Path(data.cache),
         }
-
-    def _labeled_loader(self, start: int) -> torch.utils.data.DataLoader:
-        config = self.config
-        transform = LabeledTransform(
-            config.data.crop_size,
-            config.data.labeled_scale,
-            config.data.base_size,
-            config.data.jitter_labeled,
-        )
-        return loaders.labeled_loader(self.labeled, self.data, transform, **self._common(start))
-
-    def _unlabeled_loader(self, start: int) -> torch.utils.data.DataLoader:
-        config = self.config
-        iou_range = config.data.iou_range if config.loss.context else (1.0, 1.0)
-        transform = UnlabeledTransform(
-            config.data.crop_size,
-            config.data.unlabeled_scale,
-            config.data.base_size,
-            iou_range,
-            views=self.views,
-        )
-        return loaders.unlabeled_loader(
-            self.unlabeled,
-            self.data,
-            transform,
-            with_truth=config.loss.false_negatives,
-            **self._common(start),
-        )
+        if unlabeled:
+            transform = UnlabeledTransform(
+                data.crop_size,
+                data.unlabeled_scale,
+                data.base_size,
+                data.iou_range if loss.context else (1.0, 1.0),
+                views=self.views,
+            )
+            options["with_truth"] = loss.false_negatives
+            loader = loaders.unlabeled_loader(self.unlabeled, self.data, transform, **options)
+        else:
+            sizes = data.crop_size, data.labeled_scale, data.base_size
+            transform = LabeledTransform(*sizes, data.jitter_labeled)
+            loader = loaders.labeled_loader(self.labeled, self.data, transform, **options)
+        return loaders.batches(loader)
 
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch; images travel as uint8, and change their colors on the device.

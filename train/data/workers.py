@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, get_worker_info
 
 from cac_fast.train.errors import InputError, RankInputError
@@ -61,8 +62,9 @@ def share(item: Any) -> Any:
     if get_worker_info() is None:
         return item
     try:
-        for tensor in _tensors(item):
-            tensor.share_memory_()
+        for value in tree_leaves(item):
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()
     except (RuntimeError, OSError) as error:
         return _Piped(pickle.dumps(item), f"{error}".partition("\n")[0])
     return item
@@ -134,14 +136,3 @@ def _received(items: Iterator[Any]) -> Iterator[Any]:
                 )
             warned, item = True, pickle.loads(item.content)
         yield item
-
-
-def _tensors(item: Any) -> Iterator[torch.Tensor]:
-    if isinstance(item, torch.Tensor):
-        yield item
-    elif isinstance(item, dict):
-        for value in item.values():
-            yield from _tensors(value)
-    elif isinstance(item, (list, tuple)):
-        for value in item:
-            yield from _tensors(value)
