@@ -64,19 +64,19 @@ def _draw_house(canvas: Canvas, rng: np.random.Generator, block: Block, base: in
         paint = PLASTERS[rng.integers(len(PLASTERS))]
         stains, grit = (smooth_noise(rng, height, width, cell) for cell in (14, 3))
         wall = paint * (0.84 + 0.16 * stains + 0.08 * grit)
-    canvas.fill(left, top, right, base, wall, BUILDING)
-    canvas.fill(left, base - 3, right, base, paint * 0.6)
-    canvas.fill(left - 1, top - 2, right + 1, top + 1, paint * 0.72, BUILDING)
+    canvas.fill((left, top, right, base), wall, BUILDING)
+    canvas.fill((left, base - 3, right, base), paint * 0.6)
+    canvas.fill((left - 1, top - 2, right + 1, top + 1), paint * 0.72, BUILDING)
 
     columns = (right - left - 2) // 11
     step = (right - left) / columns
     for column in range(columns):
         x = int(left + (column + 0.5) * step)
         for y in range(top + 4, base - 11, 13):
-            canvas.fill(x - 3, y, x + 4, y + 9, FRAME)
+            canvas.fill((x - 3, y, x + 4, y + 9), FRAME)
             glass = GLASS if rng.random() < 0.7 else LAMPLIGHT
-            canvas.fill(x - 2, y + 1, x, y + 8, glass)
-            canvas.fill(x + 1, y + 1, x + 3, y + 8, glass)
+            canvas.fill((x - 2, y + 1, x, y + 8), glass)
+            canvas.fill((x + 1, y + 1, x + 3, y + 8), glass)
 
 
 def _draw_greenery(canvas: Canvas, rng: np.random.Generator, block: Block, base: int) -> None:
@@ -84,13 +84,13 @@ def _draw_greenery(canvas: Canvas, rng: np.random.Generator, block: Block, base:
     large, middle, small = (smooth_noise(rng, HEIGHT, WIDTH, cell) for cell in (7, 4, 2))
     texture = leaf * (0.35 + 0.42 * (large + middle + small))
     top = 8 + 8 * rng.random()
-    canvas.box(block.left, top + 14, block.right, base, texture * 0.8, VEGETATION, radius=3)
+    canvas.box((block.left, top + 14, block.right, base), texture * 0.8, VEGETATION, radius=3)
     count = (block.right - block.left) // 14
     for n in range(count):
         radius = 8 + 3 * rng.random()
         x = block.left + radius + (block.right - block.left - 2 * radius) * n / max(count - 1, 1)
         y = top + 6 * rng.random()
-        canvas.box(x - 1.5, y, x + 1.5, base, (86, 66, 50), VEGETATION)
+        canvas.box((x - 1.5, y, x + 1.5, base), (86, 66, 50), VEGETATION)
         canvas.ellipse(x, y + 6, radius, radius * 1.1, texture, VEGETATION)
 
 
@@ -98,10 +98,10 @@ def draw_ground(canvas: Canvas, rng: np.random.Generator, base: int, curb: int) 
     """Draw the sidewalk from line `base` to `curb` and the road below it."""
     slab, joint = tiles(rng, curb - base, WIDTH, (5, 11))
     stone = np.array((1, 0.97, 0.91), dtype=np.float32)
-    canvas.fill(0, base, WIDTH, curb, np.where(joint, 128, 164 + 34 * slab) * stone, SIDEWALK)
+    canvas.fill((0, base, WIDTH, curb), np.where(joint, 128, 164 + 34 * slab) * stone, SIDEWALK)
     patches, grit = (smooth_noise(rng, HEIGHT - curb, WIDTH, *cell) for cell in ((6, 16), (2,)))
-    canvas.fill(0, curb, WIDTH, HEIGHT, ASPHALT * (0.86 + 0.16 * patches + 0.12 * grit), ROAD)
-    canvas.fill(0, curb - 1, WIDTH, curb + 1, (112, 110, 108))
+    canvas.fill((0, curb, WIDTH, HEIGHT), ASPHALT * (0.86 + 0.16 * patches + 0.12 * grit), ROAD)
+    canvas.fill((0, curb - 1, WIDTH, curb + 1), (112, 110, 108))
     line = curb + 0.55 * (HEIGHT - curb)
     for x in range(-rng.integers(24), WIDTH, 24):
         canvas.polygon(

@@ -13,6 +13,8 @@ import numpy as np
 
 WIDTH, HEIGHT = 96, 96
 Color = np.ndarray | Sequence[float]
+Edges = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 
 
 class Canvas:
@@ -29,17 +31,10 @@ class Canvas:
         self.label = np.full((HEIGHT, WIDTH), label, dtype=np.uint8)
 
     def box(
-        self,
-        left: float,
-        top: float,
-        right: float,
-        bottom: float,
-        color: Color,
-        label: int | None = None,
-        radius: float = 0.0,
+        self, edges: Edges, color: Color, label: int | None = None, radius: float = 0.0
     ) -> None:
         """Paint a rectangle whose corners are rounded by `radius`."""
-        window, x, y = _window(left, top, right, bottom)
+        (left, top, right, bottom), (window, x, y) = edges, _window(edges)
         across = np.abs(x - (left + right) / 2) - (right - left) / 2 + radius
         down = np.abs(y - (top + bottom) / 2) - (bottom - top) / 2 + radius
         corner_x, corner_y = np.maximum(across, 0), np.maximum(down, 0)
@@ -47,17 +42,9 @@ class Canvas:
         inside = np.minimum(np.maximum(across, down), 0)
         self._paint(window, outside + inside - radius, color, label)
 
-    def fill(
-        self,
-        left: float,
-        top: float,
-        right: float,
-        bottom: float,
-        color: Color,
-        label: int | None = None,
-    ) -> None:
+    def fill(self, edges: Edges, color: Color, label: int | None = None) -> None:
         """Paint a rectangle of whole pixels, whose texture has its size, not the canvas'."""
-        left, top, right, bottom = int(left), int(top), int(right), int(bottom)
+        left, top, right, bottom = (int(edge) for edge in edges)
         inside = (slice(max(top, 0), max(bottom, 0)), slice(max(left, 0), max(right, 0)))
         paint = np.asarray(color, dtype=np.float32)
         if paint.ndim == 3:
@@ -77,9 +64,8 @@ class Canvas:
         opacity: float = 1.0,
     ) -> None:
         """Paint an ellipse with axes along x and y."""
-        window, x, y = _window(
-            x_center - x_radius, y_center - y_radius, x_center + x_radius, y_center + y_radius
-        )
+        edges = x_center - x_radius, y_center - y_radius, x_center + x_radius, y_center + y_radius
+        window, x, y = _window(edges)
         across, down = (x - x_center) / x_radius, (y - y_center) / y_radius
         radius = np.sqrt(across * across + down * down)
         self._paint(window, (radius - 1) * min(x_radius, y_radius), color, label, opacity)
@@ -89,7 +75,7 @@ class Canvas:
     ) -> None:
         """Paint a convex polygon; its corners may run either way round."""
         corners = np.array(points, dtype=np.float64)
-        window, x, y = _window(*corners.min(axis=0), *corners.max(axis=0))
+        window, x, y = _window((*corners.min(axis=0), *corners.max(axis=0)))
         edges = np.roll(corners, -1, axis=0) - corners
         turn = edges[0, 0] * edges[1, 1] - edges[0, 1] * edges[1, 0]
         distance = np.full((y.size, x.size), -np.inf)
@@ -114,10 +100,9 @@ class Canvas:
             self.label[window][distance < 0] = label
 
 
-def _window(
-    left: float, top: float, right: float, bottom: float
-) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+def _window(edges: Edges) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
     """The pixels around a shape: slices, and the coordinates of centers, (1, w) and (h, 1)."""
+    left, top, right, bottom = edges
     x0, x1 = (int(min(max(edge, 0), WIDTH)) for edge in (left - 1, right + 2))
     y0, y1 = (int(min(max(edge, 0), HEIGHT)) for edge in (top - 1, bottom + 2))
     x, y = np.arange(x0, x1) + 0.5, np.arange(y0, y1) + 0.5

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from cac_fast.train.data.layouts import SPLITS, Sample
+from cac_fast.train.data.splits import write_lists
 from cac_fast.train.data.toycity.scene import BEFORE, Scene, draw_scene
 from cac_fast.train.errors import InputError
 
@@ -46,11 +48,9 @@ class Plan(NamedTuple):
         return tuple(BEFORE)[self.number % len(BEFORE)]
 
     def draw(self) -> Scene:
-        split = ("train", "val", "test").index(self.split)
-        rng = np.random.default_rng([SEED, split, self.number])
-        return draw_scene(
-            rng, self.street, misleading=self.misleading, varied_light=not self.misleading
-        )
+        split = SPLITS.index(self.split)
+        rng, light = np.random.default_rng([SEED, split, self.number]), not self.misleading
+        return draw_scene(rng, self.street, misleading=self.misleading, varied_light=light)
 
 
 def plan() -> Iterator[Plan]:
@@ -106,18 +106,14 @@ def _is_complete(root: Path) -> bool:
 
 
 def _write(root: Path) -> None:
+    lists: dict[bool, list[Sample]] = {True: [], False: []}
     for scene in plan():
         image, label = scene.draw()
         for path, pixels in ((root / scene.image, image), (root / scene.mask, label)):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, compress_level=1)
-    lists = root / "lists"
-    lists.mkdir()
-    for name, misleading in (("labeled", True), ("unlabeled", False)):
-        lines = [
-            f"{scene.image} {scene.mask}\n"
-            for scene in plan()
-            if scene.split == "train" and scene.misleading == misleading
-        ]
-        (lists / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+        if scene.split == "train":
+            sample = Sample(scene.image, root / scene.image, root / scene.mask)
+            lists[scene.misleading].append(sample)
+    write_lists(root / "lists", lists[True], lists[False], root)
     (root / STAMP).write_text(f"{VERSION}\n", encoding="utf-8")

@@ -33,10 +33,10 @@ def draw_car(canvas: Canvas, rng: np.random.Generator, x: float, foot: float) ->
     ):
         canvas.polygon(window, (58, 74, 96))
     left, right = x - length / 2, x + length / 2
-    canvas.box(left, foot - 0.62 * height, right, foot - 0.12 * height, body, CAR, radius=3)
+    canvas.box((left, foot - 0.62 * height, right, foot - 0.12 * height), body, CAR, radius=3)
     for lamp, light in ((0.97, (250, 236, 170)), (0.03, (170, 24, 28))):
         lamp_x, lamp_y = at(lamp, 0.42)
-        canvas.box(lamp_x - 1.5, lamp_y - 1.5, lamp_x + 1.5, lamp_y + 1.5, light)
+        canvas.box((lamp_x - 1.5, lamp_y - 1.5, lamp_x + 1.5, lamp_y + 1.5), light)
     radius = 0.2 * height
     for wheel in (0.22, 0.79):
         wheel_x, _ = at(wheel, 0)
@@ -57,21 +57,13 @@ def draw_person(canvas: Canvas, rng: np.random.Generator, x: float, foot: float)
     canvas.ellipse(x, foot - 0.5, 0.24 * height, 2, (20, 20, 24), opacity=0.5)
     for side in (-1, 1):
         toe = x + side * stride
-        canvas.polygon(
-            (
-                (x - 0.6 * half, hip - 2),
-                (x + 0.6 * half, hip - 2),
-                (toe + 3, foot),
-                (toe - 3, foot),
-            ),
-            cloth,
-            PERSON,
-        )
-        canvas.box(toe - 3, foot - 2, toe + 3, foot, (40, 34, 32), PERSON, radius=1)
+        top = (x - 0.6 * half, hip - 2), (x + 0.6 * half, hip - 2)
+        canvas.polygon((*top, (toe + 3, foot), (toe - 3, foot)), cloth, PERSON)
+        canvas.box((toe - 3, foot - 2, toe + 3, foot), (40, 34, 32), PERSON, radius=1)
         elbow = x + side * half
-        canvas.box(elbow - 2.5, shoulder + 1, elbow + 2.5, hip, cloth * 0.85, PERSON, radius=2)
+        canvas.box((elbow - 2.5, shoulder + 1, elbow + 2.5, hip), cloth * 0.85, PERSON, radius=2)
         canvas.ellipse(elbow, hip + 0.5, 2, 2, skin, PERSON)
-    canvas.box(x - half, shoulder, x + half, hip + 1, cloth, PERSON, radius=2)
+    canvas.box((x - half, shoulder, x + half, hip + 1), cloth, PERSON, radius=2)
     head = 0.11 * height
     canvas.ellipse(x, foot - 0.89 * height, head * 1.05, head * 1.15, hair, PERSON)
     canvas.ellipse(x, foot - 0.865 * height, head * 0.85, head * 0.9, skin, PERSON)
@@ -86,10 +78,10 @@ def draw_sign(canvas: Canvas, rng: np.random.Generator, x: float, foot: float) -
     y = foot - height + radius
 
     canvas.ellipse(x, foot - 0.5, 5, 1.5, (20, 20, 24), opacity=0.5)
-    canvas.box(x - 2, y, x + 2, foot, (150, 152, 158), SIGN)
+    canvas.box((x - 2, y, x + 2, foot), (150, 152, 158), SIGN)
     round_plate = rng.random() < 0.5
     for size, color in ((radius, (44, 44, 50)), (radius - 2, bands)):
         if round_plate:
             canvas.ellipse(x, y, size, size, color, SIGN)
         else:
-            canvas.box(x - size, y - size, x + size, y + size, color, SIGN, radius=2)
+            canvas.box((x - size, y - size, x + size, y + size), color, SIGN, radius=2)
