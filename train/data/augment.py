@@ -8,6 +8,7 @@ pixels. The photometric changes come later, to whole batches (`photometric`).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ WORTH = 2.5
 """So many times the wanted places PyTorch may resize: as many times as it is faster than Pillow."""
 
 
+@dataclass(frozen=True)
 class LabeledTransform:
     """Random resize, crop and flip of an image and its mask.
 
@@ -47,15 +49,13 @@ class LabeledTransform:
         InputError: `crop` is not a multiple of 8.
     """
 
-    def __init__(
-        self,
-        crop: int,
-        scale: tuple[float, float] = (0.5, 2.0),
-        base_size: int | None = None,
-        jitter: bool = False,
-    ) -> None:
-        self.crop, self.scale, self.base_size = check_crop(crop), scale, base_size
-        self.jitter = jitter
+    crop: int
+    scale: tuple[float, float] = (0.5, 2.0)
+    base_size: int | None = None
+    jitter: bool = False
+
+    def __post_init__(self) -> None:
+        check_crop(self.crop)
 
     def __call__(
         self, image: Pixels, mask: np.ndarray, rng: np.random.Generator
@@ -81,6 +81,7 @@ class LabeledTransform:
         return item
 
 
+@dataclass(frozen=True)
 class UnlabeledTransform:
     """One random resize, and the views of two overlapping crops of it, each with its own flip.
 
@@ -94,17 +95,15 @@ class UnlabeledTransform:
         InputError: `crop` is not a multiple of 8.
     """
 
-    def __init__(
-        self,
-        crop: int,
-        scale: tuple[float, float] = (0.8, 2.0),
-        base_size: int | None = None,
-        iou_range: tuple[float, float] = (0.1, 1.0),
-        photometric: bool = True,
-        views: Views = PAIR,
-    ) -> None:
-        self.crop, self.scale, self.base_size = check_crop(crop), scale, base_size
-        self.iou_range, self.photometric, self.views = iou_range, photometric, views
+    crop: int
+    scale: tuple[float, float] = (0.8, 2.0)
+    base_size: int | None = None
+    iou_range: tuple[float, float] = (0.1, 1.0)
+    photometric: bool = True
+    views: Views = field(default_factory=lambda: PAIR)
+
+    def __post_init__(self) -> None:
+        check_crop(self.crop)
 
     def __call__(
         self, image: Pixels, mask: np.ndarray | None, rng: np.random.Generator

@@ -72,12 +72,28 @@ def mask_palette(path: Path) -> list[Color] | None:
 
 
 def ids_of_colors(
-    pixels: np.ndarray, palette: Sequence[Color], ignore: Color | None
-) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """Class ids (H, W) uint8 of colors (H, W, 3), and the place (x, y) of the first unknown one.
+    pixels: np.ndarray | None,
+    mode: str,
+    palette: Sequence[Color] | None,
+    ignore: Color | None,
+) -> np.ndarray:
+    """Class ids (H, W) uint8 of a mask that has no raw ones: of its colors, or of opaque gray.
 
-    ignore: the color of 255. A color that two classes share is unknown.
+    pixels: (H, W, C) of the modes RGB, RGBA and LA, else None. ignore: the color of 255. A color
+    that two classes share is unknown.
+
+    Raises:
+        ValueError: what cannot be told from the picture.
     """
+    if mode in ("RGBA", "LA"):
+        opaque = pixels[..., -1] == 255
+        if not opaque.all():
+            y, x = np.unravel_index(opaque.argmin(), opaque.shape)
+            raise ValueError(f"with a transparent pixel at x {x}, y {y}")
+        if mode == "LA":
+            return pixels[..., 0]
+    if pixels is None or palette is None:
+        raise ValueError(f"(mode {mode})")
     known = {} if ignore is None else {_code(ignore): 255}
     shared = {color for color in palette if list(palette).count(color) > 1}
     known |= {_code(color): i for i, color in enumerate(palette) if color not in shared}
@@ -86,12 +102,15 @@ def ids_of_colors(
     found = wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
     index = np.searchsorted(codes, found).clip(max=max(0, len(codes) - 1))
     unknown = codes[index] != found if len(codes) else np.ones(found.shape, bool)
-    place = None
     if unknown.any():
         y, x = np.unravel_index(unknown.argmax(), unknown.shape)
-        place = int(x), int(y)
-        return np.zeros(found.shape, np.uint8), place
-    return np.array([known[code] for code in codes], np.uint8)[index], None
+        color = tuple(int(value) for value in pixels[y, x, :3])
+        classes = "several classes" if color in palette else "no class"
+        raise ValueError(
+            f"whose color {color} at x {x}, y {y} is of {classes} (if it should be, correct the "
+            "class list)"
+        )
+    return np.array([known[code] for code in codes], np.uint8)[index]
 
 
 def _code(color: Color) -> int:

@@ -108,11 +108,17 @@ def read_mask(
             "save it as an 8-bit gray PNG"
         )
     if ids is None:
-        ids = _ids_of_colors(path, mode, colors, num_classes, palette, ignore_color)
-    if label_map is None:
-        classes = ids
-    else:
-        classes = np.asarray(label_map)[np.clip(ids, 0, 255)]
+        try:
+            ids = forms.ids_of_colors(colors, mode, palette, ignore_color)
+        except ValueError as error:
+            raise InputError(
+                f"mask {path} is a color picture {error}, but a mask must hold one class id a "
+                f"pixel: save it as an 8-bit gray or palette PNG with ids 0 to {num_classes - 1} "
+                f"and {IGNORE} for pixels to ignore"
+            ) from error
+    classes = ids
+    if label_map is not None:
+        classes = np.take(label_map, ids, mode="clip")
         classes = np.where((ids < 0) | (ids > 255), -1, classes)
     wrong = (classes != IGNORE) & ((classes < 0) | (classes >= num_classes))
     if wrong.any():
@@ -121,41 +127,6 @@ def read_mask(
             f"are classes here and {IGNORE} is ignored: correct the mask or the class list"
         )
     return classes.astype(np.uint8)
-
-
-def _ids_of_colors(
-    path: Path,
-    mode: str,
-    colors: np.ndarray | None,
-    num_classes: int,
-    palette: Sequence[forms.Color] | None,
-    ignore_color: forms.Color | None,
-) -> np.ndarray:
-    reason = f"(mode {mode})"
-    if colors is not None and mode != "RGB":
-        opaque = colors[..., -1] == 255
-        if not opaque.all():
-            y, x = np.unravel_index(opaque.argmin(), opaque.shape)
-            reason, colors = f"with a transparent pixel at x {x}, y {y}", None
-        elif mode == "LA":
-            return colors[..., 0]
-        else:
-            colors = colors[..., :3]
-    if colors is not None and palette is not None:
-        ids, place = forms.ids_of_colors(colors, palette, ignore_color)
-        if place is None:
-            return ids
-        color = tuple(int(value) for value in colors[place[1], place[0]])
-        known = "of several classes" if color in palette else "of no class"
-        reason = (
-            f"whose color {color} at x {place[0]}, y {place[1]} is {known} (if it should be, "
-            "correct the class list)"
-        )
-    raise InputError(
-        f"mask {path} is a color picture {reason}, but a mask must hold one class id a "
-        f"pixel: save it as an 8-bit gray or palette PNG with ids 0 to {num_classes - 1} and "
-        f"{IGNORE} for pixels to ignore"
-    )
 
 
 def check_size(

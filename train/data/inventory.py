@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,13 @@ MOSTLY = 0.5
 
 _DARK = 16
 _TURNED_IN_PLACE, _TURNED = (2, 3, 4), (5, 6, 7, 8)
+_LOOKS_WRONG = {
+    "turned": "are turned by their EXIF orientation: see that their masks are upright too",
+    "stored_band": "have a fourth band, which is not used: not as transparency either",
+    "dark": f"are black or almost so, no value being above {_DARK - 1} of 255: are they of fewer "
+    "bits than their files say?",
+}
+"""What the attributes of `Seen` say of images."""
 
 
 class Seen(NamedTuple):
@@ -109,26 +116,23 @@ class Inventory:
         """Rows of classes, columns of parts; short enough for the start of a run."""
         masked = [part for part in self.parts if part.seen]
         width = max(len(name) for name in (*self.data.classes, "images without mask"))
-        head = "".join(f"  {part.name:>10} {'masks':>6}" for part in masked)
-        lines = [f"{'':4}{'class':<{width}}{head}"]
+
+        def row(index: int | str, name: str, *cells: tuple[object, object]) -> str:
+            numbers = "".join(f"  {pixels:>10} {masks:>6}" for pixels, masks in cells)
+            return f"{index:>3} {name:<{width}}{numbers}"
+
+        lines = [row("", "class", *((part.name, "masks") for part in masked))]
         for index, name in enumerate(self.data.classes):
-            cells = "".join(
-                f"  {_percent(part.share(index)) if part.pixels[index] else '-':>10}"
-                f" {part.masks[index]:>6}"
-                for part in masked
-            )
-            lines.append(f"{index:>3} {name:<{width}}{cells}")
-        ignored = "".join(
-            f"  {_percent(part.ignored):>10} {part.masks[IGNORE]:>6}" for part in masked
-        )
-        lines.append(f"{IGNORE:>3} {'ignored, of all':<{width}}{ignored}")
-        total = "".join(
-            f"  {_count(int(part.pixels.sum())):>10} {len(part.seen):>6}" for part in masked
-        )
-        lines.append(f"{'':4}{'pixels':<{width}}{total}")
+            shares = [_percent(p.share(index)) if p.pixels[index] else "-" for p in masked]
+            masks = [part.masks[index] for part in masked]
+            lines.append(row(index, name, *zip(shares, masks, strict=True)))
+        ignored = ((_percent(part.ignored), part.masks[IGNORE]) for part in masked)
+        lines.append(row(IGNORE, "ignored, of all", *ignored))
+        totals = ((_count(int(part.pixels.sum())), len(part.seen)) for part in masked)
+        lines.append(row("", "pixels", *totals))
         if any(part.images > len(part.seen) for part in self.parts):
-            rest = "".join(f"  {part.images - len(part.seen):>10} {'':>6}" for part in masked)
-            lines.append(f"{'':4}{'images without mask':<{width}}{rest}".rstrip())
+            rest = ((part.images - len(part.seen), "") for part in masked)
+            lines.append(row("", "images without mask", *rest).rstrip())
         return "\n".join(lines)
 
     def warnings(self) -> list[str]:
@@ -158,10 +162,8 @@ class Inventory:
                 )
         present = np.flatnonzero(learned.pixels[:IGNORE])
         if len(present) == 1:
-            only, missing = (
-                classes[present[0]],
-                [c for i, c in enumerate(classes) if i != present[0]],
-            )
+            only = classes[present[0]]
+            missing = [f"{name!r}" for index, name in enumerate(classes) if index != present[0]]
             cause = (
                 f"and {IGNORE}, which is ignored: write the object as 1"
                 if learned.pixels[IGNORE] and len(classes) == 2
@@ -169,7 +171,7 @@ class Inventory:
             )
             return (
                 f"the {len(learned.seen)} {learned.name} masks hold the id {present[0]} ('{only}') "
-                f"{cause} (no pixel of {some([f'{name!r}' for name in missing])})"
+                f"{cause} (no pixel of {some(missing)})"
             )
         return None
 
@@ -226,12 +228,9 @@ def _is_0_and_255(counts: np.ndarray) -> bool:
 def file_warnings(part: Part, data: SegmentationData) -> list[str]:
     """What looks wrong with the files of a part: palettes, bands, darkness, turned images."""
 
-    def names(of: Callable[[Seen], Any]) -> list[str]:
-        return [one.name for one in part.seen if of(one)]
-
     found = []
-    if disagreeing := names(lambda one: one.palette is not None):
-        index, color = next(one.palette for one in part.seen if one.palette is not None)
+    if disagreeing := {one.name: one.palette for one in part.seen if one.palette is not None}:
+        index, color = next(iter(disagreeing.values()))
         palette = [tuple(color) for color in data.palette]
         other = f", that of '{data.classes[palette.index(color)]}'" if color in palette else ""
         found.append(
@@ -239,21 +238,9 @@ def file_warnings(part: Part, data: SegmentationData) -> list[str]:
             f"list: {index} is {color} there{other}, but '{data.classes[index]}' is "
             f"{palette[index]}; ids count, not colors ({some(disagreeing)})"
         )
-    if turned := names(lambda one: one.turned):
-        found.append(
-            f"{len(turned)} {part.name} images are turned by their EXIF orientation: see that "
-            f"their masks are upright too ({some(turned)})"
-        )
-    if banded := names(lambda one: one.stored_band):
-        found.append(
-            f"{len(banded)} {part.name} images have a fourth band, which is not used: not as "
-            f"transparency either ({some(banded)})"
-        )
-    if dark := names(lambda one: one.dark):
-        found.append(
-            f"{len(dark)} {part.name} images are black or almost so, no value being above "
-            f"{_DARK - 1} of 255: are they of fewer bits than their files say? ({some(dark)})"
-        )
+    for attribute, what in _LOOKS_WRONG.items():
+        if wrong := [one.name for one in part.seen if getattr(one, attribute)]:
+            found.append(f"{len(wrong)} {part.name} images {what} ({some(wrong)})")
     return found
 
 

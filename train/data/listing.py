@@ -105,11 +105,9 @@ def masks_by_name(paths: Iterable[Path], name_of: Callable[[Path], str]) -> dict
     Raises:
         InputError: two of a name promise it.
     """
-    exact: list[Path] = []
-    others: list[Path] = []
-    for path in filter(is_image, paths):
-        (exact if path.suffix.lower() in MASK_SUFFIXES else others).append(path)
-    return {name_of(path): path for path in others} | by_name(exact, name_of)
+    images = list(filter(is_image, paths))
+    exact = [path for path in images if path.suffix.lower() in MASK_SUFFIXES]
+    return {name_of(path): path for path in images} | by_name(exact, name_of)
 
 
 def pair(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -29,8 +29,7 @@ def read_samples(path: Path, data: SegmentationData, needs_mask: bool) -> list[S
     """
     finder = _Finder(data)
     samples = []
-    for number, line in names.read_list(path):
-        place = f"{path} line {number}"
+    for place, line in _lines(path):
         sample = finder.sample(line, place, needs_mask)
         if needs_mask and sample.mask is None:
             raise InputError(
@@ -38,8 +37,6 @@ def read_samples(path: Path, data: SegmentationData, needs_mask: bool) -> list[S
                 "the second column, or move the line to the unlabeled list"
             )
         samples.append(sample)
-    if not samples:
-        raise InputError(f"the list {path} is empty: give at least one image a line")
     return samples
 
 
@@ -51,18 +48,13 @@ def named(samples: Sequence[Sample], path: Path) -> list[Sample]:
     Raises:
         InputError: the list is missing or empty, or names what is not among the samples.
     """
-    wanted = {line: f"{path} line {number}" for number, line in names.read_list(path)}
-    if not wanted:
-        raise InputError(f"the list {path} is empty: give at least one image a line")
     there = {sample.name: sample for sample in samples}
-    loose: dict[str, Sample | None] = {}
-    for sample in samples:
-        path_there = sample.image.absolute().as_posix()
-        ends = path_there, *names.tails(path_there, shortest=2)
-        for key in {names.folded(end) for end in (sample.name, *ends)}:
-            loose[key] = None if key in loose else sample
+    loose = _by_folded(
+        (sample, (sample.name, *names.ends(sample.image.absolute().as_posix())))
+        for sample in samples
+    )
     found = set()
-    for line, place in wanted.items():
+    for place, line in _lines(path):
         sample = there.get(line) or _alike(line, loose)
         if sample is None:
             near = names.nearest(names.without_suffix(line), there)
@@ -75,26 +67,43 @@ def named(samples: Sequence[Sample], path: Path) -> list[Sample]:
     return [sample for sample in samples if sample.name in found]
 
 
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """Place and text of each line."""
+    lines = [(f"{path} line {number}", line) for number, line in names.read_list(path)]
+    if not lines:
+        raise InputError(f"the list {path} is empty: give at least one image a line")
+    return lines
+
+
+def _by_folded(texts: Iterable[tuple[Sample, Iterable[str]]]) -> dict[str, Sample | None]:
+    """Samples by what they are called, folded; None where several are."""
+    found: dict[str, Sample | None] = {}
+    for sample, calls in texts:
+        for key in set(map(names.folded, calls)):
+            found[key] = None if key in found else sample
+    return found
+
+
 def _alike(line: str, loose: dict[str, Sample | None]) -> Sample | None:
     for text in names.spellings(line):
-        for end in (text, *names.tails(text, shortest=2)):
+        for end in names.ends(text):
             known = loose.get(names.folded(end))
-            if known is not None and not _of_another_split(text, end, known.image.absolute()):
+            if known and not _of_another_split(text, end, known.image.absolute()):
                 return known
     return None
 
 
-def _of_another_split(text: str, end: str, image: Path) -> bool:
+def _of_another_split(text: str, end: str, image: str | Path) -> bool:
     """Whether what is before the common end of a path and an image's names two splits."""
     length = len(_parts(end))
     if _split(_parts(end)) is not None:
         return False
-    theirs, ours = (_split(_parts(path)[:-length]) for path in (text, image.as_posix()))
+    theirs, ours = (_split(_parts(path)[:-length]) for path in (text, image))
     return None not in (theirs, ours) and theirs != ours
 
 
-def _parts(path: str) -> list[str]:
-    return [part for part in path.casefold().split("/") if part not in ("", ".")]
+def _parts(path: str | Path) -> list[str]:
+    return [part for part in str(path).casefold().split("/") if part not in ("", ".")]
 
 
 def _split(parts: list[str]) -> str | None:
@@ -116,15 +125,10 @@ class _Finder:
     @cached_property
     def loose(self) -> dict[str, Sample | None]:
         """Samples by folded name and path; None where several have it."""
-        found: dict[str, Sample | None] = {}
-        for sample in self.by_image.values():
-            keys = {names.folded(self._below(sample.image))}
-            if self.train.get(sample.name) is sample:
-                keys.add(names.folded(sample.name))
-                keys.add(names.folded(self._end(sample)))
-            for key in keys:
-                found[key] = None if key in found else sample
-        return found
+        return _by_folded(
+            (sample, (self._below(sample.image), *self._names(sample)))
+            for sample in self.by_image.values()
+        )
 
     def sample(self, line: str, place: str, needs_mask: bool) -> Sample:
         known = self.train.get(line)
@@ -156,59 +160,55 @@ class _Finder:
                 known = self.by_real_path.get(os.path.realpath(text))
                 return known or self._at(Path(text), text)
         for text in names.spellings(word):
-            for end in (text, *names.tails(text, shortest=2)):
+            for end in names.ends(text):
                 if os.path.isfile(path := self.root / end.lstrip("/")):
                     return self._at(path, end)
                 known = self.loose.get(names.folded(end))
-                if known is not None and not _of_another_split(
-                    text, end, Path(self._below(known.image))
-                ):
+                if known and not _of_another_split(text, end, self._below(known.image)):
                     return known
         return None
 
     def mask(self, word: str, image: Sample) -> Path | None:
         own = self.by_image.get(image.image, image).mask
         for text in names.spellings(word):
-            places = [self.root / text.lstrip("/")]
-            places += [Path(text)] if os.path.isabs(text) else []
-            places += [self.root / end for end in names.tails(text, shortest=2)]
-            for path in places:
-                if (found := self.data.find_mask(path)) is not None:
+            ends = text.lstrip("/"), *names.ends(text)  # below the root; from anywhere; its tails
+            for end in ends:
+                if (found := self.data.find_mask(self.root / end)) is not None:
                     return found
-            if own is not None:
-                ends = (text.lstrip("/"), *names.tails(text, shortest=2))
-                if names.folded(self._below(own)) in map(names.folded, ends):
-                    return own
+            if own is not None and names.folded(self._below(own)) in map(names.folded, ends):
+                return own
         return None
 
     def _at(self, path: Path, text: str) -> Sample:
         known = self.by_image.get(path)
-        if known is None:
-            return Sample(Path(text.lstrip("/")).with_suffix("").as_posix(), path, None)
-        if self.train.get(known.name) is known:
+        if known is not None and self.train.get(known.name) is known:
             return known
-        # Of another split: its name may be that of a training image.
-        return Sample(Path(text.lstrip("/")).with_suffix("").as_posix(), path, known.mask)
+        # One of another split may have the name of a training image.
+        name = Path(text.lstrip("/")).with_suffix("").as_posix()
+        return Sample(name, path, None if known is None else known.mask)
 
     def _below(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else ""
 
-    def _end(self, sample: Sample) -> str:
-        """The name with all of the file's, as `city/NAME_leftImg8bit`."""
-        return f"{sample.name.rpartition('/')[0]}/{sample.image.stem}".lstrip("/")
+    def _names(self, sample: Sample) -> tuple[str, ...]:
+        """Of a training image: its name, also with all of the file's, `city/NAME_leftImg8bit`."""
+        if self.train.get(sample.name) is not sample:
+            return ()
+        whole = f"{sample.name.rpartition('/')[0]}/{sample.image.stem}"
+        return sample.name, whole.lstrip("/")
 
     def _problem(self, line: str, cuts: list[tuple[str, str]], needs_mask: bool) -> str:
-        for first, second in cuts:
-            if needs_mask and len(cuts) == 1 and self.image(first) is not None:
-                named = _shortened(str(self.root / list(names.spellings(second))[-1].lstrip("/")))
-                return f"the mask {named} does not exist: correct the line"
+        if needs_mask and len(cuts) == 1 and self.image(cuts[0][0]) is not None:
+            *_, text = names.spellings(cuts[0][1])
+            named = _shortened(str(self.root / text.lstrip("/")))
+            return f"the mask {named} does not exist: correct the line"
         if len(cuts) != 1 and ("\t" in line or len(line.split()) > 2):
             return (
                 f"{_shortened(line)!r} has more than two columns: separate image and mask by a tab "
                 "if their paths hold spaces"
             )
         word = cuts[0][0] if cuts else line
-        text = list(names.spellings(word))[-1]
+        *_, text = names.spellings(word)
         known = [
             self._below(sample.image) if "/" in text else name
             for name, sample in self.train.items()

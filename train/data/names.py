@@ -66,10 +66,11 @@ def spellings(text: str) -> Iterator[str]:
             yield shorter
 
 
-def tails(path: str, shortest: int) -> Iterator[str]:
-    """A path without its first parts, longest first, down to the number of parts `shortest`."""
+def ends(path: str) -> Iterator[str]:
+    """A path, then without its first parts, longest first, down to two parts."""
+    yield path
     parts = [part for part in _DRIVE.sub("", path).split("/") if part not in ("", ".")]
-    for start in range(1, len(parts) - shortest + 1):
+    for start in range(1, len(parts) - 1):
         yield "/".join(parts[start:])
 
 

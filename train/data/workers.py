@@ -121,18 +121,16 @@ class _Piped:
 
 def _received(items: Iterator[Any]) -> Iterator[Any]:
     warned = False
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except (ConnectionError, EOFError) as error:
-            raise RuntimeError("DataLoader worker lost while it handed a batch over") from error
-        if isinstance(item, _Piped):
-            if not warned:
-                warn(
-                    f"shared memory (/dev/shm) is full ({item.reason}): loading goes on more "
-                    "slowly; give a container more (docker run --shm-size=2g), or use --workers 0"
-                )
-            warned, item = True, pickle.loads(item.content)
-        yield item
+    try:
+        for item in items:
+            if isinstance(item, _Piped):
+                if not warned:
+                    warn(
+                        f"shared memory (/dev/shm) is full ({item.reason}): loading goes on more "
+                        "slowly; give a container more (docker run --shm-size=2g), or use "
+                        "--workers 0"
+                    )
+                warned, item = True, pickle.loads(item.content)
+            yield item
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError("DataLoader worker lost while it handed a batch over") from error

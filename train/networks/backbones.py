@@ -34,11 +34,7 @@ class ResNetBackbone(Encoder):
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2 = net.layer1, net.layer2
         self.layer3, self.layer4 = net.layer3, net.layer4
-        if output_stride == 16:
-            _dilate(self.layer4, _MULTIGRID[: len(self.layer4)], strided=2)
-        else:
-            _dilate(self.layer3, [2] * len(self.layer3), strided=1)
-            _dilate(self.layer4, [4] * len(self.layer4), strided=2)
+        _dilate_stages(self.layer3, self.layer4, output_stride, _MULTIGRID[: len(self.layer4)])
         self.low_channels = _out_channels(self.layer1 if low_stride == 4 else self.layer2)
         self.high_channels = _out_channels(self.layer4)
 
@@ -74,11 +70,8 @@ class MobileNetBackbone(Encoder):
         super().__init__()
         third, last, end = _MOBILE_STAGES[name]
         self.features = torchvision.models.get_model(name, weights=None).features[:end]
-        if output_stride == 16:
-            _dilate(self.features[last:], [2] * (end - last), strided=2)
-        else:
-            _dilate(self.features[third:last], [2] * (last - third), strided=1)
-            _dilate(self.features[last:], [4] * (end - last), strided=2)
+        stages = self.features[third:last], self.features[last:]
+        _dilate_stages(*stages, output_stride, [2] * (end - last))
         self.low_end = 4 if low_stride == 4 else third
         self.low_channels = _out_channels(self.features[: self.low_end])
         self.high_channels = _out_channels(self.features)
@@ -104,6 +97,16 @@ def build_backbone(name: str, output_stride: int, low_stride: int) -> Encoder:
         InputError: an unknown name.
     """
     return BACKBONES.load(name)(output_stride, low_stride)
+
+
+def _dilate_stages(
+    third: nn.Sequential, last: nn.Sequential, output_stride: int, dilations: Sequence[int]
+) -> None:
+    """Dilate the last stage's blocks by `dilations` for stride 16; both stages for stride 8."""
+    if output_stride == 8:
+        _dilate(third, [2] * len(third), strided=1)
+        dilations = [4] * len(last)
+    _dilate(last, dilations, strided=2)
 
 
 def _dilate(blocks: nn.Sequential, dilations: Sequence[int], strided: int) -> None:

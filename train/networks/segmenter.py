@@ -25,21 +25,15 @@ class Segmenter(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.feature_channels: int = head.feature_channels
+        """Channels C of `features`."""
+        self.feature_stride: int = head.feature_stride
+        """Pixels of the image per location of `features`, per axis."""
         self.classifier = nn.Sequential(
             dropout_layer(dropout), nn.Conv2d(head.feature_channels, num_classes, 1)
         )
         initialize(self.head)
         initialize(self.classifier)
-
-    @property
-    def feature_channels(self) -> int:
-        """Channels C of `features`."""
-        return self.head.feature_channels
-
-    @property
-    def feature_stride(self) -> int:
-        """Pixels of the image per location of `features`, per axis."""
-        return self.head.feature_stride
 
     @property
     def preprocessing(self) -> Preprocessing:

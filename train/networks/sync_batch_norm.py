@@ -73,16 +73,9 @@ class _Normalize(torch.autograd.Function):
         all_gather(gathered, local, norm.group)
         means, inverses = gathered.view(ranks, 2, -1).unbind(1)
         counts = means.new_full((ranks,), x.numel() // x.shape[1])
-        mean, inverse = ops.batch_norm_gather_stats_with_counts(
-            x,
-            means.contiguous(),
-            inverses.contiguous(),
-            norm.running_mean,
-            norm.running_var,
-            norm.momentum,
-            norm.eps,
-            counts,
-        )
+        of_ranks = means.contiguous(), inverses.contiguous()
+        settings = norm.running_mean, norm.running_var, norm.momentum, norm.eps
+        mean, inverse = ops.batch_norm_gather_stats_with_counts(x, *of_ranks, *settings, counts)
         ctx.save_for_backward(x, weight, mean, inverse, counts)
         ctx.group = norm.group
         return ops.batch_norm_elemt(x, weight, bias, mean, inverse, norm.eps)
@@ -158,16 +151,10 @@ class _Plain:
 
     @staticmethod
     def batch_norm_backward_elemt(
-        gradient: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        inverse: Tensor,
-        weight: Tensor,
-        sum_dy: Tensor,
-        sum_dy_xmu: Tensor,
-        counts: Tensor,
+        gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, *of_all: Tensor
     ) -> Tensor:
-        """The gradient of the batch, in its dtype."""
+        """The gradient of the batch, in its dtype; of_all: sums of dy and dy (x - mean), counts."""
+        sum_dy, sum_dy_xmu, counts = of_all
         mean_dy, slope = sum_dy / counts.sum(), inverse**2 * sum_dy_xmu / counts.sum()
         scale = inverse * weight
         mean, mean_dy, slope, scale = (v.view(1, -1, 1, 1) for v in (mean, mean_dy, slope, scale))

@@ -33,12 +33,12 @@ class WeightsReport:
     missing: list[str]
 
     def __str__(self) -> str:
-        parts = [f"loaded {self.loaded} tensors into the {self.target}"]
-        parts += [
-            f"{what} {len(names)} ({_shorten(names)})" if names else f"{what} none"
-            for what, names in (("skipped", self.skipped), ("missing", self.missing))
-        ]
-        return ", ".join(parts)
+        skipped, missing = (
+            f"{len(names)} ({_shorten(names)})" if names else "none"
+            for names in (self.skipped, self.missing)
+        )
+        loaded = f"loaded {self.loaded} tensors into the {self.target}"
+        return f"{loaded}, skipped {skipped}, missing {missing}"
 
 
 def load_backbone_weights(network: Segmenter, path: str | Path) -> WeightsReport:
@@ -60,11 +60,8 @@ def load_backbone_weights(network: Segmenter, path: str | Path) -> WeightsReport
     target = network if of_run else network.backbone
     expected = floats(target.state_dict())
     given = floats(content["network"]) if of_run else bare(content, expected)
-    common = {
-        name: given[name]
-        for name, tensor in expected.items()
-        if name in given and given[name].shape == tensor.shape
-    }
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    common = {name: tensor for name, tensor in given.items() if shapes.get(name) == tensor.shape}
     skipped = [name for name in given if name not in common]
 
     # A resnet101 file fills a resnet50 completely: its layers without a place count as well.
@@ -78,12 +75,8 @@ def load_backbone_weights(network: Segmenter, path: str | Path) -> WeightsReport
             f"tensors fit the {len(backbone)} of the backbone; give a file for this backbone"
         )
     target.load_state_dict(common, strict=False)
-    return WeightsReport(
-        "network" if of_run else "backbone",
-        len(common),
-        skipped,
-        [name for name in expected if name not in common],
-    )
+    missing = [name for name in expected if name not in common]
+    return WeightsReport("network" if of_run else "backbone", len(common), skipped, missing)
 
 
 def is_run(content: dict[str, Any]) -> bool:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cac_fast.train.data import names
+from cac_fast.train.data.forms import Color
 from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.layouts import SPLITS, SegmentationData, paired_samples
 from cac_fast.train.data.listing import by_name, files, masks_by_name, not_read, pair
 from cac_fast.train.errors import InputError
+
+Class = tuple[str, Color]
 
 # Names under which 255 is listed by those who know that it is ignored.
 _IGNORED_NAMES = re.compile(
@@ -55,15 +58,11 @@ def open_folder(root: Path) -> SegmentationData:
     )
 
 
-def _read_classes(
-    path: Path,
-) -> tuple[
-    tuple[str, ...], tuple[tuple[int, int, int], ...], tuple[str, tuple[int, int, int]] | None
-]:
+def _read_classes(path: Path) -> tuple[tuple[str, ...], tuple[Color, ...], Class | None]:
     """Names and colors of the classes, and of 255 if it has a line."""
     if not path.is_file():
         raise InputError(f"{path} does not exist: write one line `id name R G B` for each class")
-    rows: dict[int, tuple[str, tuple[int, int, int]]] = {}
+    rows: dict[int, Class] = {}
     for number, line in names.read_list(path):
         # Class names are printed: bytes that are no text would stop a run at its end.
         words = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").split()
@@ -84,5 +83,5 @@ def _read_classes(
             f"{path}: the ids must be 0, 1, 2, ... without gaps ({IGNORE} is ignored), but are "
             f"{', '.join(map(str, sorted(rows))) or 'none'}: renumber them, in the masks too"
         )
-    ordered = [rows[index] for index in range(len(rows))]
-    return tuple(name for name, _ in ordered), tuple(color for _, color in ordered), ignored
+    classes, palette = zip(*(rows[index] for index in range(len(rows))), strict=True)
+    return classes, palette, ignored

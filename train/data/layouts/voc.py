@@ -73,8 +73,9 @@ def open_voc(root: Path) -> SegmentationData:
             f"train.txt, or masks in {folders[0].name}): add a list or masks"
         )
     tables = (VOC_CLASSES, VOC_PALETTE)
-    ignored = {"ignore_color": VOC_BORDER_COLOR, "notes": tuple(notes)}
-    return SegmentationData("voc", home, *tables, splits, **ignored)
+    return SegmentationData(
+        "voc", home, *tables, splits, ignore_color=VOC_BORDER_COLOR, notes=tuple(notes)
+    )
 
 
 def _voc_names(path: Path, images: dict[str, Path]) -> list[str]:
@@ -86,11 +87,9 @@ def _voc_names(path: Path, images: dict[str, Path]) -> list[str]:
     def find(text: str) -> str | None:
         for form in names.spellings(text):
             last = form.rpartition("/")[2]
-            for name in (form, last, names.without_suffix(last)):
+            for name in (form, last, names.without_suffix(last), loose.get(names.folded(last))):
                 if name in images:
                     return name
-            if (name := loose.get(names.folded(last))) is not None:
-                return name
         return None
 
     found = []
