@@ -156,14 +156,13 @@ class UnlabeledTransform:
         return item
 
 
-def check_crop(crop: int) -> int:
-    """`crop` itself; InputError if it is not a positive multiple of 8."""
+def check_crop(crop: int) -> None:
+    """Raise InputError if `crop` is not a positive multiple of 8."""
     if crop < CELL or crop % CELL:
         low = max(crop // CELL, 1) * CELL
         raise InputError(
             f"the crop size {crop} is not a multiple of {CELL}: use {low} or {low + CELL}"
         )
-    return crop
 
 
 def image_size(image: Pixels) -> tuple[int, int]:

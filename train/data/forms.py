@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,7 @@ _PREMULTIPLIED = 1
 _TWELVE_BITS = 4095
 _OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 """Of the bytes of a sample; N is this machine's own, in which libtiff hands out what it unpacks."""
-_SWAPPED = {
-    f"{bands};16{order}": f"{bands};16{other}"
-    for bands in ("RGB", "RGBX", "RGBA")
-    for order, other in _OTHER_ORDER.items()
-}
+_WIDE_COLORS = re.compile("(RGB[XA]?;16)([LBN])")
 
 
 def raw_mode(file: Image.Image) -> str:
@@ -144,11 +141,11 @@ def load_colors(file: Image.Image, stream: BinaryIO) -> None:
     Raises:
         ValueError: bands of 16 bits lie apart, in a form that Pillow garbles.
     """
-    swapped, apart = _SWAPPED.get(raw_mode(file)), _has_wide_planes(file)
+    wide, apart = _WIDE_COLORS.fullmatch(raw_mode(file)), _has_wide_planes(file)
     garbled = apart and file.tile[0][0] == "raw"
     if not garbled:
         file.load()
-        high = max(high for _, high in file.getextrema()[:3]) if swapped is not None else 255
+        high = max(high for _, high in file.getextrema()[:3]) if wide else 255
         if high > _TWELVE_BITS >> 8:
             return
     if apart:
@@ -158,6 +155,7 @@ def load_colors(file: Image.Image, stream: BinaryIO) -> None:
         )
     stream.seek(0)
     with Image.open(stream) as again:  # with the bytes of each sample exchanged: the low ones
+        swapped = wide[1] + _OTHER_ORDER[wide[2]]
         again.tile = [_with_mode(tile, swapped) for tile in again.tile]
         again.load()
         low = np.asarray(again)

@@ -18,7 +18,7 @@ MOSTLY = 0.5
 """Share of ignored pixels above which a warning is due."""
 
 _DARK = 16
-_TURNED_IN_PLACE, _TURNED = (2, 3, 4), (5, 6, 7, 8)
+_TURNED_IN_PLACE, _TURNED = (2, 3, 4), (2, 3, 4, 5, 6, 7, 8)
 _LOOKS_WRONG = {
     "turned": "are turned by their EXIF orientation: see that their masks are upright too",
     "stored_band": "have a fourth band, which is not used: not as transparency either",
@@ -55,8 +55,7 @@ def look(
         palette = _other_color(forms.mask_palette(sample.mask), counts, data.palette)
     stored_band, orientation, _ = forms.header(sample.image)
     # Where height and width are exchanged, the sizes tell whether the mask is turned as well.
-    turned = orientation in _TURNED_IN_PLACE
-    turned = turned or (orientation in _TURNED and image.width == image.height)
+    turned = orientation in (_TURNED if image.width == image.height else _TURNED_IN_PLACE)
     return Seen(sample.name, counts, palette, stored_band, is_dark(image), turned)
 
 

@@ -71,63 +71,55 @@ class PositionSampler(Sampler[list[int]]):
 
 
 def labeled_loader(
-    samples: Sequence[Sample],
-    data: SegmentationData,
-    transform: LabeledTransform,
-    *,
-    seed: int,
-    cache: Path | None = None,
-    **options: Any,
+    samples: Sequence[Sample], data: SegmentationData, transform: LabeledTransform, **options: Any
 ) -> DataLoader:
     """Endless batches of `LabeledTransform`'s items, and "name", a list of str.
 
-    `cache` is the folder of a `PixelReader`. `options` are those of `make_loader`. Iterate with
-    `batches`.
+    `options` are those of `make_loader`. Iterate with `batches`.
     """
-    items = _LabeledItems(tuple(samples), PixelReader(data, cache), transform, seed)
-    return make_loader(items, **options)
+    return make_loader(_LabeledItems, samples, data, transform, **options)
 
 
 def unlabeled_loader(
-    samples: Sequence[Sample],
-    data: SegmentationData,
-    transform: UnlabeledTransform,
-    *,
-    seed: int,
-    cache: Path | None = None,
-    with_truth: bool = False,
-    **options: Any,
+    samples: Sequence[Sample], data: SegmentationData, transform: UnlabeledTransform, **options: Any
 ) -> DataLoader:
     """Endless batches of `UnlabeledTransform`'s items, "name" and "skipped" int64 (B,).
 
     An image that cannot be read is replaced by another one, chosen by the position, and counted
-    in "skipped". `with_truth` adds the masks' cells, 255 where an image has no usable mask.
-    Otherwise as `labeled_loader`.
+    in "skipped". The option `with_truth` adds the masks' cells, 255 where an image has no usable
+    mask. Otherwise as `labeled_loader`.
     """
-    items = _UnlabeledItems(tuple(samples), PixelReader(data, cache), transform, seed, with_truth)
-    return make_loader(items, **options)
+    return make_loader(_UnlabeledItems, samples, data, transform, **options)
 
 
 def make_loader(
-    items: _Items,
+    kind: type[_Items],
+    samples: Sequence[Sample],
+    data: SegmentationData,
+    transform: LabeledTransform | UnlabeledTransform,
     *,
+    seed: int,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
     start_iteration: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
+    cache: Path | None = None,
+    with_truth: bool = False,
 ) -> DataLoader:
-    """A rank's batches of the items from a step on. `batch_size` is that of all ranks together.
+    """A rank's batches from a step on.
+
+    `batch_size` is that of all ranks together. `cache` is the folder of a `PixelReader`.
 
     Raises:
-        InputError: there is no item, or fewer in a batch than ranks.
+        InputError: there is no image, or fewer images in a batch than ranks.
     """
     sampler = PositionSampler(start_iteration, batch_size, rank, world_size)
-    if not items.samples:
+    if not samples:
         raise InputError("there is no image to train on: the list of images is empty")
     return DataLoader(
-        items,
+        kind(tuple(samples), PixelReader(data, cache), transform, seed, with_truth),
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_collate,
@@ -212,6 +204,7 @@ class _Items(Dataset):
     reader: PixelReader
     transform: LabeledTransform | UnlabeledTransform
     seed: int
+    with_truth: bool
 
 
 class _LabeledItems(_Items):
@@ -225,10 +218,7 @@ class _LabeledItems(_Items):
         return {**item, "name": sample.name}
 
 
-@dataclass(frozen=True)
 class _UnlabeledItems(_Items):
-    with_truth: bool
-
     def __getitem__(self, position: int) -> dict[str, Any] | _Failure:
         messages: list[str] = []
         for index in self._candidates(position):

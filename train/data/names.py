@@ -17,13 +17,11 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 
 # The longer ones first: a UTF-32 text begins as a UTF-16 one does.
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_MARKS = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-8-sig": (codecs.BOM_UTF8,),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 _DRIVE = re.compile(r"[A-Za-z]:/")
 _SEPARATOR = re.compile(r"\s*[,;]\s*|\s+")
 _TWO_COLUMNS = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})[\s,;]", re.IGNORECASE)
@@ -40,7 +38,7 @@ def read_list(path: Path) -> list[tuple[int, str]]:
     """
     try:
         content = path.read_bytes()
-        encoding = next((name for mark, name in _MARKS if content.startswith(mark)), None)
+        encoding = next((name for name, of in _MARKS.items() if content.startswith(of)), None)
         if encoding is None and b"\0" in content:
             raise ValueError("it is no text, or UTF-16 without a byte order mark")
         strict = encoding is not None and encoding != "utf-8-sig"

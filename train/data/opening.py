@@ -43,16 +43,25 @@ class Inputs:
 
 
 def open_inputs(config: Config, with_unlabeled: bool) -> Inputs:
-    """Open the data and look at all that training reads of them.
+    """Open the data and check every image with its mask, so that no run dies of one in the night.
 
-    with_unlabeled: the unlabeled images too.
+    with_unlabeled: the unlabeled images too, as far as their headers and a few of those of 16 bits
+        tell.
 
     Raises:
         InputError: something in them cannot be used.
     """
     data, labeled, unlabeled = open_lists(config)
+    samples = [*labeled, *data.splits["val"]]
+    reader = PixelReader(data, _path(config.data.cache))
+    seen = check_samples(samples, reader, show_progress("checking images"))
+    parts = [Part("labeled", seen[: len(labeled)]), Part("validation", seen[len(labeled) :])]
+    inventory = Inventory(data, parts)
+    if (reason := inventory.refusal()) is not None:
+        raise InputError(f"{reason} (python train/check.py shows all masks)")
     others = unlabeled if with_unlabeled and unlabeled != labeled else []
-    return Inputs(data, labeled, unlabeled, *look_at(config, data, labeled, others))
+    warnings = inventory.warnings() + _unlabeled_warnings(others, data)
+    return Inputs(data, labeled, unlabeled, inventory.table(), warnings)
 
 
 def open_lists(config: Config) -> tuple[SegmentationData, list[Sample], list[Sample]]:
@@ -60,24 +69,6 @@ def open_lists(config: Config) -> tuple[SegmentationData, list[Sample], list[Sam
     data = open_data(config.data.dataset, _path(config.data.data_dir))
     lists = _path(config.data.labeled), _path(config.data.unlabeled)
     return data, *select(data, *lists, config.data.labeled_share, config.data.data_list)
-
-
-def look_at(
-    config: Config, data: SegmentationData, labeled: list[Sample], unlabeled: list[Sample]
-) -> tuple[str, list[str]]:
-    """Check every image with its mask now, so that no run dies of one in the night.
-
-    Returns a table of what is in the masks, and what looks wrong with all images and masks; of
-    unlabeled images, only what their headers and a few of those of 16 bits tell.
-    """
-    reader = PixelReader(data, _path(config.data.cache))
-    samples = [*labeled, *data.splits["val"]]
-    seen = check_samples(samples, reader, show_progress("checking images"))
-    parts = [Part("labeled", seen[: len(labeled)]), Part("validation", seen[len(labeled) :])]
-    inventory = Inventory(data, parts)
-    if (reason := inventory.refusal()) is not None:
-        raise InputError(f"{reason} (python train/check.py shows all masks)")
-    return inventory.table(), inventory.warnings() + _unlabeled_warnings(unlabeled, data)
 
 
 def _unlabeled_warnings(samples: list[Sample], data: SegmentationData) -> list[str]:

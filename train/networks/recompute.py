@@ -68,12 +68,11 @@ def _spare_statistics(module: nn.Module) -> Iterator[None]:
     Other buffers, not another mode: a compiled function must run the very graph that it ran before.
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    kept = [[norm._buffers[name] for name in _STATISTICS] for norm in norms]
+    kept = [{name: norm._buffers[name] for name in _STATISTICS} for norm in norms]
     for norm, buffers in zip(norms, kept, strict=True):
-        for name, buffer in zip(_STATISTICS, buffers, strict=True):
-            norm._buffers[name] = torch.empty_like(buffer)
+        norm._buffers.update({name: torch.empty_like(buffers[name]) for name in _STATISTICS})
     try:
         yield
     finally:
         for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(zip(_STATISTICS, buffers, strict=True))
+            norm._buffers.update(buffers)

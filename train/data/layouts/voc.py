@@ -33,11 +33,8 @@ def open_voc(root: Path) -> SegmentationData:
             f"no JPEGImages folder was found in {root}, {root}/VOC2012 or "
             f"{root}/VOCdevkit/VOC2012: give the folder that holds JPEGImages"
         )
-    folders = [
-        home / kind
-        for kind in ("SegmentationClassAug", "SegmentationClass")
-        if (home / kind).is_dir()
-    ]
+    kinds = "SegmentationClassAug", "SegmentationClass"
+    folders = [home / kind for kind in kinds if (home / kind).is_dir()]
     if not folders:
         raise InputError(
             f"{home} holds neither SegmentationClassAug nor SegmentationClass: "
@@ -55,14 +52,12 @@ def open_voc(root: Path) -> SegmentationData:
         notes += said
     lists = home / "ImageSets" / "Segmentation"
     val = _voc_names(lists / "val.txt", images)
-    train_list = lists / "trainaug.txt"
-    if not train_list.is_file() and folders[0].name != "SegmentationClassAug":
-        train_list = lists / "train.txt"
-    if not train_list.is_file():
-        # The augmented set is all that has a mask and is not of val.
-        train = sorted(labels.keys() - set(val))
-    else:
-        train = _voc_names(train_list, images)
+    named = [lists / "trainaug.txt"]
+    if folders[0].name != "SegmentationClassAug":
+        named.append(lists / "train.txt")
+    train_list = next((path for path in named if path.is_file()), None)
+    # The augmented set is all that has a mask and is not of val.
+    train = _voc_names(train_list, images) if train_list else sorted(labels.keys() - set(val))
     splits = {
         split: paired_samples({name: images[name] for name in chosen}, labels)
         for split, chosen in zip(SPLITS, (train, val, ()), strict=True)

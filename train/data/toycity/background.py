@@ -91,7 +91,7 @@ def _draw_greenery(canvas: Canvas, rng: np.random.Generator, block: Block, base:
         x = block.left + radius + (block.right - block.left - 2 * radius) * n / max(count - 1, 1)
         y = top + 6 * rng.random()
         canvas.box((x - 1.5, y, x + 1.5, base), (86, 66, 50), VEGETATION)
-        canvas.ellipse(x, y + 6, radius, radius * 1.1, texture, VEGETATION)
+        canvas.ellipse((x, y + 6), (radius, radius * 1.1), texture, VEGETATION)
 
 
 def draw_ground(canvas: Canvas, rng: np.random.Generator, base: int, curb: int) -> None:

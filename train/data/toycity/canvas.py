@@ -13,6 +13,8 @@ import numpy as np
 
 WIDTH, HEIGHT = 96, 96
 Color = np.ndarray | Sequence[float]
+Point = tuple[float, float]
+Window = tuple[slice, slice]
 Edges = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
@@ -40,7 +42,7 @@ class Canvas:
         corner_x, corner_y = np.maximum(across, 0), np.maximum(down, 0)
         outside = np.sqrt(corner_x * corner_x + corner_y * corner_y)
         inside = np.minimum(np.maximum(across, down), 0)
-        self._paint(window, outside + inside - radius, color, label)
+        self._paint(window, outside + inside - radius, color, label, 1.0)
 
     def fill(self, edges: Edges, color: Color, label: int | None = None) -> None:
         """Paint a rectangle of whole pixels, whose texture has its size, not the canvas'."""
@@ -55,24 +57,21 @@ class Canvas:
 
     def ellipse(
         self,
-        x_center: float,
-        y_center: float,
-        x_radius: float,
-        y_radius: float,
+        center: Point,
+        radii: Point,
         color: Color,
         label: int | None = None,
         opacity: float = 1.0,
     ) -> None:
         """Paint an ellipse with axes along x and y."""
+        (x_center, y_center), (x_radius, y_radius) = center, radii
         edges = x_center - x_radius, y_center - y_radius, x_center + x_radius, y_center + y_radius
         window, x, y = _window(edges)
         across, down = (x - x_center) / x_radius, (y - y_center) / y_radius
         radius = np.sqrt(across * across + down * down)
         self._paint(window, (radius - 1) * min(x_radius, y_radius), color, label, opacity)
 
-    def polygon(
-        self, points: Sequence[tuple[float, float]], color: Color, label: int | None = None
-    ) -> None:
+    def polygon(self, points: Sequence[Point], color: Color, label: int | None = None) -> None:
         """Paint a convex polygon; its corners may run either way round."""
         corners = np.array(points, dtype=np.float64)
         window, x, y = _window((*corners.min(axis=0), *corners.max(axis=0)))
@@ -82,15 +81,10 @@ class Canvas:
         for (x0, y0), (along_x, along_y) in zip(corners, edges, strict=True):
             length = np.sqrt(along_x * along_x + along_y * along_y) * (1 if turn > 0 else -1)
             distance = np.maximum(distance, (along_y * (x - x0) - along_x * (y - y0)) / length)
-        self._paint(window, distance, color, label)
+        self._paint(window, distance, color, label, 1.0)
 
     def _paint(
-        self,
-        window: tuple[slice, slice],
-        distance: np.ndarray,
-        color: Color,
-        label: int | None,
-        opacity: float = 1.0,
+        self, window: Window, distance: np.ndarray, color: Color, label: int | None, opacity: float
     ) -> None:
         paint = np.broadcast_to(np.asarray(color, dtype=np.float32), self.color.shape)[window]
         weight = np.minimum(np.maximum(0.5 - distance, 0), 1)[..., None] * opacity
@@ -100,7 +94,7 @@ class Canvas:
             self.label[window][distance < 0] = label
 
 
-def _window(edges: Edges) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+def _window(edges: Edges) -> tuple[Window, np.ndarray, np.ndarray]:
     """The pixels around a shape: slices, and the coordinates of centers, (1, w) and (h, 1)."""
     left, top, right, bottom = edges
     x0, x1 = (int(min(max(edge, 0), WIDTH)) for edge in (left - 1, right + 2))

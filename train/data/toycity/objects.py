@@ -23,7 +23,7 @@ def draw_car(canvas: Canvas, rng: np.random.Generator, x: float, foot: float) ->
         """A point `along` from tail (0) to nose (1) and `up` from ground (0) to roof (1)."""
         return x + side * (along - 0.5) * length, foot - up * height
 
-    canvas.ellipse(x, foot - 0.5, length * 0.54, 2.5, (20, 20, 24), opacity=0.6)
+    canvas.ellipse((x, foot - 0.5), (length * 0.54, 2.5), (20, 20, 24), opacity=0.6)
     canvas.polygon(
         (at(trunk, 0.5), at(trunk + 0.1, 1), at(0.82 - hood, 1), at(1 - hood, 0.5)), paint, CAR
     )
@@ -40,8 +40,8 @@ def draw_car(canvas: Canvas, rng: np.random.Generator, x: float, foot: float) ->
     radius = 0.2 * height
     for wheel in (0.22, 0.79):
         wheel_x, _ = at(wheel, 0)
-        canvas.ellipse(wheel_x, foot - radius, radius, radius, (26, 26, 30), CAR)
-        canvas.ellipse(wheel_x, foot - radius, radius * 0.5, radius * 0.5, (178, 180, 186), CAR)
+        canvas.ellipse((wheel_x, foot - radius), (radius, radius), (26, 26, 30), CAR)
+        canvas.ellipse((wheel_x, foot - radius), (radius * 0.5, radius * 0.5), (178, 180, 186), CAR)
 
 
 def draw_person(canvas: Canvas, rng: np.random.Generator, x: float, foot: float) -> None:
@@ -54,7 +54,7 @@ def draw_person(canvas: Canvas, rng: np.random.Generator, x: float, foot: float)
     hip, shoulder = foot - 0.42 * height, foot - 0.8 * height
     cloth = np.where(ROWS // 3 % 2, paint, CREAM)
 
-    canvas.ellipse(x, foot - 0.5, 0.24 * height, 2, (20, 20, 24), opacity=0.5)
+    canvas.ellipse((x, foot - 0.5), (0.24 * height, 2), (20, 20, 24), opacity=0.5)
     for side in (-1, 1):
         toe = x + side * stride
         top = (x - 0.6 * half, hip - 2), (x + 0.6 * half, hip - 2)
@@ -62,11 +62,11 @@ def draw_person(canvas: Canvas, rng: np.random.Generator, x: float, foot: float)
         canvas.box((toe - 3, foot - 2, toe + 3, foot), (40, 34, 32), PERSON, radius=1)
         elbow = x + side * half
         canvas.box((elbow - 2.5, shoulder + 1, elbow + 2.5, hip), cloth * 0.85, PERSON, radius=2)
-        canvas.ellipse(elbow, hip + 0.5, 2, 2, skin, PERSON)
+        canvas.ellipse((elbow, hip + 0.5), (2, 2), skin, PERSON)
     canvas.box((x - half, shoulder, x + half, hip + 1), cloth, PERSON, radius=2)
     head = 0.11 * height
-    canvas.ellipse(x, foot - 0.89 * height, head * 1.05, head * 1.15, hair, PERSON)
-    canvas.ellipse(x, foot - 0.865 * height, head * 0.85, head * 0.9, skin, PERSON)
+    canvas.ellipse((x, foot - 0.89 * height), (head * 1.05, head * 1.15), hair, PERSON)
+    canvas.ellipse((x, foot - 0.865 * height), (head * 0.85, head * 0.9), skin, PERSON)
 
 
 def draw_sign(canvas: Canvas, rng: np.random.Generator, x: float, foot: float) -> None:
@@ -77,11 +77,11 @@ def draw_sign(canvas: Canvas, rng: np.random.Generator, x: float, foot: float) -
     bands = np.where(slant // 6 % 2, paint, CREAM)
     y = foot - height + radius
 
-    canvas.ellipse(x, foot - 0.5, 5, 1.5, (20, 20, 24), opacity=0.5)
+    canvas.ellipse((x, foot - 0.5), (5, 1.5), (20, 20, 24), opacity=0.5)
     canvas.box((x - 2, y, x + 2, foot), (150, 152, 158), SIGN)
     round_plate = rng.random() < 0.5
     for size, color in ((radius, (44, 44, 50)), (radius - 2, bands)):
         if round_plate:
-            canvas.ellipse(x, y, size, size, color, SIGN)
+            canvas.ellipse((x, y), (size, size), color, SIGN)
         else:
             canvas.box((x - size, y - size, x + size, y + size), color, SIGN, radius=2)
