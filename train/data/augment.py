@@ -131,9 +131,8 @@ class UnlabeledTransform:
             labels = resize_labels(mask, (height, width), region)
         item, cuts = {}, {}
         if len(crops) == 2:
-            item["offset"] = torch.tensor(
-                [(pair.top2 - pair.top1) // CELL, (pair.left2 - pair.left1) // CELL]
-            )
+            down, right = pair.top2 - pair.top1, pair.left2 - pair.left1
+            item["offset"] = torch.tensor([down // CELL, right // CELL])
         for number, (top, left, flip) in crops.items():
             y, x = top - top0, left - left0
             cuts[number] = part[:, y : y + crop, x : x + crop]
@@ -147,10 +146,8 @@ class UnlabeledTransform:
                 item[f"truth{number}"] = _flip_and_pad(centers, crop // CELL, flip, IGNORE)
         for name, view in self.views.items():
             if self.photometric and view.color is not None:
-                changes = COLORS[view.color](rng)
-                item[f"changes_{name}"] = _placed(
-                    changes, cuts[view.crop], crop, crops[view.crop][2]
-                )
+                changes, (_, _, flip) = COLORS[view.color](rng), crops[view.crop]
+                item[f"changes_{name}"] = _placed(changes, cuts[view.crop], crop, flip)
             if view.boxes:
                 item[f"boxes_{name}"] = torch.from_numpy(draw_boxes(crop, view.boxes, rng))
         return item
