@@ -35,7 +35,9 @@ def test_nothing_is_timed_where_crops_differ(what, monkeypatch, capsys):
     if what == "cache":
         keep = loader.PixelReader._mapped
         monkeypatch.setattr(
-            loader.PixelReader, "_mapped", lambda *a: None if (p := keep(*a)) is None else p ^ 1
+            loader.PixelReader,
+            "_mapped",
+            lambda *a, **k: None if (pixels := keep(*a, **k)) is None else pixels ^ 1,
         )
     else:
         keep, wanted = loader_baseline.resize, {"image": "RGB", "labels": "L"}[what]

@@ -72,7 +72,7 @@ def test_crops(tmp_path, options: str, view: str, part: str, value: Any) -> None
     def setting(name: str, *options: str) -> Any:
         settings = config.parse(["--dataset", "folder", "--data-dir", "x", *options])
         stream = Stream(settings, World(0, 1, torch.device("cpu")), data, samples, samples)
-        return getattr(getattr(stream, f"_{name}_loader")(0).dataset.transform, part)
+        return getattr(stream._loader(0, unlabeled=name == "unlabeled").dataset.transform, part)
 
     for name in ("labeled", "unlabeled") if view == "both" else (view,):
         assert setting(name, *options.split()) == value != setting(name)

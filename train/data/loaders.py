@@ -7,10 +7,10 @@ depends on nothing else, so neither ranks nor workers nor a resume change what i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,25 @@ def labeled_loader(
 
 
 def unlabeled_loader(
-    samples: Sequence[Sample], data: SegmentationData, transform: UnlabeledTransform, **options: Any
+    samples: Sequence[Sample],
+    data: SegmentationData,
+    transform: UnlabeledTransform,
+    *,
+    with_truth: bool = False,
+    **options: Any,
 ) -> DataLoader:
     """Endless batches of `UnlabeledTransform`'s items, "name" and "skipped" int64 (B,).
 
     An image that cannot be read is replaced by another one, chosen by the position, and counted
-    in "skipped". The option `with_truth` adds the masks' cells, 255 where an image has no usable
-    mask. Otherwise as `labeled_loader`.
+    in "skipped". `with_truth` adds the masks' cells, 255 where an image has no usable mask.
+    Otherwise as `labeled_loader`.
     """
-    return make_loader(_UnlabeledItems, samples, data, transform, **options)
+    items = partial(_UnlabeledItems, with_truth=with_truth)
+    return make_loader(items, samples, data, transform, **options)
 
 
 def make_loader(
-    kind: type[_Items],
+    make_items: Callable[..., Dataset],
     samples: Sequence[Sample],
     data: SegmentationData,
     transform: LabeledTransform | UnlabeledTransform,
@@ -106,7 +112,6 @@ def make_loader(
     workers: int = 0,
     pin_memory: bool = False,
     cache: Path | None = None,
-    with_truth: bool = False,
 ) -> DataLoader:
     """A rank's batches from a step on.
 
@@ -119,7 +124,7 @@ def make_loader(
     if not samples:
         raise InputError("there is no image to train on: the list of images is empty")
     return DataLoader(
-        kind(tuple(samples), PixelReader(data, cache), transform, seed, with_truth),
+        make_items(tuple(samples), PixelReader(data, cache), transform, seed),
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_collate,
@@ -204,7 +209,6 @@ class _Items(Dataset):
     reader: PixelReader
     transform: LabeledTransform | UnlabeledTransform
     seed: int
-    with_truth: bool
 
 
 class _LabeledItems(_Items):
@@ -218,7 +222,10 @@ class _LabeledItems(_Items):
         return {**item, "name": sample.name}
 
 
+@dataclass(frozen=True)
 class _UnlabeledItems(_Items):
+    with_truth: bool
+
     def __getitem__(self, position: int) -> dict[str, Any] | _Failure:
         messages: list[str] = []
         for index in self._candidates(position):

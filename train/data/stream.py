@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from cac_fast.train.batch import Batch, Step
 from cac_fast.train.config import Config
-from cac_fast.train.data import loaders
 from cac_fast.train.data.augment import LabeledTransform, UnlabeledTransform
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.crops import CELL
 from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.data.loaders import batches, labeled_loader, unlabeled_loader
 from cac_fast.train.data.photometric import apply_photometric
 from cac_fast.train.data.views import PAIR, Views, crops_of
 from cac_fast.train.distributed import World
@@ -88,8 +89,9 @@ class Stream:
         Raises:
             RankInputError: a labeled image, or ten unlabeled ones in a row, cannot be used.
         """
-        labeled = self._batches(start)
-        unlabeled = self._batches(start, unlabeled=True) if with_unlabeled else None
+        labeled, unlabeled = batches(self._loader(start)), None
+        if with_unlabeled:
+            unlabeled = batches(self._loader(start, unlabeled=True))
         for iteration in range(start + 1, end + 1):
             before = time.perf_counter()
             try:
@@ -113,7 +115,7 @@ class Stream:
         """The images of one of the last `log_every` iterations on this rank."""
         return [name for number, names in self.recent if number == iteration for name in names]
 
-    def _batches(self, start: int, unlabeled: bool = False) -> Iterator[Batch]:
+    def _loader(self, start: int, unlabeled: bool = False) -> DataLoader:
         data, loss = self.config.data, self.config.loss
         options = {
             "seed": self.config.run.seed,
@@ -134,12 +136,10 @@ class Stream:
                 views=self.views,
             )
             options["with_truth"] = loss.false_negatives
-            loader = loaders.unlabeled_loader(self.unlabeled, self.data, transform, **options)
-        else:
-            sizes = data.crop_size, data.labeled_scale, data.base_size
-            transform = LabeledTransform(*sizes, data.jitter_labeled)
-            loader = loaders.labeled_loader(self.labeled, self.data, transform, **options)
-        return loaders.batches(loader)
+            return unlabeled_loader(self.unlabeled, self.data, transform, **options)
+        sizes = data.crop_size, data.labeled_scale, data.base_size
+        transform = LabeledTransform(*sizes, data.jitter_labeled)
+        return labeled_loader(self.labeled, self.data, transform, **options)
 
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch; images travel as uint8, and change their colors on the device.
