@@ -59,14 +59,15 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def check_kind(name: str, tensor: Tensor, kind: str) -> None:
     """kind: "floating point", "integers" or "bool"."""
-    if tensor.is_floating_point():
+    dtype = tensor.dtype
+    if dtype.is_floating_point:
         found = "floating point"
-    elif tensor.is_complex():
+    elif dtype.is_complex:
         found = "complex"
     else:
-        found = "bool" if tensor.dtype == torch.bool else "integers"
+        found = "bool" if dtype == torch.bool else "integers"
     if found != kind:
-        raise ValueError(f"{name} must be {kind}, not {tensor.dtype}")
+        raise ValueError(f"{name} must be {kind}, not {dtype}")
 
 
 def check_rows(
@@ -109,11 +110,10 @@ def check_features(
 
 
 def check_operands(operands: Operands) -> None:
-    *features_and_labels, active, temperature = operands
-    check_features(*features_and_labels)
+    check_features(*operands[:5])
     anchors = operands.anchors
-    check_rows("active", active, anchors.shape[:1], "bool", anchors.device)
-    check_temperature(temperature)
+    check_rows("active", operands.active, anchors.shape[:1], "bool", anchors.device)
+    check_temperature(operands.temperature)
 
 
 def check_views(
