@@ -74,6 +74,8 @@ class Trainer(RunState):
             sound = self.meters.first_bad < 0 and checkpoint.is_finite(self.method)
             if self.world.size == 1 and sound and not self.in_step:
                 with contextlib.suppress(InputError):  # the first error is the one to mend
+                    if self.meters.steps:
+                        self._read_meters()
                     self._save()
             raise
         finally:
