@@ -104,15 +104,41 @@ def test_all_that_is_named_can_be_ones_own(working_folder: Path) -> None:
     assert network.feature_channels == 128 + 32
 
 
+@pytest.mark.parametrize("place", ["mine.py", "mine/__init__.py", "inner/mine.py"])
+def test_a_file_names_code_of_the_working_folder_alone(working_folder: Path, place: str) -> None:
+    path = working_folder / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("def net(): pass\n")
+    name = place.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    for fine in (f"{name}:net", "lraspp"):
+        NETWORKS.check_own(fine)
+    (working_folder / "torch").mkdir()
+    (working_folder / "torch/hub.py").write_text("def load(): pass\n")
+    for name, file in (("json:loads", "json.py"), ("torch.hub:load", "torch/hub.py")):
+        with pytest.raises(InputError) as error:
+            NETWORKS.check_own(name)
+        one_line(error, f"--network {name}: ", "working folder alone", file)
+
+
+def test_ones_own_code_returns_what_is_used(working_folder: Path) -> None:
+    (working_folder / "mine.py").write_text("def nothing(*arguments): pass\n")
+    with pytest.raises(InputError) as error:
+        build_network("mine:nothing", "resnet18", 3)
+    one_line(error, "--network mine:nothing: it returns a NoneType, not a Segmenter")
+    with pytest.raises(InputError) as error:
+        open_data("mine:nothing", working_folder)
+    one_line(error, "--dataset mine:nothing: it returns a NoneType, not a SegmentationData")
+
+
 def test_ones_own_module_comes_before_the_commands_files(working_folder: Path) -> None:
-    """Python looks first where the command's file is, and that folder has a samples.py too."""
-    (working_folder / "samples.py").write_text("from nowhere import x\n")
-    words = "--dataset samples:x --data-dir . --labeled-share 1/2 --output lists".split()
+    """Python looks first where the command's file is, and that folder has a pictures.py too."""
+    (working_folder / "pictures.py").write_text("from nowhere import x\n")
+    words = "--dataset pictures:x --data-dir . --labeled-share 1/2 --output lists".split()
     done = subprocess.run(
         [sys.executable, ROOT / "train/split.py", *words], capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"No module named 'nowhere', {working_folder}/samples.py line 1" in done.stderr
+    assert f"No module named 'nowhere', {working_folder}/pictures.py line 1" in done.stderr
 
 
 def test_a_method_is_a_method(working_folder: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +17,7 @@ from cac_fast.train.data.images import read_image
 from cac_fast.train.data.inventory import Inventory, Part, Seen, file_warnings, is_dark
 from cac_fast.train.data.layouts import SPLITS, Sample, SegmentationData, open_data
 from cac_fast.train.data.loaders import look_at_samples
+from cac_fast.train.data.threads import in_threads
 from cac_fast.train.errors import InputError, writing
 from cac_fast.train.options import Parser, add_data_options, write_json
 from cac_fast.train.pictures import draw_contact_sheet
@@ -97,10 +96,7 @@ def _look_without_mask(samples: list[Sample], progress: Progress) -> Iterator[Se
         stored_band = forms.header(sample.image).stored_band
         return Seen(sample.name, nothing, stored_band=stored_band, dark=is_dark(image))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for done, one in enumerate(pool.map(look, samples), start=1):
-            yield one
-            progress(done, len(samples))
+    return in_threads(look, samples, progress)
 
 
 if __name__ == "__main__":

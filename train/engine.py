@@ -118,7 +118,7 @@ class Trainer(RunState):
             return steps
         trace = self.folder.path / "trace.json"
         profile = StepProfile(self.config.run.profile, self.world.device, trace, self.log.say)
-        return profile.watch(steps, contrastive=bool(self.method.views))
+        return profile.watch(steps, with_unlabeled=bool(self.method.views))
 
     def _train_step(self, step: Step) -> None:
         with undisturbed():

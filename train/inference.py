@@ -19,6 +19,7 @@ from cac_fast.train.data.images import read_image, to_rgb
 from cac_fast.train.errors import InputError
 from cac_fast.train.networks import build_network
 from cac_fast.train.preprocessing import Preprocessing
+from cac_fast.train.registry import BACKBONES, NETWORKS
 
 SMALLEST_INPUT = 32  # what the networks need, in pixels
 SMALLEST_TILE = 64
@@ -186,6 +187,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Predictor:
             f"checkpoint {path} holds no {error}: it is not one that training wrote"
         ) from error
     try:
+        for registry, name in zip((NETWORKS, BACKBONES), names, strict=True):
+            registry.check_own(name)
         network = build_network(*names, len(classes), dropout=False)
     except InputError as error:
         raise InputError(f"checkpoint {path} was made with {error}") from error

@@ -56,15 +56,15 @@ class StepProfile:
     ) -> None:
         self.count, self.device, self.path, self.say = count, device, path, say
 
-    def watch(self, steps: Iterator[Step], contrastive: bool) -> Iterator[Step]:
-        """Hand on `steps`. `contrastive`: wait for those with unlabeled images."""
-        missing = yield from _some(steps, WARM_UP, contrastive)
+    def watch(self, steps: Iterator[Step], with_unlabeled: bool) -> Iterator[Step]:
+        """Hand on `steps`. `with_unlabeled`: wait for those that have unlabeled images."""
+        missing = yield from _some(steps, WARM_UP, with_unlabeled)
         if not missing:
             parts = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
             parts = parts if self.device.type == "cuda" else parts[:1]
             with profile(activities=parts) as profiler, clocked(self.device) as clock:
                 began = _settled(self.device)
-                missing = yield from _some(steps, self.count, contrastive)
+                missing = yield from _some(steps, self.count, with_unlabeled)
                 seconds = _settled(self.device) - began
         if missing:
             self.say(f"the run was too short to profile {self.count} steps: no trace")
@@ -80,11 +80,11 @@ class StepProfile:
         yield from steps
 
 
-def _some(steps: Iterator[Step], count: int, contrastive: bool) -> Generator[Step, None, int]:
+def _some(steps: Iterator[Step], count: int, with_unlabeled: bool) -> Generator[Step, None, int]:
     """Hand on steps until `count` of them have counted; return how many are missing."""
     for step in steps:
         yield step
-        count -= step.unlabeled is not None or not contrastive
+        count -= step.unlabeled is not None or not with_unlabeled
         if not count:
             break
     return count

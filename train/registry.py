@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cac_fast.train.errors import InputError, did_you_mean
@@ -79,6 +80,24 @@ class Registry:
         _, slash, rest = name.partition("/")
         arguments = (rest,) if slash else entry.arguments
         return partial(found, *arguments) if arguments else found
+
+    def check_own(self, name: str) -> None:
+        """Raise InputError for code outside the project that is not the working folder's.
+
+        For names that stand in a file: it is not to choose among all functions that Python finds.
+        """
+        module, _, _ = name.partition(":")
+        if self.entry(name).where != name:
+            return
+        self.load(name)
+        path = Path(module.replace(".", os.sep))
+        files = path.with_suffix(".py"), path / "__init__.py"
+        found = Path(sys.modules[module].__file__ or "").resolve()
+        if found not in [file.resolve() for file in files]:
+            raise InputError(
+                f"{self.option} {name}: a name in a file stands for code of the working folder "
+                f"alone, and {files[0]} is not there: start in the folder that holds it"
+            )
 
     def describe(self) -> str:
         """All names and what they are, for a help text."""

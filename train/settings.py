@@ -244,7 +244,7 @@ class Config:
 
     @property
     def num_warmup(self) -> int:
-        """Iterations before the contrastive loss starts."""
+        """Iterations before unlabeled images take part."""
         return self.optim.iterations // 16 if self.loss.warmup is None else self.loss.warmup
 
     @property
@@ -258,12 +258,13 @@ class Config:
         """The folder that holds the run."""
         if self.run.output is not None:
             return Path(self.run.output)
-        share, model = self.data.labeled_share or "all", self.model
+        share = (self.data.labeled_share or "all").replace("/", "_")
         if self.data.labeled is not None:
             share = f"{Path(self.data.labeled).parent.name}_{Path(self.data.labeled).stem}"
-        name = f"{self.data.dataset}-{self.loss.method}-{model.network}-{model.backbone}-{share}"
-        name += f"-list{self.data.data_list}-seed{self.run.seed}"
-        return Path("runs") / re.sub("[:/]", "_", name)
+        model = self.model
+        names = f"{self.data.dataset}-{self.loss.method}-{model.network}-{model.backbone}"
+        numbers = f"list{self.data.data_list}-seed{self.run.seed}"
+        return Path("runs") / f"{re.sub('[:/]', '_', names)}-{share}-{numbers}"
 
 
 GROUPS = typing.get_type_hints(Config)

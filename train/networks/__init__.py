@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cac_fast.train.errors import InputError
 from cac_fast.train.networks.recompute import in_slices
 from cac_fast.train.networks.segmenter import Segmenter, freeze_batch_norm, upsample_logits
 from cac_fast.train.networks.sync_batch_norm import synchronize_batch_norm
@@ -27,6 +28,11 @@ def build_network(network: str, backbone: str, num_classes: int, dropout: bool =
     depend on it.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or code outside the project that returns something else.
     """
-    return NETWORKS.load(network)(backbone, num_classes, dropout)
+    built = NETWORKS.load(network)(backbone, num_classes, dropout)
+    if not isinstance(built, Segmenter):
+        raise InputError(
+            f"--network {network}: it returns a {type(built).__name__}, not a Segmenter"
+        )
+    return built

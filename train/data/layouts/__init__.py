@@ -67,7 +67,8 @@ def open_data(dataset: str, data_dir: Path | None) -> SegmentationData:
 
     Raises:
         InputError: the folder or a part of it is missing, its classes.txt or a list in it is
-            malformed, or it holds no training image; there is no such layout.
+            malformed, or it holds no training image; there is no such layout, or code outside the
+            project returns something else.
     """
     open_layout, made_in = LAYOUTS.load(dataset), LAYOUTS.entry(dataset).made_in
     if made_in is None and data_dir is None:
@@ -75,7 +76,12 @@ def open_data(dataset: str, data_dir: Path | None) -> SegmentationData:
     root = Path(made_in if data_dir is None else data_dir)
     if made_in is None and not root.is_dir():
         raise InputError(f"the data folder {root} does not exist: correct --data-dir")
-    return open_layout(root)
+    data = open_layout(root)
+    if not isinstance(data, SegmentationData):
+        raise InputError(
+            f"--dataset {dataset}: it returns a {type(data).__name__}, not a SegmentationData"
+        )
+    return data
 
 
 def paired_samples(images: dict[str, Path], masks: dict[str, Path]) -> tuple[Sample, ...]:
