@@ -249,7 +249,8 @@ def test_two_processes_give_the_course_of_one(name, folder_data, tmp_path, monke
     use(name, monkeypatch)
     run(folder_data, tmp_path / "one", "--no-dropout")
     arguments = name, folder_data, tmp_path
-    torch.multiprocessing.start_processes(as_rank, arguments, nprocs=2, start_method="fork")
+    # Not forked: autograd may have threads by now, which a fork does not have.
+    torch.multiprocessing.start_processes(as_rank, arguments, nprocs=2, start_method="spawn")
     assert_same_course(name, tmp_path / "one", tmp_path / "two")
 
 

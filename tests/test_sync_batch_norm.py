@@ -81,7 +81,8 @@ def as_rank(rank: int, folder: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two processes found of its half of the batch."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(as_rank, (folder,), nprocs=2, start_method="fork")
+    # Not forked: autograd may have threads by now, which a fork does not have.
+    torch.multiprocessing.start_processes(as_rank, (folder,), nprocs=2, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
