@@ -206,7 +206,7 @@ def test_a_run_tells_of_dark_images_without_a_mask(tmp_path, monkeypatch, method
     (root / "images/train/broken.png").write_bytes(b"no image")
     write_image(root / "images/train/plain.png")
     read: list[str] = []
-    monkeypatch.setattr(opening, "MOST_READ", most)
+    monkeypatch.setattr(opening, "MAX_DECODED", most)
     monkeypatch.setattr(
         opening, "read_image", lambda path: read.append(path.stem) or read_image(path)
     )

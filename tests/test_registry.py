@@ -118,6 +118,9 @@ def test_a_file_names_code_of_the_working_folder_alone(working_folder: Path, pla
         with pytest.raises(InputError) as error:
             NETWORKS.check_own(name)
         one_line(error, f"--network {name}: ", "working folder alone", file)
+    with pytest.raises(InputError, match="working folder alone"):
+        NETWORKS.check_own("antigravity:geohash")
+    assert "antigravity" not in sys.modules  # it opens a browser
 
 
 def test_ones_own_code_returns_what_is_used(working_folder: Path) -> None:
@@ -125,6 +128,9 @@ def test_ones_own_code_returns_what_is_used(working_folder: Path) -> None:
     with pytest.raises(InputError) as error:
         build_network("mine:nothing", "resnet18", 3)
     one_line(error, "--network mine:nothing: it returns a NoneType, not a Segmenter")
+    with pytest.raises(InputError) as error:
+        build_network("pspnet", "mine:nothing", 3)
+    one_line(error, "--backbone mine:nothing: it returns a NoneType, not an Encoder")
     with pytest.raises(InputError) as error:
         open_data("mine:nothing", working_folder)
     one_line(error, "--dataset mine:nothing: it returns a NoneType, not a SegmentationData")

@@ -172,8 +172,8 @@ def test_profile(tmp_path) -> None:
     with_unlabeled = Step({}, {}, 0.0)
     steps = iter([Step({}, None, 0.0)] * 9 + [with_unlabeled] * 9)
     handed_on = 0
-    for handed_on, item in enumerate(profile.watch(steps, contrastive=True), start=1):
-        assert trace.exists() == (handed_on > 9 + profiling.WARM_UP + 2)
+    for handed_on, item in enumerate(profile.watch(steps, with_unlabeled=True), start=1):
+        assert trace.exists() == (handed_on > 9 + profiling.WARM_UP_STEPS + 2)
         with profiling.phase("loss" if item is with_unlabeled else "warm-up"):
             torch.ones(10).sum()
     assert handed_on == 18
@@ -209,6 +209,6 @@ def test_waiting_for_data_and_moving_it_are_two_phases(folder_data) -> None:
 def test_profile_of_a_run_that_is_too_short(tmp_path) -> None:
     said: list[str] = []
     profile = profiling.StepProfile(2, torch.device("cpu"), tmp_path / "trace.json", said.append)
-    assert len(list(profile.watch(iter([Step({}, None, 0.0)] * 6), contrastive=False))) == 6
+    assert len(list(profile.watch(iter([Step({}, None, 0.0)] * 6), with_unlabeled=False))) == 6
     assert said == ["the run was too short to profile 2 steps: no trace"]
     assert not (tmp_path / "trace.json").exists()

@@ -23,7 +23,7 @@ from cac_fast.train.options import Parser, add_data_options, write_json
 from cac_fast.train.pictures import draw_contact_sheet
 from cac_fast.train.progress import Progress, show_progress, warn
 
-MOST_BROKEN = 20
+MAX_SHOWN_BROKEN = 20
 """Unusable files that are named one by one."""
 
 
@@ -53,7 +53,7 @@ def _check(options: argparse.Namespace) -> None:
     print(inventory.table())
     for message in inventory.warnings():
         warn(message)
-    for message in broken[:MOST_BROKEN]:
+    for message in broken[:MAX_SHOWN_BROKEN]:
         warn(f"cannot be used: {message}")
     write_json(options.json, inventory.as_json() | {"broken": broken})
     if options.sheet is not None:

@@ -21,7 +21,7 @@ from cac_fast.train.networks import build_network
 from cac_fast.train.preprocessing import Preprocessing
 from cac_fast.train.registry import BACKBONES, NETWORKS
 
-SMALLEST_INPUT = 32  # what the networks need, in pixels
+MIN_INPUT_SIDE = 32  # what the networks need, in pixels
 SMALLEST_TILE = 64
 LARGEST_MARGIN = 128
 # The networks' largest stride: tiles start at multiples of it, on the whole image's feature grid.
@@ -235,7 +235,7 @@ def _picture(image: Picture) -> Image.Image | Tensor:
 
 
 def _missing(length: int, multiple: int) -> int:
-    return max(SMALLEST_INPUT, -(-length // multiple) * multiple) - length
+    return max(MIN_INPUT_SIDE, -(-length // multiple) * multiple) - length
 
 
 def _cut(image: Image.Image | Tensor, rows: Window, columns: Window) -> Tensor:

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from cac_fast.train.batch import Step
 
-WARM_UP = 5  # steps; the first ones choose algorithms, compile and allocate
+WARM_UP_STEPS = 5  # steps; the first ones choose algorithms, compile and allocate
 
 _clock: Clock | None = None
 
@@ -44,8 +44,8 @@ def clocked(device: torch.device) -> Iterator[Clock]:
 class StepProfile:
     """Profiles `count` steps of a run, which goes on unchanged (but slower) meanwhile.
 
-    It begins `WARM_UP` steps after the unlabeled images, or for a method without them after the
-    first step. `path` gets the Chrome trace. `say` gets one line: milliseconds a step, and each
+    It begins `WARM_UP_STEPS` steps after the unlabeled images, or for a method without them after
+    the first step. `path` gets the Chrome trace. `say` gets one line: milliseconds a step, and each
     phase's share of them, in time of the device. "data wait" is what the loaders kept the step
     waiting; "to device" the copies there, color changes and normalization. The rest is what has
     no name: logging, and evaluations that fell due.
@@ -58,7 +58,7 @@ class StepProfile:
 
     def watch(self, steps: Iterator[Step], with_unlabeled: bool) -> Iterator[Step]:
         """Hand on `steps`. `with_unlabeled`: wait for those that have unlabeled images."""
-        missing = yield from _some(steps, WARM_UP, with_unlabeled)
+        missing = yield from _some(steps, WARM_UP_STEPS, with_unlabeled)
         if not missing:
             parts = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
             parts = parts if self.device.type == "cuda" else parts[:1]

@@ -89,14 +89,16 @@ class Registry:
         module, _, _ = name.partition(":")
         if self.entry(name).where != name:
             return
-        self.load(name)
         path = Path(module.replace(".", os.sep))
-        files = path.with_suffix(".py"), path / "__init__.py"
-        found = Path(sys.modules[module].__file__ or "").resolve()
-        if found not in [file.resolve() for file in files]:
+        files = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+        if files:
+            self.load(name)  # Python may find another file of this name
+            found = Path(sys.modules[module].__file__ or "")
+            files = [file for file in files if file.resolve() == found.resolve()]
+        if not files:
             raise InputError(
                 f"{self.option} {name}: a name in a file stands for code of the working folder "
-                f"alone, and {files[0]} is not there: start in the folder that holds it"
+                f"alone, and {path}.py is not there: start in the folder that holds it"
             )
 
     def describe(self) -> str:

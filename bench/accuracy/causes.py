@@ -45,9 +45,9 @@ from lib.measure import command_line, facts, progress, write_record
 
 ALONE = World(0, 1, torch.device("cpu"))
 CROPS, BATCH = 128, 8
-STEPS = 16
+NUM_BATCHES = 16
 """Batches of pairs."""
-KNOWN = 0.1
+KNOWN_FROM_IOU = 0.1
 """IoU from which on a class counts as known."""
 
 
@@ -97,7 +97,7 @@ def taught(method: CAC, stream: Stream, known: bool) -> dict[str, float]:
         return contrast(*arguments)
 
     method.contrast = kept
-    for step in stream.steps(0, STEPS, with_unlabeled=True):
+    for step in stream.steps(0, NUM_BATCHES, with_unlabeled=True):
         loss_ce, finish = forward(step.labeled, step.unlabeled)
         dc = finish()
         for place, loss in enumerate((loss_ce, method.weight * dc.loss)):
@@ -150,7 +150,7 @@ def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
             result = evaluate(network, data.splits[split], data, ALONE, workers=0)
             found[name] = 100 * result["miou"]
             if name == "val":
-                found["classes known"] = sum((iou or 0) > KNOWN for iou in result["iou"])
+                found["classes known"] = sum((iou or 0) > KNOWN_FROM_IOU for iou in result["iou"])
     if config.loss.method != "cac":
         return found
     # As it learned, with dropout, which a loaded network is without.

@@ -20,7 +20,7 @@ from cac_fast.train.data.crops import CELL, draw_box, draw_pair, draw_size, whol
 from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.photometric import draw_jitter, set_place
 from cac_fast.train.data.views import COLORS, PAIR, Views, crops_of, draw_boxes
-from cac_fast.train.errors import InputError
+from cac_fast.train.errors import check_crop
 from cac_fast.train.preprocessing import IMAGENET_MEAN
 
 Pixels = Image.Image | np.ndarray
@@ -31,7 +31,7 @@ PADDING_COLOR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 SHIFTS_PER_PIXEL = 512
 """PyTorch resizes a part as if it began up to 1/512 of a source pixel beside where it does: at most
 half a level of 255, where black meets white."""
-WORTH = 2.5
+WORTHWHILE_EXCESS = 2.5
 """So many times the wanted places PyTorch may resize: as many times as it is faster than Pillow."""
 
 
@@ -55,7 +55,7 @@ class LabeledTransform:
     jitter: bool = False
 
     def __post_init__(self) -> None:
-        check_crop(self.crop)
+        check_crop(self.crop, CELL)
 
     def __call__(
         self, image: Pixels, mask: np.ndarray, rng: np.random.Generator
@@ -103,7 +103,7 @@ class UnlabeledTransform:
     views: Views = field(default_factory=lambda: PAIR)
 
     def __post_init__(self) -> None:
-        check_crop(self.crop)
+        check_crop(self.crop, CELL)
 
     def __call__(
         self, image: Pixels, mask: np.ndarray | None, rng: np.random.Generator
@@ -153,15 +153,6 @@ class UnlabeledTransform:
         return item
 
 
-def check_crop(crop: int) -> None:
-    """Raise InputError if `crop` is not a positive multiple of 8."""
-    if crop < CELL or crop % CELL:
-        low = max(crop // CELL, 1) * CELL
-        raise InputError(
-            f"the crop size {crop} is not a multiple of {CELL}: use {low} or {low + CELL}"
-        )
-
-
 def image_size(image: Pixels) -> tuple[int, int]:
     """Height and width."""
     return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
@@ -178,7 +169,7 @@ def resize_part(image: Pixels, size: tuple[int, int], box: tuple[int, int, int, 
     sizes = zip(image_size(image), size, zip(box[:2], box[2:], strict=True), strict=True)
     y, x = (_source(old, new, first, last) for old, new, (first, last) in sizes)
     height, width = box[2] - box[0], box[3] - box[1]
-    if y.places * x.places > WORTH * height * width:
+    if y.places * x.places > WORTHWHILE_EXCESS * height * width:
         return _resize_within(image, size, box)
     planes = _pixels(image, y.low, x.low, y.high, x.high)
     # Behind `interpolate(antialias=True)`, which does not take both a size and a scale.

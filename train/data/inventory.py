@@ -14,7 +14,7 @@ from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.names import some
 
-MOSTLY = 0.5
+LARGE_IGNORED_SHARE = 0.5
 """Share of ignored pixels above which a warning is due."""
 
 _DARK = 16
@@ -215,7 +215,7 @@ def _class_warnings(part: Part, data: SegmentationData) -> list[str]:
                 f"{len(binary)} {part.name} masks hold 0 and {IGNORE} alone, and {IGNORE} is "
                 f"ignored: if it is '{data.classes[1]}', write 1 ({some(binary)})"
             )
-    if part.ignored > MOSTLY:
+    if part.ignored > LARGE_IGNORED_SHARE:
         found.append(f"{_percent(part.ignored)} of the pixels of the {part.name} masks are ignored")
     return found
 

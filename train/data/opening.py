@@ -20,7 +20,7 @@ from cac_fast.train.data.threads import in_threads
 from cac_fast.train.errors import InputError
 from cac_fast.train.progress import show_progress
 
-MOST_READ = 64
+MAX_DECODED = 64
 """Unlabeled images of 16 bits that are read whole before the first step."""
 
 
@@ -76,7 +76,7 @@ def _unlabeled_warnings(samples: list[Sample], data: SegmentationData) -> list[s
     paths, progress = [one.image for one in samples], show_progress("looking at unlabeled images")
     headers = list(in_threads(forms.header, paths, progress))
     wide = [sample for sample, one in zip(samples, headers, strict=True) if one.wide]
-    read = wide[:: -(-len(wide) // MOST_READ) or 1]
+    read = wide[:: -(-len(wide) // MAX_DECODED) or 1]
     dark = {sample for sample, one in zip(read, in_threads(_is_dark, read), strict=True) if one}
     seen = [
         Seen(sample.name, np.zeros(256, np.int64), None, one.stored_band, sample in dark)

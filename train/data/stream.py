@@ -69,6 +69,7 @@ class Stream:
             world.device.type == "cuda" or _is_light(config)
         )
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.mean = self.std = torch.empty(0)
         self.prepare_for(Preprocessing())
 
     def prepare_for(self, expected: Preprocessing) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torchvision
 from torch import Tensor, nn
 
+from cac_fast.train.errors import InputError
 from cac_fast.train.networks.encoder import Encoder
 from cac_fast.train.registry import BACKBONES
 
@@ -94,9 +95,12 @@ def build_backbone(name: str, output_stride: int, low_stride: int) -> Encoder:
     their `low_channels` and `high_channels`, and `blocks()`.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or code outside the project that returns something else.
     """
-    return BACKBONES.load(name)(output_stride, low_stride)
+    built = BACKBONES.load(name)(output_stride, low_stride)
+    if not isinstance(built, Encoder):
+        raise InputError(f"--backbone {name}: it returns a {type(built).__name__}, not an Encoder")
+    return built
 
 
 def _dilate_stages(

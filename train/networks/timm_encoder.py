@@ -17,7 +17,7 @@ from cac_fast.train.networks.weights import bare, floats, is_run
 from cac_fast.train.preprocessing import Preprocessing
 
 _FAMILIES = "resnet, resnetv2, regnet, efficientnet, mobilenetv3, mobilenetv4, convnext, xception"
-_PROBE = 40
+_PROBE_SIDE = 40
 """Side of an image, in pixels, on which strides of 16 that round up and down differ."""
 
 
@@ -118,10 +118,10 @@ class TimmEncoder(Encoder):
         Raises:
             KeyError: a map has neither this stride nor this one rounded down.
         """
-        _, high = self.net.eval()(torch.zeros(1, 3, _PROBE, _PROBE))
+        _, high = self.net.eval()(torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE))
         self.net.train()
         default = Preprocessing().multiple
-        return {_PROBE // stride: stride, -(-_PROBE // stride): default}[high.shape[-1]]
+        return {_PROBE_SIDE // stride: stride, -(-_PROBE_SIDE // stride): default}[high.shape[-1]]
 
 
 def _import_timm() -> ModuleType:
