@@ -29,7 +29,7 @@ def test_entries(registry: Registry) -> None:
 
 
 def test_presets_are_settings() -> None:
-    for entry in LAYOUTS.entries.values():
+    for entry in (*LAYOUTS.entries.values(), *METHODS.entries.values()):
         assert entry.preset.keys() <= FIELDS.keys()
 
 

@@ -25,6 +25,8 @@ IMAGES = 4
 class Backbone(Encoder):
     """Two blocks; counts how often they run."""
 
+    low_channels = high_channels = 8
+
     def __init__(self) -> None:
         super().__init__()
         self.low = nn.Sequential(nn.AvgPool2d(4), conv_bn_relu(3, 8, 3))

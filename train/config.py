@@ -22,7 +22,7 @@ from typing import Any
 from cac_fast.checks import check_temperature
 from cac_fast.train.errors import InputError, check_crop, did_you_mean
 from cac_fast.train.options import Parser
-from cac_fast.train.registry import LAYOUTS, Registry
+from cac_fast.train.registry import LAYOUTS, METHODS, Registry
 from cac_fast.train.settings import FIELDS, TYPES, Config
 
 __all__ = ["Config", "differences", "parse"]
@@ -40,7 +40,7 @@ FREE = frozenset(
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Read the command line of `train/main.py`.
 
-    Later sources win: defaults, the data set's preset, `--config` TOML, flags.
+    Later sources win: defaults, the method's preset, the data set's, `--config` TOML, flags.
 
     Raises:
         InputError: an unknown option or key (with the nearest match), or an impossible value.
@@ -56,7 +56,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     if not values.get("dataset"):
         raise InputError(f"--dataset is needed: {', '.join(LAYOUTS.names)}")
     layout = LAYOUTS.entry(values["dataset"])
-    config = Config.of(**layout.preset | values)
+    method = METHODS.entry(Config.of(**layout.preset | values).loss.method)
+    config = Config.of(**method.preset | layout.preset | values)
     if layout.made_in is None and config.data.data_dir is None:
         raise InputError(f"--data-dir is needed for --dataset {config.data.dataset}")
     for name, value in config.flat().items():
@@ -99,7 +100,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="train/main.py",
         description="Train a segmentation network, semi-supervised with CAC or supervised.",
-        epilog="Presets of the data sets, in place of the defaults: " + _preset_text(),
+        epilog="Presets of methods and data sets, in place of the defaults: " + _preset_text(),
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -121,8 +122,8 @@ def _parser() -> Parser:
 
 def _preset_text() -> str:
     return "; ".join(
-        f"{dataset}: " + ", ".join(f"{name} {value}" for name, value in entry.preset.items())
-        for dataset, entry in LAYOUTS.entries.items()
+        f"{key}: " + ", ".join(f"{name} {value}" for name, value in entry.preset.items())
+        for key, entry in (METHODS.entries | LAYOUTS.entries).items()
         if entry.preset
     )
 

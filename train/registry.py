@@ -26,7 +26,8 @@ class Entry:
     where: `module:attribute`.
     help: one line.
     arguments: given to it before all others.
-    preset: of a data layout: settings in place of the defaults, by their flat names.
+    preset: of a data layout or method: settings in place of the defaults, by their flat names; the
+        layout's win.
     made_in: of a data layout that the program makes itself: in this folder if no other is given.
     """
 
@@ -159,6 +160,9 @@ _TOYCITY = {
     "eval_every": 50,
 }
 
+# Strong views share batch statistics with the labeled images, and learning starts with both.
+_FIXMATCH = {"forward": "joint", "warmup": 0, "dc_weight": 0.0}
+
 # A layout is a function of its folder that returns `data.layouts.SegmentationData`.
 LAYOUTS = Registry(
     "--dataset",
@@ -204,6 +208,9 @@ METHODS = Registry(
     "--method",
     {
         "cac": Entry(f"{_METHODS}.cac:CAC", "context-aware consistency"),
+        "fixmatch": Entry(
+            f"{_METHODS}.fixmatch:FixMatch", "weak to strong, UniMatch too", preset=_FIXMATCH
+        ),
         "supervised": Entry(f"{_METHODS}.supervised:Supervised", "the labeled images alone"),
     },
 )

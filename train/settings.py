@@ -26,6 +26,7 @@ POSITIVE = Check(lambda value: value > 0, "must be positive")
 NOT_NEGATIVE = Check(lambda value: value >= 0, "must not be negative")
 BELOW_1 = Check(lambda value: value < 1, "must be below 1")
 BELOW_2_32 = Check(lambda value: value < 2**32, "must be below 2**32")
+ONE_OR_TWO = Check(lambda value: value in (1, 2), "must be 1 or 2")
 CONFIDENCE = Check(lambda value: value <= 1, "a confidence is at most 1")
 POSITIVE_RANGE = Check(
     lambda ends: 0 < ends[0] <= ends[1], "give two positive numbers, lower first"
@@ -189,6 +190,25 @@ class LossSettings:
     )
     false_negatives: bool = setting(
         False, "measure the share of false negatives (Fig. 6); reads the unlabeled images' masks"
+    )
+    unsupervised_weight: float = setting(
+        1.0, "fixmatch: weight of the loss by pseudo labels", NOT_NEGATIVE
+    )
+    confidence: float = setting(
+        0.95, "fixmatch: confidence that a pseudo label needs; above 1: none has it", NOT_NEGATIVE
+    )
+    ema_decay: float = setting(
+        0.996,
+        "fixmatch: share that the averaged teacher keeps in a step; 0: the student itself",
+        NOT_NEGATIVE,
+        BELOW_1,
+    )
+    strong_views: int = setting(1, "fixmatch: strong views of an image; UniMatch: 2", ONE_OR_TWO)
+    feature_dropout: str = setting(
+        "none",
+        "fixmatch: channel (UniMatch V1): the weak view once more, with channels dropped; "
+        "complementary (V2): each of two strong views lacks the channels that the other one has",
+        choices=("none", "channel", "complementary"),
     )
 
 
