@@ -153,8 +153,11 @@ def join(slices: Iterable[Projected]) -> Projected:
 def _verified(loss: DirectionalContrastiveLoss, world: World, dtype: torch.dtype) -> Verification:
     """Compare the loss with float64 on every rank's device, now and not at the first step with it.
 
-    Returns what was found of the back end that all ranks are to use. Raises ValueError for one that
-    is not there, and InputError on all ranks where one of them finds it wrong.
+    Returns what was found of the back end that all ranks are to use.
+
+    Raises:
+        ValueError: it is not there.
+        InputError: one of the ranks finds it wrong; raised on all.
     """
     backend, of = loss.backend, (loss.bank.dim, loss.temperature)
     if backend == "auto":
