@@ -200,20 +200,22 @@ def test_arms_differ_in_masks_and_weight(
     words = ["--lists", tmp_path / "splits/{list}/dusk", "--arms", ",".join(ARMS)]
     arguments = [*trainer.words, *words, "--seeds", "3", "--", "--dc-weight", "0.2"]
     assert compare.compare(compare.parse([str(word) for word in arguments])) == 0
-    supervised, supervised_all, control, cac = commands
+    supervised, supervised_all, control, cac, fixmatch, both = commands
     assert [value(command, "--method") for command in commands] == [
         *["supervised"] * 2,
         *["cac"] * 2,
+        *["fixmatch"] * 2,
     ]
     labeled = tmp_path / "splits/1/dusk/labeled.txt"  # 3 modulo 2
-    for command in (supervised, control, cac):
+    for command in (supervised, control, cac, fixmatch, both):
         assert value(command, "--labeled") == str(labeled)
         assert value(command, "--unlabeled") == str(labeled.with_name("unlabeled.txt"))
     assert "--unlabeled" not in supervised_all
     assert Path(value(supervised_all, "--labeled")).read_text().split() == ["a1", "b", "c"]
     assert control[-4:] == ["--dc-weight", "0.2", "--dc-weight", "0"]
     assert cac[-2:] == ["--dc-weight", "0.2"]
-    assert [run["share"] for run in trainer.record()["runs"]] == ["dusk"] * 4
+    assert fixmatch[-2:] == ["--dc-weight", "0"] and both[-2:] == ["--dc-weight", "0.1"]
+    assert [run["share"] for run in trainer.record()["runs"]] == ["dusk"] * 6
     with pytest.raises(InputError) as error:
         compare.compare(compare.parse([*map(str, arguments[:-5]), "--lists", "nowhere"]))
     one_line(error, "--lists", "nowhere", "labeled.txt")

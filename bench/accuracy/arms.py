@@ -24,6 +24,6 @@ ARMS = {
     "supervised_all": Arm("supervised", "tab:green", all_masks=True),
     "control": Arm("cac", "tab:orange", more=("--dc-weight", "0")),
     "cac": Arm("cac", "tab:blue"),
-    "fixmatch": Arm("fixmatch", "tab:red"),
+    "fixmatch": Arm("fixmatch", "tab:red", more=("--dc-weight", "0")),
     "fixmatch_cac": Arm("fixmatch", "tab:purple", more=("--dc-weight", "0.1")),
 }
