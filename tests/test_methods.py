@@ -32,8 +32,12 @@ toys = pytest.mark.parametrize("name", TOYS)
 
 def use(name: str, patch: pytest.MonkeyPatch) -> None:
     """Let trainers have this method on the tiny network."""
+    use_class(TOYS[name], patch)
+
+
+def use_class(kind: type[Method], patch: pytest.MonkeyPatch) -> None:
     patch.setattr(run_state, "build_network", tiny_network)
-    patch.setattr(run_state, "method_class", lambda _: TOYS[name])
+    patch.setattr(run_state, "method_class", lambda _: kind)
 
 
 def trainer(data: Path, output: Path, *more: str, world: World = CPU) -> engine.Trainer:
@@ -234,12 +238,13 @@ def test_a_step_that_overflows_changes_no_weight(name, folder_data, tmp_path, mo
     assert (name == "teacher") == any(item.startswith("teacher") for item in changed)
 
 
-def as_rank(rank: int, name: str, data: Path, folder: Path) -> None:
-    torch.set_num_threads(1)  # a forked process must not use the threads of its parent
+def as_rank(rank: int, kind: type[Method], options: list[str], data: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
-        use(name, patch)
+        use_class(kind, patch)
+        patch.setitem(globals(), "OPTIONS", options)
         run(data, folder / "two", "--no-dropout", world=World(rank, 2, torch.device("cpu")))
     dist.destroy_process_group()
 
@@ -248,7 +253,7 @@ def as_rank(rank: int, name: str, data: Path, folder: Path) -> None:
 def test_two_processes_give_the_course_of_one(name, folder_data, tmp_path, monkeypatch):
     use(name, monkeypatch)
     run(folder_data, tmp_path / "one", "--no-dropout")
-    arguments = name, folder_data, tmp_path
+    arguments = TOYS[name], OPTIONS, folder_data, tmp_path
     # Not forked: autograd may have threads by now, which a fork does not have.
     torch.multiprocessing.start_processes(as_rank, arguments, nprocs=2, start_method="spawn")
     assert_same_course(name, tmp_path / "one", tmp_path / "two")
