@@ -144,6 +144,14 @@ class LossSettings:
     warmup: int | None = setting(
         None, "iterations with the supervised loss alone (default: 1/16 of all)", NOT_NEGATIVE
     )
+    dc_ramp: int = setting(
+        0, "iterations after the warm-up in which lambda rises from 0 to --dc-weight", NOT_NEGATIVE
+    )
+    averaged_labels: bool = setting(
+        False,
+        "cac: confidence and pseudo labels of the crops from an averaged copy of the network, in "
+        "evaluation mode (--ema-decay)",
+    )
     temperature: float = setting(0.1, "tau, by which the loss divides cosines")
     threshold: float = setting(
         0.75, "gamma, confidence that a positive must exceed", NOT_NEGATIVE, CONFIDENCE
@@ -199,7 +207,8 @@ class LossSettings:
     )
     ema_decay: float = setting(
         0.996,
-        "fixmatch: share that the averaged teacher keeps in a step; 0: the student itself",
+        "fixmatch and --averaged-labels: share that the averaged network keeps in a step; 0: it is "
+        "the network itself",
         NOT_NEGATIVE,
         BELOW_1,
     )

@@ -57,7 +57,8 @@ class ContrastiveMethod(Method):
         contrastive: bool = True,
     ) -> None:
         super().__init__(networks, world, config, dtype)
-        self.weight = config.loss.dc_weight
+        self.full_weight, self.ramp = config.loss.dc_weight, config.loss.dc_ramp
+        self.warmup = config.num_warmup
         self.joint = config.loss.forward == "joint"
         self.projector: nn.Module = nn.Identity()
         self.bank: FeatureBank | None = None
@@ -103,14 +104,23 @@ class ContrastiveMethod(Method):
             raise InputError(f"--dc-backend {config.loss.dc_backend}: {error}; use auto") from error
         return method
 
+    @property
+    def weight(self) -> float:
+        """Lambda in this step; k / (n + 1) of its full value in the k-th step of a ramp of n."""
+        done = self.iteration - self.warmup + 1
+        return self.full_weight * min(1, done / (self.ramp + 1))
+
     def set_unlabeled(self, used: bool) -> None:
         self.projector.requires_grad_(used)
 
     def view(self, features: Tensor) -> Projected:
         """Projected features (B, D, h, w) and logits (B, K, h, w), at 1/8 of the crop, of E's."""
-        if self.network.feature_stride == 4:
-            features = F.avg_pool2d(features, 2)
+        features = self.at_stride_8(features)
         return self.projector(features), self.network.classify(features)
+
+    def at_stride_8(self, features: Tensor) -> Tensor:
+        """E's features (B, C, h, w) at 1/8 of the crop."""
+        return F.avg_pool2d(features, 2) if self.network.feature_stride == 4 else features
 
     def contrast(self, view1: Projected, view2: Projected, unlabeled: Batch) -> Finish:
         """Start the contrastive loss of two views of a batch; return what ends it."""
