@@ -188,6 +188,27 @@ def value(command: list[str], option: str) -> str:
     return command[command.index(option) + 1]
 
 
+def test_a_variant_is_an_arm_with_more_options(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("light", "lighter"):
+        monkeypatch.setitem(ARMS, name, ARMS["control"])
+        del ARMS[name]  # both are gone again after the test
+    commands = scoring(monkeypatch, trainer)
+    variants = ["--variant", "light=cac --dc-weight 0.01", "--variant", "lighter=light --warmup 0"]
+    words = [*trainer.words, "--arms", "supervised", *variants, "--seeds", "0"]
+    for _ in range(2):  # the second call finds them in the record
+        assert compare.compare(compare.parse([*words, "--", "--iterations", "4"])) == 0
+    assert [run["method"] for run in trainer.record()["runs"]] == ["supervised", "light", "lighter"]
+    assert trainer.record()["summary"][0]["lighter_gain"] == 0
+    ends = [command[command.index("4") + 1 :] for command in commands[:3]]
+    assert ends == [[], ["--dc-weight", "0.01"], ["--dc-weight", "0.01", "--warmup", "0"]]
+    assert commands[2][commands[2].index("--method") + 1] == "cac"
+    for wrong in ("cac", "light=cac", "x=gone", "a b=cac", "cac=cac --warmup 0"):
+        with pytest.raises(InputError, match="--variant"):
+            compare.parse([*words, "--variant", wrong])
+
+
 def test_arms_differ_in_masks_and_weight(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

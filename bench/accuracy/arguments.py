@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from accuracy.arms import ARMS, METHODS
+from accuracy.arms import ARMS, METHODS, add_variant
 from accuracy.shrink import shrunken
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import Parser
@@ -47,6 +47,15 @@ def split_arguments(
     parser.add_argument("--data-dir", help="as train/main.py's")
     parser.add_argument(
         "--arms", type=arms, default=",".join(METHODS), help=f"of {', '.join(ARMS)} (%(default)s)"
+    )
+    parser.add_argument(
+        "--variant",
+        type=add_variant,
+        action="append",
+        default=[],
+        dest="variants",
+        metavar="'NAME=ARM OPTIONS'",
+        help="one more arm: another one with further options of train/main.py",
     )
     parser.add_argument("--seeds", type=numbers, default="0,1,2", help="of the runs (%(default)s)")
     parser.add_argument(
@@ -92,6 +101,7 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
     """
     options, rest = split_arguments(arguments, description)
     options.command, options.rest = arguments, rest
+    options.arms = [*options.arms, *options.variants]
     options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
     options.folder = Path(options.data_dir).resolve() if options.data_dir else None
     options.title = options.folder.name if options.folder else options.dataset

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import NamedTuple
+
+from cac_fast.train.errors import InputError
 
 METHODS = ("supervised", "cac")
 """The arms of a comparison that asks for no others."""
@@ -27,3 +30,22 @@ ARMS = {
     "fixmatch": Arm("fixmatch", "tab:red", more=("--dc-weight", "0")),
     "fixmatch_cac": Arm("fixmatch", "tab:purple", more=("--dc-weight", "0.1")),
 }
+
+
+def add_variant(text: str) -> str:
+    """Add the arm `NAME=ARM OPTIONS`, another arm with further options; its name.
+
+    Raises:
+        InputError: `text` has another form, or there is another arm of that name.
+    """
+    name, _, words = text.partition("=")
+    base, *more = shlex.split(words) or [""]
+    if not name.isidentifier() or base not in ARMS:
+        raise InputError(
+            f"--variant {text}: give NAME=ARM OPTIONS, with an arm of {', '.join(ARMS)}"
+        )
+    arm = ARMS[base]._replace(color=f"C{len(ARMS) % 10}", more=(*ARMS[base].more, *more))
+    kept = ARMS.setdefault(name, arm)
+    if (kept.method, kept.more) != (arm.method, arm.more):
+        raise InputError(f"--variant {text}: there is another arm {name}: give another name")
+    return name
