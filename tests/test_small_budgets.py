@@ -10,7 +10,7 @@ import torch
 from small_training import assert_same_bits, losses
 from test_methods import SMOOTH, run, trainer, use_class
 
-from cac_fast.train import checkpoint, config
+from cac_fast.train import checkpoint
 from cac_fast.train.methods.cac import CAC
 
 AVERAGED = "--averaged-labels"
@@ -91,5 +91,8 @@ def test_a_ramp_of_lambda(folder_data: Path, tmp_path: Path):
     lines = run(folder_data, tmp_path / "run", *given)
     for line, weight in zip(lines[1:6], seen, strict=True):
         assert line["loss"] == pytest.approx(line["loss_ce"] + weight * line["loss_dc"])
+    method.iteration = 0  # in the warm-up, where a probe may ask
+    assert method.weight == 0
     assert "teacher" not in dict(method.named_children())
-    assert config.parse(["--dataset", "toycity"]).loss.dc_ramp == 0
+    given = "--dc-weight", "0.2", "--warmup", "3"
+    assert trainer(folder_data, tmp_path / "no ramp", *given).method.weight == 0.2

@@ -107,7 +107,9 @@ class ContrastiveMethod(Method):
     @property
     def weight(self) -> float:
         """Lambda in this step; k / (n + 1) of its full value in the k-th step of a ramp of n."""
-        done = self.iteration - self.warmup + 1
+        if not self.ramp:
+            return self.full_weight
+        done = max(0, self.iteration - self.warmup + 1)
         return self.full_weight * min(1, done / (self.ramp + 1))
 
     def set_unlabeled(self, used: bool) -> None:
