@@ -37,7 +37,9 @@ def test_causes(tmp_path, capsys):
     }
     assert cac["val"] == pytest.approx(100 * trained["last"]["miou"])
     assert cac["val anew"] != cac["val"]
-    assert cac["classes known"] == sum(iou > causes.KNOWN for iou in trained["last"]["iou"] if iou)
+    assert cac["classes known"] == sum(
+        iou > causes.KNOWN_FROM_IOU for iou in trained["last"]["iou"] if iou
+    )
     # The threshold is 0: of a pair one end or the other learns, but for ties.
     assert cac["pairs"] > 0 and 0.9 < cac["active"] <= 1
     assert all(0 <= cac[name] <= 1 for name in ("anchor", "positive", "agree"))
@@ -57,7 +59,7 @@ def test_taught_is_of_the_steps_as_trained(tmp_path):
         return causes.taught(trainer.method, trainer.stream, known=False)
 
     once = taught()
-    trainer.method.weight *= 3
+    trainer.method.full_weight *= 3
     assert taught()["strength"] == pytest.approx(3 * once["strength"], rel=1e-3)
     trainer.method.eval()
     torch.manual_seed(0)

@@ -71,13 +71,13 @@ def test_two_processes_when_one_has_no_active_pixel(folder_data, tmp_path):
     script.write_text(
         "import os, sys\n"
         "from cac_fast.train import main\n"
-        "from cac_fast.train.methods import cac\n"
-        "build = cac.DirectionalContrastiveLoss\n"
+        "from cac_fast.train.methods import contrastive\n"
+        "build = contrastive.DirectionalContrastiveLoss\n"
         "def lopsided(**settings):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        settings['threshold'] = 1.0\n"
         "    return build(**settings)\n"
-        "cac.DirectionalContrastiveLoss = lopsided\n"
+        "contrastive.DirectionalContrastiveLoss = lopsided\n"
         "sys.exit(main.main())\n"
     )
     finished = torchrun(

@@ -73,10 +73,11 @@ class Trainer(RunState):
             # A bad file costs nothing that was trained; under torchrun saving would need all ranks.
             sound = self.meters.first_bad < 0 and checkpoint.is_finite(self.method)
             if self.world.size == 1 and sound and not self.in_step:
-                with contextlib.suppress(InputError):  # the first error is the one to mend
+                # The first error is the one to mend.
+                with contextlib.suppress(InputError, RuntimeError, MemoryError):
+                    self._save()
                     if self.meters.steps:
                         self._read_meters()
-                    self._save()
             raise
         finally:
             self.log.close()
