@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # As in csrc/module.cpp.
-_INTERFACE = 2
+_INTERFACE = 3
 
 
 def _load(name: str) -> str | None:

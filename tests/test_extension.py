@@ -32,7 +32,7 @@ def test_build_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a pull in an editable install: said, not an error in the middle of a loss."""
     monkeypatch.setitem(sys.modules, "cac_fast._C", SimpleNamespace())
     assert "install again" in _extension._load("_C")
-    monkeypatch.setitem(sys.modules, "cac_fast._C", SimpleNamespace(interface=2))
+    monkeypatch.setitem(sys.modules, "cac_fast._C", SimpleNamespace(interface=3))
     assert _extension._load("_C") is None
 
 

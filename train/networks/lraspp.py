@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cac_fast.train.networks.backbones import build_backbone
+from cac_fast.train.networks.light import lighten
 from cac_fast.train.networks.segmenter import Segmenter, conv_bn_relu
 
 _CHANNELS = 128
@@ -43,4 +44,6 @@ def lraspp(backbone: str, num_classes: int, dropout: bool) -> Segmenter:
     """LR-ASPP, which has no dropout."""
     encoder = build_backbone(backbone, output_stride=16, low_stride=8)
     head = LRASPPHead(encoder.low_channels, encoder.high_channels)
-    return Segmenter(encoder, head, num_classes, dropout=0.0)
+    network = Segmenter(encoder, head, num_classes, dropout=0.0)
+    lighten(network)
+    return network
