@@ -21,7 +21,7 @@ using at::Tensor;
 using Values = std::vector<float>;
 
 // Floats of a chunk, which a core's L2 cache holds, and the fewest of a row.
-constexpr int64_t kChunk = 32768;
+constexpr int64_t kChunk = 65536;
 constexpr int64_t kRow = 256;
 
 // Values (pixels, channels), cut into chunks by the sizes alone, so that sums do not depend on the
@@ -190,9 +190,10 @@ Tensor take_statistics(
   };
   combine([&](int64_t c, int64_t at, double share) { mean[c] += share * means[at]; });
   double* const variance = inverse;  // until it is known
+  const double one = 1 / chunks.pixels;
   combine([&](int64_t c, int64_t at, double share) {
     const double d = means[at] - mean[c];
-    variance[c] += squares[at] / chunks.pixels + share * d * d;
+    variance[c] += squares[at] * one + share * d * d;
   });
   float* const moved_mean = running_mean.mutable_data_ptr<float>();
   float* const moved_var = running_var.mutable_data_ptr<float>();
