@@ -66,7 +66,7 @@ class NormClamp(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in the dtype of `x`."""
         several = x.numel() > x.shape[1]
-        if self.training and several and _fits(x, self.weight) and not _extension.unavailable():
+        if self.training and several and takes_light_kernels(x) and not _extension.unavailable():
             self.num_batches_tracked.add_(1)
             return _NormClamp.apply(x, self.weight, self.bias, self)
         x = super().forward(x)
@@ -97,7 +97,7 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, O, H, W)."""
-        if not _fits(x, self.weight):
+        if not takes_light_kernels(x):
             return super().forward(x)
         y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
         return y.permute(0, 3, 1, 2)
@@ -109,7 +109,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, h, w)."""
-        if not _fits(x, self.weight) or _extension.unavailable():
+        if not takes_light_kernels(x) or _extension.unavailable():
             return super().forward(x)
         return _Depthwise.apply(x, self.weight, self.stride[0], self.padding, self.dilation[0])
 
@@ -129,10 +129,25 @@ class _Depthwise(torch.autograd.Function):
         return *of_both, None, None, None
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
+def upsample_by_products(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """(B, C, h, w) to (B, C, *size), bilinearly with align_corners=True; equal but for rounding.
+
+    PyTorch takes several times as long, above all for the gradient.
+    """
+    rows, columns = (
+        F.interpolate(
+            torch.eye(small)[None, None], (large, small), mode="bilinear", align_corners=True
+        )[0, 0]
+        for small, large in zip(x.shape[2:], size, strict=True)
+    )
+    return (rows @ x.contiguous()) @ columns.T
+
+
+def takes_light_kernels(x: Tensor) -> bool:
+    """Whether `x` is what the modules of this file are for."""
     return (
         x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == torch.float32
         and x.ndim == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cac_fast.train.networks.light import takes_light_kernels, upsample_by_products
 from cac_fast.train.networks.recompute import recompute_blocks
 from cac_fast.train.preprocessing import Preprocessing
 
@@ -63,6 +64,8 @@ def upsample_logits(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tenso
     Half precision becomes fp32: between close logits the rounding of the result would decide.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if torch.is_grad_enabled() and takes_light_kernels(logits):
+        return upsample_by_products(logits, size)
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
