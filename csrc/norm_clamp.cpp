@@ -254,6 +254,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_clamp_backward(
       moment[c] += moments[chunk * channels + c];
     }
   }
+  const auto rounding = [&](int64_t c) { return mean[c] - of.mean[c]; };
+  for (int64_t c = 0; c < channels; ++c) moment[c] += rounding(c) * sum[c];
 
   const Tensor of_x = at::empty_like(x), of_weight = at::empty_like(weight);
   const Tensor of_bias = at::empty_like(bias);
@@ -262,11 +264,14 @@ std::tuple<Tensor, Tensor, Tensor> norm_clamp_backward(
     of_bias.mutable_data_ptr<float>()[c] = static_cast<float>(sum[c]);
   }
   const float* const weights = weight.const_data_ptr<float>();
-  const Values slope = chunks.along_row([&](int64_t c) {
-    return weights[c] * of.inverse[c] * of.inverse[c] * of.inverse[c] * moment[c] / chunks.pixels;
+  const auto scale_of = [&](int64_t c) { return weights[c] * of.inverse[c]; };
+  const auto slope_of = [&](int64_t c) {
+    return scale_of(c) * of.inverse[c] * of.inverse[c] * moment[c] / chunks.pixels;
+  };
+  const Values slope = chunks.along_row(slope_of);
+  const Values offset = chunks.along_row([&](int64_t c) {
+    return scale_of(c) * sum[c] / chunks.pixels + rounding(c) * slope_of(c);
   });
-  const Values offset = chunks.along_row(
-      [&](int64_t c) { return weights[c] * of.inverse[c] * sum[c] / chunks.pixels; });
   float* const to = of_x.mutable_data_ptr<float>();
   chunks.each([&](int64_t, int64_t begin, int64_t length) {
     apply_backward(
