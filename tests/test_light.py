@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from cac_fast import _extension
 from cac_fast.train.networks import build_network, light, synchronize_batch_norm, upsample_logits
@@ -142,6 +143,21 @@ def test_upsampling_by_products() -> None:
     wide = logits.detach().double().requires_grad_()
     assert "Upsample" not in type(upsample_logits(logits, (33, 20)).grad_fn).__name__
     assert_same(both(logits), both(wide))
+
+
+def test_statistics_taken_anew_are_means_of_all_batches() -> None:
+    """As `torch.optim.swa_utils.update_bn` takes them: without a momentum."""
+    module = layers(norm_of(5), nn.ReLU6())
+    faster = copy.deepcopy(module)
+    lighten(faster)
+    batches = [channels_last(2, 5, 4, 6).detach() for _ in range(3)]
+    for one in (module, faster):
+        update_bn(batches, one)
+    for mine, exact in zip(faster.buffers(), module.buffers(), strict=True):
+        torch.testing.assert_close(mine, exact)
+    plain = nn.Sequential(nn.BatchNorm2d(5, affine=False), nn.BatchNorm2d(5, momentum=None))
+    lighten(plain)
+    assert plain(batches[0]).shape == batches[0].shape
 
 
 @built

@@ -29,7 +29,7 @@ def lighten(module: nn.Module) -> None:
     for parent in list(module.modules()):
         children = [*parent.named_children(), ("", None)]
         for (name, child), (next_name, activation) in pairwise(children):
-            if type(child) is nn.BatchNorm2d:
+            if type(child) is nn.BatchNorm2d and child.affine and child.track_running_stats:
                 joined = isinstance(parent, nn.Sequential) and type(activation) in _BOUNDS
                 setattr(parent, name, NormClamp(child, activation if joined else None))
                 if joined:
@@ -66,7 +66,8 @@ class NormClamp(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in the dtype of `x`."""
         several = x.numel() > x.shape[1]
-        if self.training and several and takes_light_kernels(x) and not _extension.unavailable():
+        usual = self.training and self.momentum is not None  # None takes the mean of all batches
+        if usual and several and takes_light_kernels(x) and not _extension.unavailable():
             self.num_batches_tracked.add_(1)
             return _NormClamp.apply(x, self.weight, self.bias, self)
         x = super().forward(x)
