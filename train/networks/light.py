@@ -22,7 +22,7 @@ _BOUNDS = {nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}
 
 def lighten(module: nn.Module) -> None:
     """Put `NormClamp` in the place of every `BatchNorm2d` of `module`, with the ReLU or ReLU6 that
-    follows it, and `PointwiseConv2d` and `DepthwiseConv2d` in that of such convolutions.
+    follows it, and `PointwiseConv2d` and `DilatedDepthwiseConv2d` in that of such convolutions.
 
     Names of weights stay as they are, and values but for roundings.
     """
@@ -39,13 +39,16 @@ def lighten(module: nn.Module) -> None:
 
 
 def _faster(conv: nn.Conv2d) -> type[nn.Conv2d]:
-    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    steps = [*conv.stride, *conv.dilation]
-    if plain and conv.kernel_size == (1, 1) and conv.groups == 1:
-        return PointwiseConv2d if {*conv.stride, *conv.padding} == {0, 1} else nn.Conv2d
+    d = conv.dilation[0]
+    same = tuple(d * (k // 2) for k in conv.kernel_size)
+    if conv.stride != (1, 1) or conv.padding != same or conv.padding_mode != "zeros":
+        return nn.Conv2d
+    if conv.kernel_size == (1, 1) and conv.groups == 1:
+        return PointwiseConv2d
+    odd = all(k % 2 for k in conv.kernel_size)
     depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.bias is None
-    square = steps[0] == steps[1] and steps[2] == steps[3]
-    return DepthwiseConv2d if plain and depthwise and square and max(steps) > 1 else nn.Conv2d
+    is_dilated = conv.dilation == (d, d) != (1, 1)
+    return DilatedDepthwiseConv2d if depthwise and is_dilated and odd else nn.Conv2d
 
 
 class NormClamp(nn.BatchNorm2d):
@@ -104,30 +107,52 @@ class PointwiseConv2d(nn.Conv2d):
         return y.permute(0, 3, 1, 2)
 
 
-class DepthwiseConv2d(nn.Conv2d):
-    """A strided or dilated depthwise convolution, with both gradients by one operator of the
-    extension: oneDNN's are slow there, and fast without stride and dilation."""
+class DilatedDepthwiseConv2d(nn.Conv2d):
+    """A dilated depthwise convolution that keeps the size, with faster gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, h, w)."""
-        if not takes_light_kernels(x) or _extension.unavailable():
+        """(B, C, H, W) to the same shape."""
+        if not takes_light_kernels(x):
             return super().forward(x)
-        return _Depthwise.apply(x, self.weight, self.stride[0], self.padding, self.dilation[0])
+        return _DilatedDepthwise.apply(x, self.weight, self.dilation[0])
 
 
-class _Depthwise(torch.autograd.Function):
+class _DilatedDepthwise(torch.autograd.Function):
+    """oneDNN's gradients of dilated convolutions are slow, but not its dilated convolution, nor the
+    gradient of the undilated ones that all pixels of one phase make."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, *settings: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.settings = settings
-        return F.conv2d(x, weight, None, *settings, len(weight))
+        ctx.dilation = dilation
+        return _convolve(x, weight, dilation)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
-        of_both = torch.ops.cac_fast.depthwise_backward(gradient, *ctx.saved_tensors, *ctx.settings)
-        return *of_both, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        of_x = _convolve(gradient, weight.flip(2, 3), ctx.dilation)
+        phases = _phases(gradient, ctx.dilation), _phases(x, ctx.dilation)
+        padding = [k // 2 for k in weight.shape[2:]]
+        settings = [1, 1], padding, [1, 1], False, [0, 0], len(weight)
+        _, of_weight, _ = torch.ops.aten.convolution_backward(
+            *phases, weight, None, *settings, [False, True, False]
+        )
+        return of_x, of_weight, None
+
+
+def _convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    padding = [dilation * (k // 2) for k in weight.shape[2:]]
+    return F.conv2d(x, weight, None, 1, padding, dilation, len(weight))
+
+
+def _phases(x: Tensor, d: int) -> Tensor:
+    """(B, C, H, W) to the pixels (d * d * B, C, ceil(H / d), ceil(W / d)) of each phase of d."""
+    height, width = x.shape[-2:]
+    if height % d or width % d:
+        x = F.pad(x, (0, -width % d, 0, -height % d))
+    phases = x.permute(0, 2, 3, 1).unflatten(2, (-1, d)).unflatten(1, (-1, d))
+    return phases.permute(2, 4, 0, 1, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
 
 
 def upsample_by_products(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
