@@ -19,6 +19,7 @@ namespace {
 
 using at::Tensor;
 using Values = std::vector<float>;
+using Sums = std::vector<double>;
 
 // Floats of a chunk, which a core's L2 cache holds, and the fewest of a row.
 constexpr int64_t kChunk = 65536;
@@ -53,7 +54,7 @@ struct Chunks {
   }
 
   // The sums of a row's places, added to those of their channels.
-  void fold(const Values& of_row, float* to) const {
+  void fold(const Values& of_row, double* to) const {
     for (int64_t pixel = 0; pixel < row; pixel += channels) {
       for (int64_t c = 0; c < channels; ++c) to[c] += of_row[pixel + c];
     }
@@ -167,13 +168,13 @@ Tensor take_statistics(
     double momentum, double eps) {
   const int64_t channels = chunks.channels;
   const float* const values = x.const_data_ptr<float>();
-  Values means(chunks.count * channels), squares(chunks.count * channels);
+  Sums means(chunks.count * channels), squares(chunks.count * channels);
   chunks.each([&](int64_t chunk, int64_t begin, int64_t length) {
-    float* const mean = &means[chunk * channels];
+    double* const mean = &means[chunk * channels];
     Values of_row(chunks.row);
     add(values + begin, length, chunks.row, of_row.data());
     chunks.fold(of_row, mean);
-    for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<float>(length / channels);
+    for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<double>(length / channels);
     const Values along = chunks.along_row([&](int64_t c) { return mean[c]; });
     std::fill(of_row.begin(), of_row.end(), 0.0F);
     add_squares(values + begin, length, chunks.row, along.data(), of_row.data());
@@ -238,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_clamp_backward(
   const float *const values = x.const_data_ptr<float>(), *const g = gradient.const_data_ptr<float>();
   const auto lowest = static_cast<float>(low), highest = static_cast<float>(high);
 
-  Values sums(chunks.count * channels), moments(chunks.count * channels);
+  Sums sums(chunks.count * channels), moments(chunks.count * channels);
   chunks.each([&](int64_t chunk, int64_t begin, int64_t length) {
     Values sum(chunks.row), moment(chunks.row);
     add_gradients(
@@ -247,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_clamp_backward(
     chunks.fold(sum, &sums[chunk * channels]);
     chunks.fold(moment, &moments[chunk * channels]);
   });
-  std::vector<double> sum(channels), moment(channels);
+  Sums sum(channels), moment(channels);
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     for (int64_t c = 0; c < channels; ++c) {
       sum[c] += sums[chunk * channels + c];

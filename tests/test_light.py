@@ -24,6 +24,11 @@ built = pytest.mark.skipif(_extension.unavailable() is not None, reason="no exte
 ACTIVATIONS = {"none": None, "relu": nn.ReLU(), "relu6": nn.ReLU6(inplace=True)}
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def channels_last(*size: int, seed: int = 0, spread: float = 1.0) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
     x = spread * torch.randn(*size, generator=rng)
@@ -85,7 +90,7 @@ def test_batch_norm_with_its_activation(
 ) -> None:
     x = channels_last(*size)
     with torch.no_grad():
-        x[:, 0] += 10  # a mean far from 0
+        x[:, 0] += 100  # a mean far from 0
     module = layers(norm_of(size[1]), activation)
     faster = copy.deepcopy(module)
     lighten(faster)
@@ -146,7 +151,9 @@ def test_pointwise_convolution(bias: bool) -> None:
     assert mine[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_upsampling_by_products() -> None:
+@pytest.mark.parametrize("widest", [128, 6])
+def test_upsampling_by_products(widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(light, "_WIDEST", widest)
     logits = channels_last(2, 5, 4, 7)
     of_y = torch.randn(2, 5, 33, 20)
 
@@ -155,7 +162,9 @@ def test_upsampling_by_products() -> None:
         return [y.detach(), *torch.autograd.grad(y, x, of_y.to(y.dtype))]
 
     wide = logits.detach().double().requires_grad_()
-    assert "Upsample" not in type(upsample_logits(logits, (33, 20)).grad_fn).__name__
+    upsampled = upsample_logits(logits, (33, 20))
+    assert ("Upsample" in type(upsampled.grad_fn).__name__) == (widest < 7)
+    assert upsampled.is_contiguous()
     assert_same(both(logits), both(wide))
 
 
@@ -211,7 +220,7 @@ def test_anything_else_is_computed_as_before(case: str) -> None:
     if case in ("evaluation", "empty"):
         plain.eval(), faster.eval()
         with torch.no_grad():
-            torch.testing.assert_close(faster(x), plain(x))
+            assert torch.equal(faster(x), plain(x))
         return
     assert_same_bits(plain, faster, x)
 
@@ -241,6 +250,14 @@ def test_one_value_of_a_channel_is_refused_as_before() -> None:
 
 
 @built
+def test_other_numbers_of_channels_are_refused_as_before() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(4))
+    lighten(module)
+    with pytest.raises(RuntimeError, match="running_mean"):
+        module(channels_last(2, 8, 3, 3))
+    assert not nn.Sequential(NormClamp(nn.BatchNorm2d(4).eval(), None))[0].training
+
+
 def test_nan_stays_nan() -> None:
     module = layers(norm_of(4), nn.ReLU6())
     lighten(module)

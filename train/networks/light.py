@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from cac_fast import _extension
 
 _BOUNDS = {nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}
+_WIDEST = 128
 
 
 def lighten(module: nn.Module) -> None:
@@ -60,6 +61,7 @@ class NormClamp(nn.BatchNorm2d):
     def __init__(self, norm: nn.BatchNorm2d, activation: nn.Module | None) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum)
         self.weight, self.bias = norm.weight, norm.bias
+        self.training = norm.training
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
         if activation is not None:
@@ -68,8 +70,9 @@ class NormClamp(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in the dtype of `x`."""
-        several = x.numel() > x.shape[1]
-        usual = self.training and self.momentum is not None  # None takes the mean of all batches
+        # What is refused is left to PyTorch, and so is the mean of all batches, without a momentum.
+        usual = self.training and self.momentum is not None and x.shape[1] == self.num_features
+        several = x.numel() > self.num_features
         if usual and several and takes_light_kernels(x) and not _extension.unavailable():
             self.num_batches_tracked.add_(1)
             return _NormClamp.apply(x, self.weight, self.bias, self)
@@ -158,15 +161,18 @@ def _phases(x: Tensor, d: int) -> Tensor:
 def upsample_by_products(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """(B, C, h, w) to (B, C, *size), bilinearly with align_corners=True; equal but for rounding.
 
-    PyTorch takes several times as long, above all for the gradient.
+    The result is contiguous, which the cross entropy takes in less time than channels-last.
     """
+    x = x.contiguous()
+    if x.shape[-1] > _WIDEST:  # the time of the products grows with the width
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
     rows, columns = (
         F.interpolate(
             torch.eye(small)[None, None], (large, small), mode="bilinear", align_corners=True
         )[0, 0]
         for small, large in zip(x.shape[2:], size, strict=True)
     )
-    return (rows @ x.contiguous()) @ columns.T
+    return (rows @ x) @ columns.T
 
 
 def takes_light_kernels(x: Tensor) -> bool:
@@ -177,6 +183,7 @@ def takes_light_kernels(x: Tensor) -> bool:
         and x.ndim == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
+        and torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )

@@ -64,7 +64,7 @@ def upsample_logits(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tenso
     Half precision becomes fp32: between close logits the rounding of the result would decide.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if torch.is_grad_enabled() and takes_light_kernels(logits):
+    if takes_light_kernels(logits):
         return upsample_by_products(logits, size)
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
