@@ -5,10 +5,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <tuple>
 #include <vector>
 
@@ -207,10 +209,20 @@ Tensor take_statistics(
   return kept;
 }
 
+void check_sizes(const Tensor& x, std::initializer_list<Tensor> of_channels) {
+  TORCH_CHECK(
+      x.dim() == 4 && x.numel() > x.size(1) && x.is_contiguous(at::MemoryFormat::ChannelsLast),
+      "norm_clamp: expected several pixels in channels-last");
+  for (const Tensor& one : of_channels) {
+    TORCH_CHECK(one.numel() == x.size(1), "norm_clamp: expected ", x.size(1), " channels");
+  }
+}
+
 // y, and the statistics for backward.
 std::tuple<Tensor, Tensor> norm_clamp(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean,
     const Tensor& running_var, double momentum, double eps, double low, double high) {
+  check_sizes(x, {weight, bias, running_mean, running_var});
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Chunks chunks(x);
   const Tensor kept = take_statistics(chunks, x, running_mean, running_var, momentum, eps);

@@ -258,6 +258,25 @@ def test_other_numbers_of_channels_are_refused_as_before() -> None:
     assert not nn.Sequential(NormClamp(nn.BatchNorm2d(4).eval(), None))[0].training
 
 
+@built
+def test_the_operator_refuses_other_sizes() -> None:
+    """It reads and writes by the sizes of x."""
+    x, fits = channels_last(2, 8, 3, 3).detach(), [torch.ones(8) for _ in range(4)]
+    for place in range(4):
+        given = [*fits[:place], torch.ones(4), *fits[place + 1 :]]
+        with pytest.raises(RuntimeError, match="expected 8 channels"):
+            torch.ops.cac_fast.norm_clamp(x, *given, 0.1, 1e-5, 0.0, 6.0)
+    with pytest.raises(RuntimeError, match="channels-last"):
+        torch.ops.cac_fast.norm_clamp(x.contiguous(), *fits, 0.1, 1e-5, 0.0, 6.0)
+
+
+def test_without_gradients_nothing_changes() -> None:
+    x = channels_last(2, 8, 3, 3)
+    assert light.takes_light_kernels(x)
+    with torch.no_grad():
+        assert not light.takes_light_kernels(x)
+
+
 def test_nan_stays_nan() -> None:
     module = layers(norm_of(4), nn.ReLU6())
     lighten(module)
