@@ -218,3 +218,11 @@ def test_who_says_it_under_torchrun(capfd, monkeypatch, rank, kind, said):
 
     assert distributed.run_command(command) == 2
     assert capfd.readouterr().err == "error: file x is broken\n" * said
+
+
+def test_a_name_of_two_lines_is_said_in_one(capfd):
+    def command() -> None:
+        raise errors.InputError("file a\nb.png is broken")
+
+    assert distributed.run_command(command) == 2
+    assert capfd.readouterr().err == "error: file a\\nb.png is broken\n"

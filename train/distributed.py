@@ -196,5 +196,6 @@ def run_command(command: Callable[[], int | None]) -> int:
     except InputError as error:
         # A file may be missing on one machine alone.
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankInputError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            line = str(error).translate({10: "\\n", 13: "\\r"})  # a file's name may hold them
+            print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
