@@ -298,3 +298,18 @@ def test_camvid():
     inventory = take(DATA / "camvid")
     assert inventory.warnings() == [] and inventory.refusal() is None
     assert inventory.parts[0].masks[:11].min() == 173
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_labeled_images_that_are_scored(tmp_path, linked):
+    root = write(tmp_path, [mask(0, 1, 2), mask(0, 1, 2)], [mask(0, 1, 2)])
+    arguments = ["--dataset", "folder", "--data-dir", str(root)]
+    if linked:
+        (root / "images/train/1.png").unlink()
+        (root / "images/train/1.png").symlink_to(root / "images/val/0.png")
+    else:
+        listed = root / "labeled.txt"
+        listed.write_text("images/train/0.png\nimages/val/0.png\n")
+        arguments += ["--labeled", str(listed)]
+    warnings = opening.open_inputs(config.parse(arguments), False).warnings
+    assert len(warnings) == 1 and warnings[0].startswith("1 labeled images are validation images")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cac_fast.train.data.images import read_image
 from cac_fast.train.data.inventory import Inventory, Part, Seen, file_warnings, is_dark
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.data.loaders import check_samples
+from cac_fast.train.data.names import some
 from cac_fast.train.data.splits import select
 from cac_fast.train.data.threads import in_threads
 from cac_fast.train.errors import InputError
@@ -60,7 +62,8 @@ def open_inputs(config: Config, with_unlabeled: bool) -> Inputs:
     if (reason := inventory.refusal()) is not None:
         raise InputError(f"{reason} (python train/check.py shows all masks)")
     others = unlabeled if with_unlabeled and unlabeled != labeled else []
-    warnings = inventory.warnings() + _unlabeled_warnings(others, data)
+    warnings = _shared_warnings(labeled, data) + inventory.warnings()
+    warnings += _unlabeled_warnings(others, data)
     return Inputs(data, labeled, unlabeled, inventory.table(), warnings)
 
 
@@ -69,6 +72,18 @@ def open_lists(config: Config) -> tuple[SegmentationData, list[Sample], list[Sam
     data = open_data(config.data.dataset, _path(config.data.data_dir))
     lists = _path(config.data.labeled), _path(config.data.unlabeled)
     return data, *select(data, *lists, config.data.labeled_share, config.data.data_list)
+
+
+def _shared_warnings(labeled: list[Sample], data: SegmentationData) -> list[str]:
+    """Says which images are learned and scored, under whatever link."""
+    scored = {os.path.realpath(sample.image) for sample in data.splits["val"]}
+    both = [sample.name for sample in labeled if os.path.realpath(sample.image) in scored]
+    if not both:
+        return []
+    return [
+        f"{len(both)} labeled images are validation images too, so that the score says nothing of "
+        f"new images: take them out of one of the lists ({some(both)})"
+    ]
 
 
 def _unlabeled_warnings(samples: list[Sample], data: SegmentationData) -> list[str]:
