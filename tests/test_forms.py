@@ -116,6 +116,29 @@ def test_colors_of_a_gif_are_not_looked_at(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path / "m.gif", 3), IDS % 3)
 
 
+def test_a_gif_whose_writer_left_out_unused_colors(tmp_path):
+    ids = np.where(IDS == 2, 2, 0).astype(np.uint8)
+    image = Image.fromarray(ids).convert("P")
+    image.putpalette([value for color in PALETTE for value in color])
+    image.save(tmp_path / "m.gif")
+    with Image.open(tmp_path / "m.gif") as file:
+        assert set(np.unique(np.asarray(file))) == {0, 1}
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.gif", 3, palette=PALETTE), ids)
+    shared = (PALETTE[0], PALETTE[2], PALETTE[2])  # indices are all that is left
+    assert set(np.unique(read_mask(tmp_path / "m.gif", 3, palette=shared))) == {0, 1}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_a_label_map_is_for_ids_and_not_for_colors(tmp_path, mode):
+    classes = np.array([[0, 1, 2]], np.uint8)
+    label_map = (2, 0, 1, *[255] * 253)
+    pixels = np.array(PALETTE, np.uint8)[classes] if mode != "LA" else np.array([[[1], [2], [0]]])
+    alpha = np.full((1, 3, 1), 255)
+    pixels = np.concatenate([pixels, alpha], 2) if "A" in mode else pixels
+    Image.fromarray(pixels.astype(np.uint8), mode).save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", 3, label_map, PALETTE), classes)
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
 def test_lossy_mask(tmp_path, suffix):
     form = {"jpg": "jpeg", "webp": "webp", "png": "jpeg"}[suffix]  # the name says nothing

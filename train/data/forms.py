@@ -62,6 +62,23 @@ def palette_of(file: Image.Image) -> list[Color]:
     return [(values[i], values[i + 1], values[i + 2]) for i in range(0, 768, 3)]
 
 
+def colors_of(file: Image.Image) -> np.ndarray:
+    """The pixels of a palette file as colors, uint8 (H, W, 3)."""
+    return np.array(palette_of(file), np.uint8)[np.asarray(file)]
+
+
+def has_class_colors(
+    file: Image.Image, palette: Sequence[Color] | None, ignore: Color | None
+) -> bool:
+    """Whether a palette file that is not gray has colors of classes alone, each of one class."""
+    if file.mode != "P" or palette is None:
+        return False
+    colors = palette_of(file)
+    used = {colors[index] for index in np.unique(np.asarray(file))}
+    known = [*map(tuple, palette), *([] if ignore is None else [ignore])]
+    return any(len(set(color)) > 1 for color in used) and all(known.count(c) == 1 for c in used)
+
+
 def mask_palette(path: Path) -> list[Color] | None:
     """The palette of a mask file, None if it has none."""
     with path.open("rb") as stream, Image.open(stream) as file:

@@ -80,7 +80,8 @@ def read_mask(
     The ids are the raw values of a gray, palette or 16-bit PNG, TIFF, BMP or GIF, of 1, 2 or 4 bits
     too: palette colors are not looked at. `label_map`, if given, holds the class of each of the
     256 ids of the file. A file of colors is read by `palette`, the classes' colors, and
-    `ignore_color`, that of 255, if each of its pixels has one of them.
+    `ignore_color`, that of 255, if each of its pixels has one of them; so is a GIF that is not
+    gray, if its colors are all among these.
 
     Raises:
         InputError: the file is missing or truncated, may have been changed by lossy compression,
@@ -95,6 +96,9 @@ def read_mask(
                 ids = forms.raw_ids(file)
                 if ids is None and mode in ("RGB", "RGBA", "LA"):
                     colors = np.asarray(file)
+                elif form == "GIF" and forms.has_class_colors(file, palette, ignore_color):
+                    # Its indices may be the writer's own, who leaves out unused colors.
+                    ids, colors, mode = None, forms.colors_of(file), "RGB"
     except Exception as error:
         raise _unreadable("mask", path, error) from error
     if form not in _EXACT_FORMATS or lossy:
@@ -117,7 +121,7 @@ def read_mask(
                 f"and {IGNORE} for pixels to ignore"
             ) from error
     classes = ids
-    if label_map is not None:
+    if label_map is not None and not (colors is not None and mode in ("RGB", "RGBA")):
         classes = np.take(label_map, ids, mode="clip")
         classes = np.where((ids < 0) | (ids > 255), -1, classes)
     wrong = (classes != IGNORE) & ((classes < 0) | (classes >= num_classes))
