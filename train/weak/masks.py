@@ -113,7 +113,9 @@ class MaskWriter:
                     unreadable += 1
                     warn(f"skipped: {error}")
                     continue
-                made = self._make(sample, image, ids, path)
+                made = self._make(sample, image, ids)
+                if outdated[done]:
+                    self._save(path, ids, made)
                 if done in shown:
                     self._add_row(rows, image, made)
             show(done + 1, len(todo))
@@ -144,17 +146,20 @@ class MaskWriter:
         except (OSError, SyntaxError):  # not there, or no PNG
             return False
 
-    def _make(self, sample: Sample, image: Image.Image, ids: Labels, path: Path) -> _Made:
+    def _make(self, sample: Sample, image: Image.Image, ids: Labels) -> _Made:
         maps = self.maps(image, ids)
-        mask = cam.pseudo_mask(
-            maps, ids, self.background, self.settings.foreground, self.settings.background
+        limits = (
+            (self.settings.foreground, self.settings.background),
+            (IRN_THRESHOLD, IRN_THRESHOLD),
         )
-        irn = cam.pseudo_mask(maps, ids, self.background, IRN_THRESHOLD, IRN_THRESHOLD)
-        made = _Made(maps, mask.cpu().numpy(), truth_of(sample, self.data))
+        masks = (cam.pseudo_mask(maps, ids, self.background, *pair) for pair in limits)
+        return _Made(maps, *(mask.cpu().numpy() for mask in masks), truth_of(sample, self.data))
+
+    def _save(self, path: Path, ids: Labels, made: _Made) -> None:
         texts = PngImagePlugin.PngInfo()
         texts.add_text("key", self._key(ids))
         if made.truth is not None:  # the file's pixels cannot tell this later
-            counts = confusion(made.truth, irn.cpu().numpy(), self.data.num_classes)
+            counts = confusion(made.truth, made.irn, self.data.num_classes)
             places = np.argwhere(counts).tolist()
             rows = [[*place, int(counts[tuple(place)])] for place in places]
             texts.add_text("irn", json.dumps(rows))
@@ -163,7 +168,6 @@ class MaskWriter:
             temporary = path.with_name(path.name + ".tmp")
             self._indexed(made.mask).save(temporary, "PNG", pnginfo=texts)
             os.replace(temporary, path)
-        return made
 
     def _indexed(self, mask: np.ndarray) -> Image.Image:
         image = Image.fromarray(mask)
@@ -189,10 +193,12 @@ class MaskWriter:
 
 
 class _Made(NamedTuple):
-    """M (C, H, W) of an image, its pseudo mask, and its true mask if there is a usable one."""
+    """M (C, H, W) of an image, its pseudo mask and that of irn's figure, and its true mask if there
+    is a usable one."""
 
     maps: Tensor
     mask: np.ndarray
+    irn: np.ndarray
     truth: np.ndarray | None
 
 
