@@ -241,6 +241,13 @@ def test_red_squares_on_blue(scales: tuple[float, ...], cell: int) -> None:
     assert mask[~near].unique().tolist() == [0]
 
 
+def test_classifier_normalizes_images_itself() -> None:
+    image = torch.arange(0, 256.0).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    expected = ((image[0, 0] / 255 - 0.485) / 0.229).mean()
+    features = red_network().features(image.to(torch.uint8))
+    torch.testing.assert_close(features[0, 0, 0, 0], expected)
+
+
 def test_classifier_means_over_the_cells_of_the_image() -> None:
     network = red_network()
     image = torch.zeros(2, 3, 48, 48)

@@ -16,8 +16,10 @@ from PIL import Image
 from test_cam import red_network
 
 from cac_fast.train import checkpoint, classify
+from cac_fast.train.config import Config
 from cac_fast.train.data.layouts import Sample, open_data
 from cac_fast.train.data.toycity import dataset
+from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
 from cac_fast.train.weak import scores
@@ -93,6 +95,9 @@ def test_files_of_a_run(city: Path, finished: Path) -> None:
     assert all({"loss", "lr", "images_per_s"} <= line.keys() for line in train_lines)
     rates = [line["lr"] for line in train_lines]
     assert rates == pytest.approx([0.01 * (1 - step / 6) ** 0.9 for step in range(6)])
+    groups = checkpoint.read(finished / "last.pt")["optimizer"]["param_groups"]
+    assert [group["base_lr"] for group in groups] == [0.01, 0.1]
+    assert [group["momentum"] for group in groups] == [0.9, 0.9]
     val = [line for line in lines if line["kind"] == "val"]
     assert [line["iteration"] for line in val] == [4, 6]
     assert all({"map", "f1", "ap"} <= line.keys() for line in val)
@@ -259,6 +264,33 @@ def test_torchrun_is_refused(
     assert "classify is a single process" in capfd.readouterr().err
 
 
+def test_batches_have_the_labels_of_their_images(tmp_path: Path) -> None:
+    """Images of one color each, whose red says which labels they have; smaller than the crop."""
+    (tmp_path / "images/train").mkdir(parents=True)
+    (tmp_path / "classes.txt").write_text("0 a 1 1 1\n1 background 2 2 2\n2 b 3 3 3\n3 c 4 4 4\n")
+    by_red = {10: (0,), 100: (2, 3), 200: (), 250: (3,)}
+    for red in by_red:
+        pixels = np.full((20, 40, 3), red, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/train/{red:03d}.png")
+    data = open_data("folder", tmp_path)
+    labels = ImageLabels(data.splits["train"], tuple(by_red.values()), "by hand")
+    config = Config.of(
+        backbone="mobilenet_v2", crop_size=48, batch_size=3, iterations=4, workers=0,
+        labeled_scale=(1.0, 1.0), output=str(tmp_path / "run"),
+    )  # fmt: skip
+    run = ClassifierRun(config, World(0, 1, torch.device("cpu")), data, labels)
+    seen = set()
+    for step in run._steps():
+        images, shown, targets = (step.labeled[name] for name in ("image", "shown", "target"))
+        for image, place, target in zip(images, shown, targets, strict=True):
+            (red,) = image[:, place].unique().tolist()
+            assert place.sum() == 16 * 40  # whole cells of 8 pixels
+            assert (image[0, ~place] == red).sum() == 4 * 40
+            assert target.tolist() == [float(index in by_red[red]) for index in (0, 2, 3)]
+            seen.add(red)
+    assert seen == set(by_red)
+
+
 # ---- masks and report
 
 
@@ -330,6 +362,24 @@ def test_masks_of_a_network_that_reads_red(
     iou = [irn[c, c] / (irn[c].sum() + irn[:, c].sum() - irn[c, c]) for c in (0, 1)]
     assert about["irn"]["miou"] == pytest.approx(np.mean(iou))
     assert about["irn"]["pixel_accuracy"] == pytest.approx(irn.trace() / irn.sum())
+
+
+def test_masks_of_another_network_are_made_anew(
+    red_squares: tuple[Any, ImageLabels], tmp_path: Path
+) -> None:
+    data, labels = red_squares
+    others = ImageLabels(labels.samples, ((1,), (), (1,)), "by hand")
+    kept = []
+    for checkpoint_hash, given in (
+        ("one", labels),
+        ("one", labels),
+        ("one", others),
+        ("two", others),
+    ):
+        before = times_of(tmp_path)
+        MaskWriter(red_network(), checkpoint_hash, given, data, CamSettings(), tmp_path).write()
+        kept.append([before.get(path) == time for path, time in sorted(times_of(tmp_path).items())])
+    assert kept == [[False] * 3, [True] * 3, [True, False, True], [False] * 3]
 
 
 def test_sheet_shows_image_heat_mask_and_truth(
