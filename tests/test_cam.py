@@ -8,28 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from red_network import red_network
 from torch import Tensor, nn
 
-from cac_fast.train.networks.encoder import Encoder
 from cac_fast.train.weak import cam
-from cac_fast.train.weak.classifier import Classifier
 
 IGNORE = 255
-
-
-class RedEncoder(Encoder):
-    """Its only feature is the red of a cell, after normalization."""
-
-    low_channels = high_channels = 1
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, nn.functional.avg_pool2d(x[:, :1], 16)
-
-
-def red_network() -> Classifier:
-    network = Classifier(RedEncoder(), 1).eval()
-    nn.init.ones_(network.convolution.weight)
-    return network
 
 
 # ---- R, Q, M and mask, in numpy and float64

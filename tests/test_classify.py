@@ -13,7 +13,7 @@ import pytest
 import torch
 from data_folders import write_folder
 from PIL import Image
-from test_cam import red_network
+from red_network import red_network
 
 from cac_fast.train import checkpoint, classify
 from cac_fast.train.config import Config
