@@ -12,7 +12,7 @@ import math
 import sys
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from configparser import ConfigParser
 from functools import partial
 from pathlib import Path
@@ -60,9 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     config = Config.of(**method.preset | layout.preset | values)
     if layout.made_in is None and config.data.data_dir is None:
         raise InputError(f"--data-dir is needed for --dataset {config.data.dataset}")
-    for name, value in config.flat().items():
-        if value is not None:
-            _check(name, value)
+    check_values(config.flat())
     check_crop(config.data.crop_size, 8)
     try:
         check_temperature(config.loss.temperature)
@@ -107,17 +105,30 @@ def _parser() -> Parser:
         "--config", metavar="FILE.toml", default=None, help="settings from a TOML file"
     )
     parser.add_argument("--set", default=None, help=argparse.SUPPRESS)  # older commands have it
-    for field in FIELDS.values():
+    add_settings(parser, {name: field.default for name, field in FIELDS.items()})
+    return parser
+
+
+def add_settings(parser: Parser, defaults: Mapping[str, Any]) -> None:
+    """Add the flags of some settings, with the defaults that their help texts name."""
+    for name, default in defaults.items():
+        field = FIELDS[name]
         choices, text = field.metadata["choices"], field.metadata["help"]
         if isinstance(choices, Registry):
             text += f": {choices.describe()}"
-        if field.default not in ("", None):
-            text += f" [{field.default}]"
-        options = {"metavar": _metavar(field), "type": partial(_convert, field.name)}
-        if TYPES[field.name] is bool:
+        if default not in ("", None):
+            text += f" [{default}]"
+        options = {"metavar": _metavar(field), "type": partial(_convert, name)}
+        if TYPES[name] is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(_flag(field.name), help=text, **options)
-    return parser
+        parser.add_argument(_flag(name), help=text, **options)
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raise InputError for a setting with an impossible value; None is not checked."""
+    for name, value in values.items():
+        if value is not None:
+            _check(name, value)
 
 
 def _preset_text() -> str:

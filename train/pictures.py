@@ -43,9 +43,13 @@ class SampleSheet:
         """Take (H, W, 3), (H, W) and (H, W) uint8 arrays; all but the first few are passed over."""
         if len(self.rows) < SAMPLES:
             maps = (colorize(labels, self.palette) for labels in (truth, prediction))
-            row = Image.fromarray(np.concatenate([image, *maps], axis=1))
-            row.thumbnail((3 * SAMPLE_WIDTH, row.height), reducing_gap=None)
-            self.rows.append(np.asarray(row))
+            self.add_row(image, *maps)
+
+    def add_row(self, *pictures: np.ndarray) -> None:
+        """Add a row of pictures (H, W, 3) uint8."""
+        row = Image.fromarray(np.concatenate(pictures, axis=1))
+        row.thumbnail((len(pictures) * SAMPLE_WIDTH, row.height), reducing_gap=None)
+        self.rows.append(np.asarray(row))
 
     def write(self, path: Path) -> np.ndarray | None:
         """Write the rows below each other; return the pixels (H, W, 3) uint8, None without rows.

@@ -27,7 +27,7 @@ def read_samples(path: Path, data: SegmentationData, needs_mask: bool) -> list[S
     Raises:
         InputError: the list is missing or empty, or a line names what is not there.
     """
-    finder = _Finder(data)
+    finder = Finder(data)
     samples = []
     for place, line in _lines(path):
         sample = finder.sample(line, place, needs_mask)
@@ -110,7 +110,7 @@ def _split(parts: list[str]) -> str | None:
     return next((part for part in reversed(parts) if part in SPLITS), None)
 
 
-class _Finder:
+class Finder:
     """What the words of a list stand for in a data folder."""
 
     def __init__(self, data: SegmentationData) -> None:
@@ -131,6 +131,7 @@ class _Finder:
         )
 
     def sample(self, line: str, place: str, needs_mask: bool) -> Sample:
+        """The image of a line; raises InputError, which begins with `place`, if there is none."""
         known = self.train.get(line)
         if known is not None:
             return known
@@ -150,6 +151,7 @@ class _Finder:
         raise InputError(f"{place}: {self._problem(line, cuts, needs_mask)}")
 
     def image(self, word: str) -> Sample | None:
+        """The image that a word names, None where there is none."""
         for text in names.spellings(word):
             if (known := self.train.get(text)) is not None:
                 return known
@@ -169,6 +171,7 @@ class _Finder:
         return None
 
     def mask(self, word: str, image: Sample) -> Path | None:
+        """The mask that a word names, or the image's own one; None where there is none."""
         own = self.by_image.get(image.image, image).mask
         for text in names.spellings(word):
             ends = text.lstrip("/"), *names.ends(text)  # below the root; from anywhere; its tails
