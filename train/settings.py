@@ -55,6 +55,11 @@ class DataSettings:
     labeled_share: str | None = setting(
         None, "without lists: this share of the masks is used, as 1/16, or full"
     )
+    pseudo_labels: str | None = setting(
+        None,
+        "cac, self_training: folder of pseudo masks, NAME.png of class ids for unlabeled images, "
+        "255 where no label is known",
+    )
     data_list: int = setting(0, "seed of the derived labeled share", NOT_NEGATIVE)
     workers: int = setting(
         2, "loader processes per loader and rank; 0 loads in the training process", NOT_NEGATIVE

@@ -53,6 +53,13 @@ class Method(nn.Module):
     """What `forward` gets of the unlabeled images; empty for a method that uses none. Whether
     a class has any must be known before it is built; the constructor may then choose others."""
 
+    label_sources: tuple[str, ...] = ()
+    """The settings that may say where labels of the unlabeled images come from: `pseudo_labels`,
+    `teacher`. Where one of them does, every crop v has a `labelv`."""
+
+    needs_labels = False
+    """Whether one of them must."""
+
     reductions: Mapping[str, str] = {}
     """How a scalar's values on the ranks become one: "sum", or the name of the scalar that weights
     their mean. Those not named here become their mean."""
@@ -91,7 +98,7 @@ class Method(nn.Module):
             labeled: `image` float (B, 3, c, c), normalized, and `label` uint8 (B, c, c).
             unlabeled: None in the warm-up, and for a method without views; else `image_NAME` as
                 above and `boxes_NAME` of each view, and of the crops v that these show
-                `on_imagev`, `flipv`, `validv` and `offset`: see
+                `on_imagev`, `flipv`, `validv`, `offset` and perhaps `labelv` and `rightv`: see
                 `UnlabeledTransform`.
         """
         raise NotImplementedError
