@@ -393,7 +393,7 @@ def test_mistakes_are_one_line(mistake, folder_data, masks, tmp_path, monkeypatc
 def test_methods_that_take_none_say_so(name, folder_data, masks, tmp_path):
     with pytest.raises(InputError) as error:
         trainer(folder_data, tmp_path / "run", "--method", name, "--pseudo-labels", str(masks))
-    start = f"--pseudo-labels: --method {name} takes no labels of unlabeled images: leave it out"
+    start = f"--pseudo-labels: --method {name} takes none: leave it out"
     assert str(error.value).startswith(f"{start}, or use --method cac")
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from cac_fast.train.config import Config
 from cac_fast.train.data.views import PAIR
 from cac_fast.train.distributed import World
-from cac_fast.train.methods.base import Batch, Networks, cross_entropy_sum
+from cac_fast.train.methods.base import Batch, Networks, cross_entropy_sum, label_scalars
 from cac_fast.train.methods.contrastive import ContrastiveMethod, Finish, Projected, join
 from cac_fast.train.methods.teacher import Teacher
-from cac_fast.train.methods.weak_labels import WeakClassifier, label_scalars
+from cac_fast.train.methods.weak_labels import WeakClassifier
 from cac_fast.train.networks import upsample_logits
 from cac_fast.train.profiling import phase
 

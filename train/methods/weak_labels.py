@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 
-import torch
 from torch import Tensor, nn
 
-from cac_fast.train.distributed import World
-from cac_fast.train.methods.base import Batch, cross_entropy_sum
+from cac_fast.train.methods.base import cross_entropy_sum
 from cac_fast.train.networks import Segmenter, upsample_logits
 from cac_fast.train.networks.segmenter import initialize
 
@@ -38,18 +36,3 @@ class WeakClassifier(nn.Module):
         return cross_entropy_sum(
             upsample_logits(self.classifier(features), labels.shape[-2:]), labels
         )
-
-
-def label_scalars(prefix: str, labels: list[Tensor], unlabeled: Batch, world: World) -> Batch:
-    """What metrics.jsonl says of pseudo labels (B, c, c) of crops, which `unlabeled` holds too.
-
-    PREFIX_labeled is the share of pixels that have one; PREFIX_precision, where truth exists, that
-    of the right ones among those whose class is known.
-    """
-    shares = torch.stack([(of_crop != 255).float().mean() for of_crop in labels])
-    scalars = {f"{prefix}_labeled": shares.mean()}
-    counts = [unlabeled[name] for name in ("right1", "right2") if name in unlabeled]
-    if counts:
-        right, known = world.all_reduce(torch.cat(counts).sum(0))
-        scalars[f"{prefix}_precision"] = right / known.clamp(min=1)
-    return scalars
