@@ -18,6 +18,7 @@ from PIL import Image
 from small_training import CPU, assert_same_bits, losses
 from test_methods import SMOOTH, one_step, trainer
 from test_step import IMAGES, Backbone, Head
+from test_step import batches as batches_of_cac
 from tiny_scenes import write_scenes
 from torch import Tensor
 from toy_methods import TOYS, tiny_network
@@ -47,7 +48,7 @@ def method(*options: str, kind: type = SelfTraining, frozen: bool = False) -> Se
 
 def batches() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The lists differ in valid pixels; one image has no pseudo label."""
-    labeled, unlabeled = test_step.batches()
+    labeled, unlabeled = batches_of_cac()
     generator = torch.Generator().manual_seed(6)
     label = torch.randint(0, CLASSES, (IMAGES, SIDE, SIDE), generator=generator)
     label[1], label[2, :, 13:] = 255, 255
@@ -333,14 +334,9 @@ def test_true_masks_in_plain_colors_are_supervised_training(folder_data, tiny, t
     right, known = step.unlabeled["right1"].sum(0).tolist()
     assert right == known > 0
     found = trained.method(step.labeled, step.unlabeled)
-    names = ("image", "image_strong"), ("label", "label1")
-    both = {  # one batch of all, as if of one list
-        kind: torch.cat((step.labeled[kind], step.unlabeled[other]))
-        for kind, other in zip(("image", "label"), ("image_strong", "label1"), strict=True)
-    }
-    assert len(names) == 2
-    logits = trained.network(both["image"])
-    halves = zip(logits.chunk(2), both["label"].long().chunk(2), strict=True)
+    logits = trained.network(torch.cat((step.labeled["image"], step.unlabeled["image_strong"])))
+    labels = step.labeled["label"].long(), step.unlabeled["label1"].long()
+    halves = zip(logits.chunk(2), labels, strict=True)
     expected = torch.stack([F.cross_entropy(*half, ignore_index=255) for half in halves]).mean()
     assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
 
