@@ -32,7 +32,7 @@ __all__ = ["Config", "differences", "parse"]
 FREE = frozenset(
     (
         "data_dir output workers cache device eval_every save_every log_every restart dc_backend "
-        "labeled unlabeled checkpoint_activations compile profile"
+        "labeled unlabeled pseudo_labels teacher checkpoint_activations compile profile"
     ).split()
 )
 

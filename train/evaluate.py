@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cac_fast.train import distributed
@@ -13,7 +12,7 @@ from cac_fast.train.data.layouts import open_data
 from cac_fast.train.data.lists import named
 from cac_fast.train.errors import InputError
 from cac_fast.train.evaluation import evaluate
-from cac_fast.train.inference import load
+from cac_fast.train.inference import check_classes, load
 from cac_fast.train.options import Parser, add_data_options, at_least, write_json
 from cac_fast.train.progress import show_progress
 
@@ -44,7 +43,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         # toycity may be written on the way, once.
         data = world.on_main(lambda: open_data(options.dataset, options.data_dir))
         predictor = load(options.checkpoint, world.device)
-        _check_classes(predictor.classes, data.classes, options.checkpoint)
+        check_classes(predictor.classes, data.classes, options.checkpoint)
         samples = data.splits[options.split]
         if not samples:
             raise InputError(
@@ -72,18 +71,6 @@ def _evaluate(options: argparse.Namespace) -> None:
             "classes": list(data.classes),
         }
         write_json(options.json, about | result)
-
-
-def _check_classes(trained: Sequence[str], given: Sequence[str], path: Path) -> None:
-    if tuple(trained) == tuple(given):
-        return
-    if len(trained) != len(given):
-        found = f"checkpoint {path} knows {len(trained)} classes but the data has {len(given)}"
-    else:
-        pairs = enumerate(zip(trained, given, strict=True))
-        index, (theirs, ours) = next(item for item in pairs if len(set(item[1])) > 1)
-        found = f"class {index} is '{theirs}' in checkpoint {path} but '{ours}' in the data"
-    raise InputError(f"{found}: give the --dataset and --data-dir it was trained for")
 
 
 def _table(classes: Sequence[str], result: dict[str, Any]) -> str:

@@ -197,6 +197,19 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Predictor:
     return Predictor(network, classes, palette).to(device).eval()
 
 
+def check_classes(trained: Sequence[str], given: Sequence[str], path: Path) -> None:
+    """Raise InputError if a checkpoint's classes are not those of the data."""
+    if tuple(trained) == tuple(given):
+        return
+    if len(trained) != len(given):
+        found = f"checkpoint {path} knows {len(trained)} classes but the data has {len(given)}"
+    else:
+        pairs = enumerate(zip(trained, given, strict=True))
+        index, (theirs, ours) = next(item for item in pairs if len(set(item[1])) > 1)
+        found = f"class {index} is '{theirs}' in checkpoint {path} but '{ours}' in the data"
+    raise InputError(f"{found}: give the --dataset and --data-dir it was trained for")
+
+
 def _check(image: Tensor) -> None:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(

@@ -162,6 +162,8 @@ _TOYCITY = {
 
 # Strong views share batch statistics with the labeled images, and learning starts with both.
 _FIXMATCH = {"forward": "joint", "warmup": 0, "dc_weight": 0.0}
+# Its teacher has learned already, and by default all that it says is believed.
+_SELF_TRAINING = {"forward": "joint", "warmup": 0, "confidence": 0.0}
 
 # A layout is a function of its folder that returns `data.layouts.SegmentationData`.
 LAYOUTS = Registry(
@@ -210,6 +212,11 @@ METHODS = Registry(
         "cac": Entry(f"{_METHODS}.cac:CAC", "context-aware consistency"),
         "fixmatch": Entry(
             f"{_METHODS}.fixmatch:FixMatch", "weak to strong, UniMatch too", preset=_FIXMATCH
+        ),
+        "self_training": Entry(
+            f"{_METHODS}.self_training:SelfTraining",
+            "by the masks of a trained teacher",
+            preset=_SELF_TRAINING,
         ),
         "supervised": Entry(f"{_METHODS}.supervised:Supervised", "the labeled images alone"),
     },

@@ -85,14 +85,19 @@ class RunFolder:
                 self.to_restart.touch()
         return True
 
+    def make(self) -> None:
+        """Make the folder and keep other processes out of it; raises InputError if one is in it."""
+        with writing(f"--output {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+
     def prepare(self, new: bool) -> None:
         """Make the folder, note the settings, and delete what `--restart` starts over from.
 
         new: this run goes on from nothing.
         """
+        self.make()
         with writing(f"--output {self.path}"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
             if self.config.run.restart and new:
                 former = "last.pt", "best.pt", "trace.json", "samples/[0-9]*.png", "to-restart"
                 for old in former:

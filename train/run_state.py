@@ -25,6 +25,7 @@ from cac_fast.train.networks import (
 )
 from cac_fast.train.optimizer import build_optimizers, load_states, poly
 from cac_fast.train.progress import warn
+from cac_fast.train.pseudo_labels import KEY, check_sources, digest, open_labels
 from cac_fast.train.run_folder import RunFolder
 from cac_fast.train.signals import StopSignals
 
@@ -51,9 +52,11 @@ class RunState:
         self.autocast_dtype = AUTOCAST[self.precision]
         self.folder = RunFolder(config, world)
         kind = method_class(config)
+        check_sources(kind, config)
         self.inputs = world.on_main(lambda: open_inputs(config, bool(kind.views)))
         self.data = self.inputs.data
         former = self.folder.former(self.inputs.digests())
+        self.pseudo = open_labels(config, self.inputs, world, self.folder, former)
 
         # Where the run stands.
         self.iteration = 0
@@ -77,9 +80,9 @@ class RunState:
             self.autocast_dtype or torch.float32,
         )
         self.network = self.method.evaluated  # what is scored, and saved for use
-        self.stream = Stream(
-            config, world, self.data, self.inputs.labeled, self.inputs.unlabeled, self.method.views
-        )
+        lists = self.data, self.inputs.labeled, self.inputs.unlabeled
+        pseudo = None if self.pseudo is None else self.pseudo.samples
+        self.stream = Stream(config, world, *lists, self.method.views, pseudo)
         self._place()
         self.model: nn.Module = self.method  # or DDP around it
         self.optimizers = build_optimizers(self.method, config)
@@ -97,7 +100,7 @@ class RunState:
         if config.data.cache is not None:  # last, as it may take an hour
             unlabeled = self.inputs.unlabeled if self.method.views else []
             lists = self.data, self.inputs.labeled, unlabeled
-            world.on_each_machine(lambda: fill_cache(config, *lists))
+            world.on_each_machine(lambda: fill_cache(config, *lists, pseudo))
 
     def _new_network(self, load_weights: bool) -> Segmenter:
         """A network of the settings; its random weights are those of this very call."""
@@ -162,6 +165,8 @@ class RunState:
             f"images, {len(data.classes)} classes"
         )
         say(self.inputs.found)
+        if self.pseudo is not None:
+            say(self.pseudo.found)
         for warning in self.inputs.warnings if self.world.is_main else ():
             warn(warning)
         size = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
@@ -192,7 +197,7 @@ class RunState:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers[1:]],
             "scaler": self.scaler.state_dict(),
             "warmup": self.num_warmup,
-            "inputs": self.inputs.digests(),
+            "inputs": self.inputs.digests() | {KEY: digest(self.pseudo)},
             "evaluated": self.evaluated,
             "skipped": sum(skipped for _, skipped in everyone),
             "random": [random for random, _ in everyone],

@@ -55,6 +55,14 @@ class DataSettings:
     labeled_share: str | None = setting(
         None, "without lists: this share of the masks is used, as 1/16, or full"
     )
+    pseudo_labels: str | None = setting(
+        None,
+        "cac, self_training: folder of pseudo masks, NAME.png of class ids for unlabeled images, "
+        "255 where no label is known",
+    )
+    teacher: str | None = setting(
+        None, "self_training: a run, whose last.pt labels the unlabeled images once"
+    )
     data_list: int = setting(0, "seed of the derived labeled share", NOT_NEGATIVE)
     workers: int = setting(
         2, "loader processes per loader and rank; 0 loads in the training process", NOT_NEGATIVE
@@ -203,7 +211,9 @@ class LossSettings:
         1.0, "fixmatch: weight of the loss by pseudo labels", NOT_NEGATIVE
     )
     confidence: float = setting(
-        0.95, "fixmatch: confidence that a pseudo label needs; above 1: none has it", NOT_NEGATIVE
+        0.95,
+        "fixmatch, --teacher: confidence that a pseudo label needs; above 1: none has it",
+        NOT_NEGATIVE,
     )
     ema_decay: float = setting(
         0.996,
@@ -213,6 +223,13 @@ class LossSettings:
         BELOW_1,
     )
     strong_views: int = setting(1, "fixmatch: strong views of an image; UniMatch: 2", ONE_OR_TWO)
+    pseudo_loss_weight: float = setting(
+        1.0, "self_training: alpha, the weight of the loss by pseudo labels", NOT_NEGATIVE
+    )
+    normalize_pseudo_loss: bool = setting(
+        False,
+        "self_training: bring the loss by pseudo labels to the size of the other (Zoph et al.)",
+    )
     feature_dropout: str = setting(
         "none",
         "fixmatch: channel (UniMatch V1): the weak view once more, with channels dropped; "

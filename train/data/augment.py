@@ -89,6 +89,7 @@ class UnlabeledTransform:
         crop, scale, base_size: as `LabeledTransform`.
         iou_range: closed range of the boxes' intersection over union.
         photometric: False leaves the colors of all views as they are.
+        truth_cells: give the true ids of cells, where a mask is given.
         views: both crops are drawn whatever they are, those that no view shows are not cut.
 
     Raises:
@@ -100,23 +101,30 @@ class UnlabeledTransform:
     base_size: int | None = None
     iou_range: tuple[float, float] = (0.1, 1.0)
     photometric: bool = True
+    truth_cells: bool = True
     views: Views = field(default_factory=lambda: PAIR)
 
     def __post_init__(self) -> None:
         check_crop(self.crop, CELL)
 
     def __call__(
-        self, image: Pixels, mask: np.ndarray | None, rng: np.random.Generator
+        self,
+        image: Pixels,
+        mask: np.ndarray | None,
+        rng: np.random.Generator,
+        pseudo: np.ndarray | None = None,
     ) -> dict[str, Tensor]:
         """The crops of an RGB image, where they are, and what their views do to them.
 
         Returns, with c the crop's side and v = 1, 2 each crop that a view shows: "imagev" uint8
         (3, c, c); "flipv" bool (); "validv" int64 (2,), rows and columns of cells on the image,
         before the flip; with a mask uint8 (H, W), "truthv" uint8 (c/8, c/8), the id at the center
-        of each cell, flipped as its image is, 255 where unknown; if there are both, "offset" int64
-        (2,), crop 2's box minus crop 1's in cells (down, right). For each view that has them:
-        "changes_NAME" float32 (13,) for `photometric.apply_photometric`, and "boxes_NAME" int16
-        (n, 4) of `views.draw_boxes`.
+        of each cell, flipped as its image is, 255 where unknown; with a pseudo mask uint8 (H, W),
+        "labelv" uint8 (c, c), its part under the crop, flipped and 255 on padding; with both masks
+        "rightv" int64 (2,), the pixels that these label alike and those that both label; if there
+        are both crops, "offset" int64 (2,), crop 2's box minus crop 1's in cells (down, right). For
+        each view that has them: "changes_NAME" float32 (13,) for `photometric.apply_photometric`,
+        and "boxes_NAME" int16 (n, 4) of `views.draw_boxes`.
         """
         crop = self.crop
         height, width = draw_size(*image_size(image), self.scale, rng, self.base_size)
@@ -129,6 +137,8 @@ class UnlabeledTransform:
         part = resize_part(image, (height, width), region)
         if mask is not None:
             labels = resize_labels(mask, (height, width), region)
+        if pseudo is not None:
+            told = resize_labels(pseudo, (height, width), region)
         item, cuts = {}, {}
         if len(crops) == 2:
             down, right = pair.top2 - pair.top1, pair.left2 - pair.left1
@@ -139,7 +149,13 @@ class UnlabeledTransform:
             item[f"image{number}"] = _flip_and_pad(cuts[number], crop, flip, PADDING_COLOR)
             item[f"flip{number}"] = torch.tensor(flip)
             item[f"valid{number}"] = torch.tensor(whole_cells(top, left, height, width, crop))
-            if mask is not None:
+            if pseudo is not None:
+                part_told = told[y : y + crop, x : x + crop]
+                item[f"label{number}"] = _flip_and_pad(part_told, crop, flip, IGNORE)
+                if mask is not None:
+                    truth = labels[y : y + crop, x : x + crop]
+                    item[f"right{number}"] = _agreement(part_told, truth)
+            if mask is not None and self.truth_cells:
                 # Sampled before the flip: both views must take the same pixel of a shared cell.
                 half = CELL // 2
                 centers = labels[y + half : y + crop : CELL, x + half : x + crop : CELL]
@@ -151,6 +167,11 @@ class UnlabeledTransform:
             if view.boxes:
                 item[f"boxes_{name}"] = torch.from_numpy(draw_boxes(crop, view.boxes, rng))
         return item
+
+
+def _agreement(told: Tensor, truth: Tensor) -> Tensor:
+    both = (told != IGNORE) & (truth != IGNORE)
+    return torch.stack(((both & (told == truth)).sum(), both.sum()))
 
 
 def image_size(image: Pixels) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.inventory import Seen, look
 from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.data.pseudo import reader_of_ids
 from cac_fast.train.data.threads import in_threads
 from cac_fast.train.data.workers import leave_signals_to_trainer, share, start
 from cac_fast.train.errors import InputError
@@ -86,15 +87,18 @@ def unlabeled_loader(
     transform: UnlabeledTransform,
     *,
     with_truth: bool = False,
+    pseudo: Sequence[Sample] | None = None,
     **options: Any,
 ) -> DataLoader:
     """Endless batches of `UnlabeledTransform`'s items, "name" and "skipped" int64 (B,).
 
     An image that cannot be read is replaced by another one, chosen by the position, and counted
-    in "skipped". `with_truth` adds the masks' cells, 255 where an image has no usable mask.
-    Otherwise as `labeled_loader`.
+    in "skipped". `with_truth` lets the transform have the masks, 255 where an image has no usable
+    one. `pseudo` are the same images with their pseudo masks, which label the crops. Otherwise as
+    `labeled_loader`.
     """
-    items = partial(_UnlabeledItems, with_truth=with_truth)
+    masks = None if pseudo is None else tuple(pseudo)
+    items = partial(_UnlabeledItems, with_truth=with_truth, pseudo=masks)
     return make_loader(items, samples, data, transform, **options)
 
 
@@ -225,6 +229,7 @@ class _LabeledItems(_Items):
 @dataclass(frozen=True)
 class _UnlabeledItems(_Items):
     with_truth: bool
+    pseudo: tuple[Sample, ...] | None
 
     def __getitem__(self, position: int) -> dict[str, Any] | _Failure:
         messages: list[str] = []
@@ -236,7 +241,11 @@ class _UnlabeledItems(_Items):
                 messages.append(str(error))
                 continue
             mask = self._truth(sample, image) if self.with_truth else None
-            item = self.transform(image, mask, position_rng(self.seed, UNLABELED, position))
+            try:
+                told = None if self.pseudo is None else self._told(self.pseudo[index], image)
+            except InputError as error:
+                return _Failure(str(error))
+            item = self.transform(image, mask, position_rng(self.seed, UNLABELED, position), told)
             skipped = torch.tensor(len(messages))
             return {**item, "name": sample.name, "skipped": skipped, "skipped_files": messages}
         return _Failure(
@@ -252,6 +261,11 @@ class _UnlabeledItems(_Items):
         rng = _rng(self.seed, UNLABELED, _REPLACE, position)
         for step in rng.choice(n - 1, min(n, _ATTEMPTS) - 1, replace=False):
             yield (first + 1 + int(step)) % n
+
+    def _told(self, sample: Sample, image: Pixels) -> np.ndarray:
+        if sample.mask is None:
+            return np.full(image_size(image), IGNORE, np.uint8)
+        return reader_of_ids(self.reader).mask_of(sample, image)
 
     def _truth(self, sample: Sample, image: Pixels) -> np.ndarray:
         """The mask; unknown everywhere if there is none that fits: it only feeds a meter."""

@@ -19,6 +19,7 @@ from cac_fast.train.data.crops import CELL
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.loaders import batches, labeled_loader, unlabeled_loader
 from cac_fast.train.data.photometric import apply_photometric
+from cac_fast.train.data.pseudo import reader_of_ids
 from cac_fast.train.data.views import PAIR, Views, crops_of
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError, RankInputError
@@ -28,19 +29,25 @@ from cac_fast.train.progress import show_progress
 
 
 def fill_cache(
-    config: Config, data: SegmentationData, labeled: list[Sample], unlabeled: list[Sample]
+    config: Config,
+    data: SegmentationData,
+    labeled: list[Sample],
+    unlabeled: list[Sample],
+    pseudo: list[Sample] | None = None,
 ) -> None:
     """Bring `config.data.cache` up to date with what the streams will read, and nothing more.
 
-    unlabeled: empty for a method that draws none.
+    unlabeled: empty for a method that draws none. pseudo: as of `Stream`.
 
     Raises:
         InputError: the cache cannot be written.
     """
     images = labeled + unlabeled
-    masks = images if config.loss.false_negatives else labeled
+    masks = images if _reads_truth(config, unlabeled, pseudo) else labeled
     reader = PixelReader(data, Path(config.data.cache))
     reader.fill(images, masks, show_progress)
+    if pseudo is not None:
+        reader_of_ids(reader).fill([], pseudo, show_progress)
 
 
 class Stream:
@@ -50,6 +57,7 @@ class Stream:
         labeled, unlabeled: the images of each stream.
         world: this rank draws its part of every global batch.
         views: of every unlabeled image.
+        pseudo: the unlabeled images with their pseudo masks, where the run has any.
     """
 
     def __init__(
@@ -60,9 +68,11 @@ class Stream:
         labeled: list[Sample],
         unlabeled: list[Sample],
         views: Views = PAIR,
+        pseudo: list[Sample] | None = None,
     ) -> None:
         self.config, self.world, self.data = config, world, data
         self.labeled, self.unlabeled, self.views = labeled, unlabeled, views
+        self.pseudo = pseudo
         self.skipped = 0
         self.recent: deque[tuple[int, list[str]]] = deque(maxlen=config.run.log_every)
         channels_last = config.model.channels_last and (
@@ -134,9 +144,11 @@ class Stream:
                 data.unlabeled_scale,
                 data.base_size,
                 data.iou_range if loss.context else (1.0, 1.0),
+                truth_cells=loss.false_negatives,
                 views=self.views,
             )
-            options["with_truth"] = loss.false_negatives
+            options["with_truth"] = _reads_truth(self.config, self.unlabeled, self.pseudo)
+            options["pseudo"] = self.pseudo
             return unlabeled_loader(self.unlabeled, self.data, transform, **options)
         sizes = data.crop_size, data.labeled_scale, data.base_size
         transform = LabeledTransform(*sizes, data.jitter_labeled)
@@ -147,7 +159,7 @@ class Stream:
 
         A labeled batch has "image" then, float (B, 3, c, c) and normalized. An unlabeled one has
         "image_NAME" of every view, and of every crop v that they show "on_imagev", bool
-        (B, c, c), which is False on the padding; all else keeps its name.
+        (B, c, c), which is False on the padding; all else keeps its name, such as "labelv".
         """
         device = self.world.device
         changes = {name: batch.pop(name) for name in tuple(batch) if name.startswith("changes")}
@@ -182,6 +194,12 @@ def on_image(flip: Tensor, valid: Tensor, crop: int) -> Tensor:
     rows, columns = (CELL * valid).unsqueeze(2).unbind(1)
     columns = torch.where(flip[:, None], crop - 1 - places, places) < columns
     return (places < rows).unsqueeze(2) & columns.unsqueeze(1)
+
+
+def _reads_truth(config: Config, unlabeled: list[Sample], pseudo: list[Sample] | None) -> bool:
+    """Whether the unlabeled images' own masks are read: they feed meters."""
+    has_truth = any(sample.mask is not None for sample in unlabeled)
+    return config.loss.false_negatives or (pseudo is not None and has_truth)
 
 
 def _is_light(config: Config) -> bool:

@@ -21,7 +21,7 @@ from cac_fast.train.distributed import World
 from cac_fast.train.networks import Segmenter, in_slices, upsample_logits
 from cac_fast.train.profiling import phase
 
-__all__ = ["Batch", "Method", "Networks", "View", "cross_entropy_sum"]
+__all__ = ["Batch", "Method", "Networks", "View", "cross_entropy_sum", "label_scalars"]
 
 Networks = Callable[[], Segmenter]
 """Makes a network of the run's settings, with its initial weights. The random ones among these
@@ -52,6 +52,13 @@ class Method(nn.Module):
     views: Mapping[str, View] = {}
     """What `forward` gets of the unlabeled images; empty for a method that uses none. Whether
     a class has any must be known before it is built; the constructor may then choose others."""
+
+    label_sources: tuple[str, ...] = ()
+    """The settings that may say where labels of the unlabeled images come from: `pseudo_labels`,
+    `teacher`. Where one of them does, every crop v has a `labelv`."""
+
+    needs_labels = False
+    """Whether one of them must."""
 
     reductions: Mapping[str, str] = {}
     """How a scalar's values on the ranks become one: "sum", or the name of the scalar that weights
@@ -91,7 +98,7 @@ class Method(nn.Module):
             labeled: `image` float (B, 3, c, c), normalized, and `label` uint8 (B, c, c).
             unlabeled: None in the warm-up, and for a method without views; else `image_NAME` as
                 above and `boxes_NAME` of each view, and of the crops v that these show
-                `on_imagev`, `flipv`, `validv` and `offset`: see
+                `on_imagev`, `flipv`, `validv`, `offset` and perhaps `labelv` and `rightv`: see
                 `UnlabeledTransform`.
         """
         raise NotImplementedError
@@ -181,3 +188,18 @@ class Method(nn.Module):
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed cross entropy of logits (B, K, H, W) by labels (B, H, W) uint8, 255 ignored."""
     return F.cross_entropy(logits, labels.long(), ignore_index=255, reduction="sum")
+
+
+def label_scalars(prefix: str, labels: list[Tensor], unlabeled: Batch, world: World) -> Batch:
+    """What metrics.jsonl says of pseudo labels (B, c, c) of crops, which `unlabeled` holds too.
+
+    PREFIX_labeled is the share of pixels that have one; PREFIX_precision, where truth exists, that
+    of the right ones among those whose class is known.
+    """
+    shares = torch.stack([(of_crop != 255).float().mean() for of_crop in labels])
+    scalars = {f"{prefix}_labeled": shares.mean()}
+    counts = [unlabeled[name] for name in ("right1", "right2") if name in unlabeled]
+    if counts:
+        right, known = world.all_reduce(torch.cat(counts).sum(0))
+        scalars[f"{prefix}_precision"] = right / known.clamp(min=1)
+    return scalars
