@@ -176,7 +176,10 @@ def _write_onnx(predictor: Predictor, about: dict[str, Any], path: Path) -> None
     graph = Exportable(copy.deepcopy(predictor), about["result"])
     pool_by_products(graph)
     names = {"input_names": ["image"], "output_names": [about["result"]]}
-    program = _traced(torch.onnx.export, graph, dynamo=True, opset_version=_OPSET, **names)
+    settings = {"dynamo": True, "opset_version": _OPSET, "verbose": False}
+    program = _traced(torch.onnx.export, graph, **settings, **names)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # lines of this program, with paths of this machine
     program.model.metadata_props[METADATA] = json.dumps(about)
     program.save(path, external_data=False)  # one file
     onnx.checker.check_model(path)
@@ -184,6 +187,8 @@ def _write_onnx(predictor: Predictor, about: dict[str, Any], path: Path) -> None
 
 def _write_torch(predictor: Predictor, about: dict[str, Any], path: Path) -> None:
     program = _traced(torch.export.export, Exportable(predictor, about["result"]))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with paths of this machine
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={f"{METADATA}.json": json.dumps(about)})
 
