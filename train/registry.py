@@ -194,6 +194,7 @@ NETWORKS = Registry(
 # A backbone is a class or function of (output_stride, low_stride): see `networks.backbones`.
 _MOBILENET = f"{_NETWORKS}.backbones:MobileNetBackbone"
 _RESNET = f"{_NETWORKS}.backbones:ResNetBackbone"
+_VGG = f"{_NETWORKS}.vgg:VGGBackbone"
 BACKBONES = Registry(
     "--backbone",
     {
@@ -203,6 +204,8 @@ BACKBONES = Registry(
         "resnet50": Entry(_RESNET, "torchvision", ("resnet50",)),
         "resnet101": Entry(_RESNET, "torchvision", ("resnet101",)),
         "timm/NAME": Entry(f"{_NETWORKS}.timm_encoder:TimmEncoder", "timm's that can be dilated"),
+        "vgg16": Entry(_VGG, "torchvision", ("vgg16",)),
+        "vgg16_bn": Entry(_VGG, "torchvision", ("vgg16_bn",)),
     },
 )
 

@@ -21,6 +21,9 @@ def conv_of_upsampled(
     x: (B, C, h, w). weight: (O, C, 3, 3). size: (H, W). Returns (B, O, H, W), in channels_last
     strides; equal but for rounding. Under autocast the products are taken in its dtype.
     """
+    if torch.compiler.is_exporting():  # plain operators, which know sizes of all kinds
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
+        return F.conv2d(x, weight, padding=1)
     batch, channels, h, w = x.shape
     out, _, taps, _ = weight.shape
     # One row of the product per location: (tap row, tap column, output channel).
