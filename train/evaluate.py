@@ -44,7 +44,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         # toycity may be written on the way, once.
         data = world.on_main(lambda: open_data(options.dataset, options.data_dir))
         predictor = load(options.checkpoint, world.device)
-        _check_classes(predictor.classes, data.classes, options.checkpoint)
+        check_classes(predictor.classes, data.classes, options.checkpoint)
         samples = data.splits[options.split]
         if not samples:
             raise InputError(
@@ -74,7 +74,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         write_json(options.json, about | result)
 
 
-def _check_classes(trained: Sequence[str], given: Sequence[str], path: Path) -> None:
+def check_classes(trained: Sequence[str], given: Sequence[str], path: Path) -> None:
+    """Raise InputError if the classes of checkpoint `path` are not those of the data."""
     if tuple(trained) == tuple(given):
         return
     if len(trained) != len(given):
