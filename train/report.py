@@ -51,7 +51,7 @@ def _report(options: argparse.Namespace) -> None:
     for run in runs:
         for gap in run.gaps:
             warn(f"{run.name}: {gap}")
-    print(f"report of {len(runs)} runs, {len(page.encode()) / 1e6:.1f} MB: {output}".replace(" 1 runs", " 1 run"))
+    print(f"{output}: {len(page.encode()) / 1e6:.1f} MB")
 
 
 def _album(runs: list[Run], count: int) -> Album:

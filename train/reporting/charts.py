@@ -107,13 +107,15 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def label(tick: float, among: Sequence[float]) -> str:
-    """A tick as short text: 1500 is 1500, 20000 is 20k, 0.30000000000000004 is 0.3."""
+    """A tick as text with as many decimals as all of them need; 20k for 20000."""
     step, most = among[1] - among[0], max(map(abs, among))
     if most >= 1e7 or step < 1e-4:
         return f"{tick:.3g}" if abs(tick) >= step / 2 else "0"
-    if most >= 10_000:
-        return f"{round(tick / 1000, 3):g}k" if abs(tick) >= step / 2 else "0"
-    return f"{round(tick, 6):g}"
+    unit, sign = (1000, "k") if most >= 10_000 else (1, "")
+    texts = (f"{round(each / unit, 6):g}" for each in among)
+    decimals = max(len(text.partition(".")[2]) for text in texts)
+    text = f"{round(tick / unit, 6):.{decimals}f}"
+    return text + sign if float(text) else "0"
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:

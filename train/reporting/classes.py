@@ -117,12 +117,13 @@ def copyable(title: str, rows: Sequence[Sequence[object]]) -> str:
 def confusion(runs: Sequence[Run]) -> str:
     """The confusion matrix of each run, or its most confused pairs."""
     parts = [_confusion(place, run) for place, run in enumerate(runs) if run.scored is not None]
+    content = f'<div class="matrices">{"".join(parts)}</div>'
     if not parts:
-        parts = [
+        content = (
             '<p class="nothing">No network could be run over its val images: the cards above say '
             "why.</p>"
-        ]
-    return section("confusion", "Confusion matrix", "".join(parts))
+        )
+    return section("confusion", "Confusion matrix", content)
 
 
 def _confusion(place: int, run: Run) -> str:
@@ -140,7 +141,8 @@ def _confusion(place: int, run: Run) -> str:
             f"predicted as what. Empty: below half a percent. {measured}"
         )
         body = _matrix(run)
-    return f'<h3>{swatch(place)}{escape(run.name)}</h3>{body}<p class="note">{text}</p>'
+    title = f"<h3>{swatch(place)}{escape(run.name)}</h3>"
+    return f'<div>{title}{body}<p class="note">{text}</p></div>'
 
 
 def _matrix(run: Run) -> str:
@@ -155,7 +157,7 @@ def _matrix(run: Run) -> str:
                 row += f'<td title="{said}">-</td>'
                 continue
             share = count / total
-            strong = ' class="strong"' if share > 0.55 else ""
+            strong = ' class="strong"' if share > 0.75 else ""
             text = f"{100 * share:.0f}" if share >= 0.005 else ""
             row += f'<td{strong} style="--share:{share:.3f}" title="{said}">{text}</td>'
         rows.append(row)

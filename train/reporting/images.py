@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from cac_fast.train.reporting.charts import color_class
 from cac_fast.train.reporting.classes import copyable
 from cac_fast.train.reporting.gather import Run
 from cac_fast.train.reporting.scoring import KINDS, LONG_SIDE, Shown
-from cac_fast.train.reporting.sections import section
+from cac_fast.train.reporting.sections import section, swatch
 from cac_fast.train.reporting.text import cell, escape, head, span, table
 
 QUALITY = 85
@@ -85,32 +84,30 @@ def _legend(run: Run) -> str:
 
 
 def _image(runs: Sequence[Run], album: Album, one: Shown, side: int) -> str:
-    palette = album.runs[0].scored.data.palette
-    figures = [
-        _figure(_jpeg(one.image, side), one.image.size, f"{one.name}: image", "image"),
-        _figure(_masks(one.truth, palette, side), one.truth.size, f"{one.name}: truth", "truth"),
-    ]
+    palette, size = album.runs[0].scored.data.palette, one.image.size
+
+    def photo(image: Image.Image, alternative: str, caption: str) -> str:
+        return _figure(_jpeg(image, side), size, f"{one.name}: {alternative}", caption)
+
+    def masks(ids: Image.Image, alternative: str, caption: str) -> str:
+        source = _masks(ids, palette, side)
+        return _figure(source, size, f"{one.name}: {alternative}", caption)
+
+    pairs = [photo(one.image, "image", "image") + masks(one.truth, "truth", "truth")]
     for view in one.views:
-        by = f" by {view.run.name}" if len(runs) > 1 else ""
+        by, color = "", ""
+        if len(runs) > 1:
+            by, color = f" by {view.run.name}", swatch(runs.index(view.run))
         score = span(view.score, name="image-miou")
-        color = f'<span class="swatch {color_class(runs.index(view.run))}"></span>' if by else ""
-        figures += [
-            _figure(
-                _masks(view.prediction, palette, side),
-                view.prediction.size,
-                f"{one.name}: prediction{by}",
-                f"{color}prediction, mIoU {score}",
-            ),
-            _figure(
-                _jpeg(view.confidence, side),
-                view.confidence.size,
-                f"{one.name}: confidence{by}",
-                f"{color}confidence",
-            ),
-        ]
+        pairs.append(
+            masks(view.prediction, f"prediction{by}", f"{color}prediction, mIoU {score}")
+            + photo(view.confidence, f"confidence{by}", f"{color}confidence")
+        )
+    pairs = "".join(f'<div class="pair">{pair}</div>' for pair in pairs)
+    several = " several" if len(one.views) > 1 else ""
     return (
         f'<article class="image"><h4>{escape(one.name)}</h4>'
-        f'<div class="views">{"".join(figures)}</div>{_ious(album, one)}</article>'
+        f'<div class="views{several}">{pairs}</div>{_ious(album, one)}</article>'
     )
 
 
