@@ -115,7 +115,7 @@ def label(tick: float, among: Sequence[float]) -> str:
     texts = (f"{round(each / unit, 6):g}" for each in among)
     decimals = max(len(text.partition(".")[2]) for text in texts)
     text = f"{round(tick / unit, 6):.{decimals}f}"
-    return text + sign if float(text) else "0"
+    return text + sign if tick or not sign else "0"
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:

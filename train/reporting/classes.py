@@ -172,7 +172,7 @@ def _pairs(run: Run) -> str:
     rows = []
     for place in found:
         true, predicted = divmod(place, len(counts))
-        if count := int(counts[true, predicted]):
+        if count := int(wrong[true, predicted]):
             rows.append(
                 f'<th scope="row">{escape(run.classes[true])}</th>'
                 f"<th>{escape(run.classes[predicted])}</th>"

@@ -21,6 +21,7 @@ from cac_fast.train.evaluate import check_classes
 from cac_fast.train.evaluation import ConfusionMatrix, evaluate
 from cac_fast.train.inference import Predictor, load
 from cac_fast.train.progress import show_progress
+from cac_fast.train.registry import LAYOUTS
 from cac_fast.train.reporting.gather import Run
 
 LONG_SIDE = 480
@@ -102,10 +103,7 @@ def _score(run: Run, data_dir: Path | None, world: World) -> None:
     path = checkpoint.find(run.path)
     predictor = load(path, world.device)
     run.classes = predictor.classes
-    if not run.settings.get("dataset"):
-        raise InputError("config.json does not say which data the run used")
-    where = data_dir or run.settings.get("data_dir")
-    data = open_data(run.settings["dataset"], None if where is None else Path(where))
+    data = _open_data(run, data_dir)
     check_classes(predictor.classes, data.classes, path)
     samples, classes = data.splits["val"], len(data.classes)
     total = ConfusionMatrix(classes, "cpu")
@@ -131,6 +129,16 @@ def _score(run: Run, data_dir: Path | None, world: World) -> None:
         on_prediction=take,
     )
     run.scored = Scored(predictor, data, path.name, result["miou"], total.counts, scores, ious)
+
+
+def _open_data(run: Run, data_dir: Path | None) -> SegmentationData:
+    dataset, found = run.settings.get("dataset"), run.settings.get("data_dir")
+    if not isinstance(dataset, str):
+        raise InputError("config.json does not say which data the run used")
+    LAYOUTS.check_own(dataset)
+    if data_dir is None and isinstance(found, str):
+        data_dir = Path(found)
+    return open_data(dataset, data_dir)
 
 
 def choose(scores: Sequence[float | None], count: int) -> dict[str, list[int]]:
