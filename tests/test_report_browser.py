@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,17 +48,13 @@ def browser() -> Iterator[sync_api.Browser]:
         browser.close()
 
 
-@pytest.fixture
-def opened(browser: sync_api.Browser, report: Path) -> Iterator[Opened]:
-    yield from _opened(browser, report)
-
-
 class Opened:
     """A page with what it said and asked for."""
 
     def __init__(self, browser: sync_api.Browser, file: Path, **settings: object) -> None:
         self.context = browser.new_context(viewport=WIDE, **settings)
         self.context.set_offline(True)
+        self.context.set_default_timeout(120_000)  # runners are busy
         self.page = self.context.new_page()
         self.said: list[str] = []
         self.asked: list[str] = []
@@ -84,10 +81,17 @@ class Opened:
         return head.get_attribute("aria-sort")
 
 
-def _opened(browser: sync_api.Browser, file: Path, **settings: object) -> Iterator[Opened]:
+@contextmanager
+def opening(browser: sync_api.Browser, file: Path, **settings: object) -> Iterator[Opened]:
     opened = Opened(browser, file, **settings)
     yield opened
     opened.context.close()
+
+
+@pytest.fixture
+def opened(browser: sync_api.Browser, report: Path) -> Iterator[Opened]:
+    with opening(browser, report) as opened:
+        yield opened
 
 
 def unfold(page: sync_api.Page) -> None:
@@ -166,7 +170,7 @@ def test_the_button_copies_the_csv(opened: Opened):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_wider_than_a_phone(browser: sync_api.Browser, report: Path, scheme: str):
-    for opened in _opened(browser, report, color_scheme=scheme):
+    with opening(browser, report, color_scheme=scheme) as opened:
         opened.page.set_viewport_size(PHONE)
         unfold(opened.page)
         assert opened.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
@@ -186,7 +190,7 @@ def test_dark_mode_and_print_have_readable_text(browser: sync_api.Browser, repor
         ("dark", "dark", "screen"),
         ("print", "dark", "print"),
     ):
-        for opened in _opened(browser, report, color_scheme=scheme):
+        with opening(browser, report, color_scheme=scheme) as opened:
             opened.page.emulate_media(media=media, color_scheme=scheme)
             seen[name] = opened.page.evaluate(
                 "(style => [style.color, style.backgroundColor].map(color => "
@@ -199,7 +203,7 @@ def test_dark_mode_and_print_have_readable_text(browser: sync_api.Browser, repor
 
 
 def test_all_but_sorting_works_without_scripts(browser: sync_api.Browser, report: Path):
-    for opened in _opened(browser, report, java_script_enabled=False):
+    with opening(browser, report, java_script_enabled=False) as opened:
         assert opened.page.locator("img").first.is_visible()
         assert opened.page.locator("svg.chart").first.is_visible()
         opened.page.locator("#classes summary").click()
