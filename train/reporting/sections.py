@@ -49,7 +49,7 @@ def _card(index: int, run: Run) -> str:
     facts = {
         "last mIoU": span(last.get("miou"), name="last-miou")
         + (f" at iteration {last['iteration']}" if last else ""),
-        "pixel accuracy of the best": span(best.get("pixel_accuracy"), name="best-accuracy"),
+        "pixel accuracy": span(best.get("pixel_accuracy"), name="best-accuracy"),
         "iterations": span(run.iterations, "d", "iterations") + of,
         "trained with": escape(", ".join(map(str, used)) or "not recorded"),
         "commit": escape(", ".join(run.commits) or "not recorded"),
@@ -104,6 +104,8 @@ def _settings_table(names: Sequence[str], columns: Sequence[Run]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if value == "":
+        return "-"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
