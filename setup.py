@@ -136,6 +136,7 @@ def describe_extensions() -> list[Extension]:
 setup(
     package_dir=FOLDERS,
     packages=list_packages(),
+    package_data={"cac_fast.train.reporting": ["page.css", "page.js"]},
     ext_modules=describe_extensions(),
     cmdclass={"build_ext": BuildOrSayWhy},
 )

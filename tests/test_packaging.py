@@ -109,7 +109,8 @@ def modules(folder: Path) -> set[str]:
     return {
         str(name / path.relative_to(folder / place))
         for place, name in names.items()
-        for path in (folder / place).rglob("*.py")
+        for path in (folder / place).rglob("*")
+        if path.suffix in {".py", ".css", ".js"}
     }
 
 

@@ -1,0 +1,1 @@
+"""One HTML file that shows runs: `train/report.py`."""
