@@ -47,7 +47,7 @@ def add_options(parser: Parser) -> None:
         "--features",
         choices=("encoder", "projected"),
         default="encoder",
-        help="what the classifier or what the loss sees; the latter needs runs of cac (%(default)s)",
+        help="as the classifier or, in runs of cac, as the loss sees them (%(default)s)",
     )
     text = "images drawn by seed whose overlaps are shown (%(default)s)"
     parser.add_argument("--rows", type=at_least(1), default=4, help=text)
@@ -93,7 +93,7 @@ def embed(points: np.ndarray) -> np.ndarray:
 
 
 def overlap_cells(pair: CropPair, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the shared cells in crop I and in crop II, both of `cells` x `cells`, unflipped."""
+    """Numbers of the shared cells in crop I and in crop II, both `cells` x `cells`, no flip."""
     down, right = (pair.top2 - pair.top1) // CELL, (pair.left2 - pair.left1) // CELL
     rows = np.arange(max(0, down), min(cells, cells + down))
     columns = np.arange(max(0, right), min(cells, cells + right))
