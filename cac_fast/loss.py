@@ -19,12 +19,12 @@ from cac_fast.checks import (
     check_threshold,
     check_views,
 )
+from cac_fast.negatives import false_negatives
 from cac_fast.ops import dc_loss_rows
 from cac_fast.overlap import Overlap
 
 _REDUCTIONS = ("mean", "active_mean", "sum", "none")
 _NORMALIZATIONS = ("image", "active")
-_UNKNOWN_TRUTH = 255
 
 
 def directional_contrastive_loss(
@@ -102,7 +102,9 @@ class DCLossOutput:
         over ranks and steps, or `max_negatives` of them.
     positive_cosine: mean cosine of the pairs, 0 without pairs.
     false_negatives: share, among the admitted pairs of active anchor and negative of this rank and
-        step, of those of one true class (Fig. 6); None without truth.
+        step, of those of one true class (Fig. 6); None without truth, as are the three below.
+    false_negatives_random: the same among all pairs, as if no label left any out.
+    admitted_pairs, random_pairs: how many pairs each share is of.
 
     >>> DCLossOutput(*torch.ones(5), false_negatives=None).loss
     tensor(1.)
@@ -114,6 +116,9 @@ class DCLossOutput:
     negatives: Tensor
     positive_cosine: Tensor
     false_negatives: Tensor | None
+    false_negatives_random: Tensor | None = None
+    admitted_pairs: Tensor | None = None
+    random_pairs: Tensor | None = None
 
 
 class DirectionalContrastiveLoss(nn.Module):
@@ -200,7 +205,7 @@ class DirectionalContrastiveLoss(nn.Module):
         logits1, logits2: (B, K, h, w) class logits, constants here.
         overlap: which cells pair.
         truth: two (B, h, w) int64 true labels from 0 to 255, 255 where unknown, for
-            `false_negatives` alone.
+            the false negatives alone.
 
         The loss is a float32 (float64 for float64 features); the products inside are taken in the
         features' dtype, or autocast's. With a bank all ranks must call this together.
@@ -236,14 +241,14 @@ class DirectionalContrastiveLoss(nn.Module):
 
         # Location ids have no such bound.
         classes = logits1.shape[1] if self.negative_sampling else None
-        false_negatives = pool = None
+        pool, measured = None, {"false_negatives": None}
         if self.contrastive:
             chosen, usable = self._choose(overlap)
             if not self.negative_sampling:
                 labels = _location_ids(partner, paired)
             if truth is not None:
                 true = torch.cat([t.flatten() for t in truth]).long()
-                false_negatives = _false_negatives(true, labels, active, chosen, usable)
+                measured = false_negatives(true, labels, active, chosen, usable)
             if not self.negative_sampling and self.bank is not None:
                 # Ids of other ranks and steps meet these in the bank.
                 labels = labels + (self.bank.push_id << 32)
@@ -289,7 +294,7 @@ class DirectionalContrastiveLoss(nn.Module):
                 pairs=first.sum(),
                 negatives=negatives,
                 positive_cosine=cosine.sum() / first.sum().clamp_min(1),
-                false_negatives=false_negatives,
+                **measured,
             )
 
         return finish
@@ -362,21 +367,3 @@ def _partner_rows(overlap: Overlap) -> tuple[Tensor, Tensor]:
     start = torch.cat((image + batch, image)).unsqueeze(1) * cells
     paired = partner >= 0
     return torch.where(paired, start + partner, 0).flatten(), paired.flatten()
-
-
-def _false_negatives(
-    truth: Tensor, labels: Tensor, active: Tensor, chosen: Tensor, usable: Tensor
-) -> Tensor:
-    """Share of one true class among the admitted pairs of active anchor and chosen negative."""
-    anchors = active & (truth < _UNKNOWN_TRUTH)
-    negatives = usable & (truth[chosen] < _UNKNOWN_TRUTH)
-
-    def equal_pairs(keys: Tensor) -> Tensor:
-        pool = keys[chosen].masked_fill(~negatives, -1).sort().values
-        equal = torch.searchsorted(pool, keys, right=True) - torch.searchsorted(pool, keys)
-        return (equal * anchors).sum()
-
-    # Pairs of one label are not admitted: taken off both counts.
-    admitted = anchors.sum() * negatives.sum() - equal_pairs(labels)
-    same_class = equal_pairs(truth) - equal_pairs(labels * (_UNKNOWN_TRUTH + 1) + truth)
-    return same_class / admitted.clamp_min(1)

@@ -72,25 +72,36 @@ def choose(gains: Sequence[float], rows: int) -> dict[str, list[int]]:
 
 def draw(rows: dict[str, list[Row]], names: Sequence[str], palette: Sequence) -> Image.Image:
     """The sheet of all rows, with a line of words above each."""
-    font = ImageFont.load_default(15)
-    step = TILE[0] + _MARGIN, TILE[1] + _CAPTION + _MARGIN
-    count = sum(map(len, rows.values()))
-    sheet = Image.new("RGB", (5 * step[0] + _MARGIN, count * step[1] + _CAPTION + _MARGIN), _PAPER)
-    pen = ImageDraw.Draw(sheet)
     heads = ["image", "truth", *names, f"right: {names[1]} alone green, {names[0]} alone red"]
-    for column, head in enumerate(heads):
-        pen.text((_MARGIN + column * step[0], 4), head, _INK, font)
-    top = _CAPTION
+    drawn = []
     for kind, of_kind in rows.items():
         for row in of_kind:
-            text = f"{kind}: {row.sample.name}, {100 * row.gain:+.1f} points of mIoU"
-            pen.text((_MARGIN, top + 4), text, _INK, font)
             maps = [colorize(ids, palette) for ids in (row.truth, *row.predictions)]
             tiles = [read_image(row.sample.image), *map(Image.fromarray, [*maps, told(row)])]
-            for column, tile in enumerate(tiles):
-                fitted = ImageOps.pad(tile, TILE, Image.Resampling.NEAREST, _PAPER)
-                sheet.paste(fitted, (_MARGIN + column * step[0], top + _CAPTION))
-            top += step[1]
+            drawn.append(
+                (f"{kind}: {row.sample.name}, {100 * row.gain:+.1f} points of mIoU", tiles)
+            )
+    return grid(heads, drawn)
+
+
+def grid(
+    heads: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    tile: tuple[int, int] = TILE,
+) -> Image.Image:
+    """Rows of pictures below their heads, each fitted into `tile`, a line of words above a row."""
+    font = ImageFont.load_default(15)
+    step = tile[0] + _MARGIN, tile[1] + _CAPTION + _MARGIN
+    size = len(heads) * step[0] + _MARGIN, len(rows) * step[1] + _CAPTION + _MARGIN
+    sheet = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        pen.text((_MARGIN + column * step[0], 4), head, _INK, font)
+    for top, (text, pictures) in zip(range(_CAPTION, size[1], step[1]), rows, strict=False):
+        pen.text((_MARGIN, top + 4), text, _INK, font)
+        for column, picture in enumerate(pictures):
+            fitted = ImageOps.pad(picture, tile, Image.Resampling.NEAREST, _PAPER)
+            sheet.paste(fitted, (_MARGIN + column * step[0], top + _CAPTION))
     return sheet
 
 

@@ -25,6 +25,8 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.methods.base import Batch, Method, Networks
 
 PROJECTOR_CHANNELS = 128  # paper, Sec. 4.1
+FALSE_NEGATIVES = "false_negatives", "false_negatives_random", "admitted_pairs", "random_pairs"
+"""What metrics.jsonl says of the negatives where the truth is read."""
 
 Projected = tuple[Tensor, Tensor]
 """Projected features (B, D, h, w) and class logits (B, K, h, w)."""
@@ -46,6 +48,10 @@ class ContrastiveMethod(Method):
         "active": "sum",
         "pairs": "sum",
         "positive_cosine": "pairs",
+        "false_negatives": "admitted_pairs",
+        "false_negatives_random": "random_pairs",
+        "admitted_pairs": "sum",
+        "random_pairs": "sum",
     }
 
     def __init__(
@@ -145,8 +151,9 @@ class ContrastiveMethod(Method):
             "negatives": dc.negatives,
             "positive_cosine": dc.positive_cosine,
         }
-        if dc.false_negatives is not None:
-            scalars["false_negatives"] = dc.false_negatives
+        for name in FALSE_NEGATIVES:
+            if (value := getattr(dc, name)) is not None:
+                scalars[name] = value
         return scalars
 
     def extra_state(self) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""Figure 8: what several networks say of the images on which they differ most, and of others."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from accuracy.figure_runs import Drawn, data_of, fitted, open_runs, with_masks
+from accuracy.sheet import grid, image_miou
+from cac_fast.train.data.images import read_image
+from cac_fast.train.errors import InputError
+from cac_fast.train.options import Parser, at_least
+from cac_fast.train.pictures import colorize
+from lib.measure import progress
+
+TILE = (240, 180)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this figure alone."""
+    text = "images chosen to differ, and again so many drawn by --seed (%(default)s)"
+    parser.add_argument("--rows", type=at_least(1), default=4, help=text)
+
+
+def choose(
+    names: Sequence[str], scores: Sequence[Sequence[float]], rows: int, seed: int
+) -> tuple[list[int], list[int]]:
+    """Places of the images whose scores are furthest apart, and of others drawn by seed.
+
+    names: of the images; a tie is decided by them. scores: of each image, one a run.
+    rows: of each kind; fewer if there are not enough images.
+    """
+    apart = [max(of_image) - min(of_image) for of_image in scores]
+    order = sorted(range(len(names)), key=lambda place: (-apart[place], names[place]))
+    others = sorted(order[rows:])
+    drawn = np.random.default_rng(seed).permutation(len(others))[:rows]
+    return order[:rows], [others[place] for place in drawn]
+
+
+def make(options: argparse.Namespace) -> Drawn:
+    """Score every image, choose and draw.
+
+    Raises:
+        InputError: there is one run alone, or a run, its data or an image cannot be used.
+    """
+    if len(options.runs) < 2:
+        raise InputError("--figure 8 compares runs: give two or more")
+    runs = open_runs(options.runs, options.captions)
+    data = data_of(runs[0].config, options.data_dir)
+    samples = with_masks(data, options.split)
+    scores = []
+    for number, sample in enumerate(samples, start=1):
+        image, truth = read_image(sample.image), data.read_mask(sample.mask)
+        scores.append([image_miou(truth, run.predictor.predict(image)) for run in runs])
+        progress(f"image {number} of {len(samples)}")
+    names = [sample.name for sample in samples]
+    chosen = choose(names, scores, options.rows, options.seed)
+    rows, numbers = [], []
+    width = (2 + len(runs)) * TILE[0]
+    for kind, places in zip(("chosen to differ", "drawn by seed"), chosen, strict=True):
+        for place in places:
+            image, truth = read_image(samples[place].image), data.read_mask(samples[place].mask)
+            maps = [truth, *(run.predictor.predict(image) for run in runs)]
+            tiles = [image, *(Image.fromarray(colorize(ids, data.palette)) for ids in maps)]
+            found = ", ".join(f"{100 * score:.1f}" for score in scores[place])
+            text = f"{kind}: {names[place]}, mIoU {found}"
+            rows.append((fitted(text, width), tiles))
+            numbers.append({"image": names[place], "kind": kind, "miou": scores[place]})
+            print(text)
+    heads = [fitted(text, TILE[0]) for text in ("image", "truth", *(run.name for run in runs))]
+    image = grid(heads, rows, TILE)
+    return Drawn(image, {"runs": [run.name for run in runs], "rows": numbers})
