@@ -307,6 +307,7 @@ def test_image_labels_are_classified_first(programs: Programs) -> None:
     assert classify[0] == "train/classify.py"
     assert classify[classify.index("--image-labels") + 1] == str(labels)
     assert classify[classify.index("--backbone") + 1] == "mobilenet_v2"
+    assert classify[classify.index("--labeled-share") + 1] == "1/8"
     masks = f"{classify[classify.index('--output') + 1]}/masks"
     for command in (weakly, weakly1):
         assert command[command.index("--pseudo-labels") + 1] == masks

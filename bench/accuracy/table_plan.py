@@ -21,6 +21,17 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
 from cac_fast.train.settings import FIELDS
 
+SEEN = (
+    "labeled",
+    "unlabeled",
+    "labeled_share",
+    "data_list",
+    "workers",
+    "backbone",
+    "weights",
+    "device",
+)
+"""Settings that a classification for pseudo masks has of the training that learns them."""
 TEACHER_COST = 2
 """Steps of supervised training that one of self-training costs, if it cannot be measured yet."""
 
@@ -188,17 +199,16 @@ def _after(run: Run, data: SegmentationData, option: str, first: Run, part: str 
 
 
 def _classification(settings: Config, options: argparse.Namespace, data: SegmentationData) -> Run:
-    given = [] if options.image_labels is None else ["--image-labels", options.image_labels]
-    model = ["--backbone", settings.model.backbone]
-    if settings.model.weights is not None:
-        model += ["--weights", settings.model.weights]
+    """What writes the pseudo masks of a training: of its images, with its backbone."""
+    flat = settings.flat()
+    chosen = {name: flat[name] for name in SEEN if flat[name] is not None}
+    words = [*options.data, *flags(chosen)]
+    if options.image_labels is not None:
+        words += ["--image-labels", options.image_labels]
     path = Path(options.image_labels or "")
-    labels = path.read_text() if path.is_file() else str(options.image_labels)
-    facts = settings.model.backbone, Path(settings.model.weights or "").name, labels
-    digest = content_digests(data, {})
-    text = json.dumps([facts, digest], sort_keys=True)
-    key = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return Run("train/classify.py", (*options.data, *given, *model), None, key)
+    told = path.read_text() if path.is_file() else options.image_labels
+    key = key_of(Config.of(dataset=settings.data.dataset, **chosen), data, "classify", str(told))
+    return Run("train/classify.py", tuple(words), None, key)
 
 
 def cells(table: Table, options: argparse.Namespace, data: SegmentationData) -> list[Cell]:
@@ -293,7 +303,10 @@ def is_done(run: Run, options: argparse.Namespace) -> bool:
     over = bool(curve) and curve[-1][0] == run.settings.optim.iterations
     if not over or not (folder / "last.pt").is_file():
         return False
-    changed = config.differences(run.settings, json.loads((folder / "config.json").read_text()))
+    former = json.loads((folder / "config.json").read_text())
+    for option, _, _ in run.needs:  # the key knows them
+        former.pop(option.removeprefix("--").replace("-", "_"), None)
+    changed = config.differences(run.settings, former)
     if changed:
         raise InputError(
             f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another "
