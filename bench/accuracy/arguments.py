@@ -1,4 +1,4 @@
-"""What a call of `compare.py` asks for."""
+"""What a call of `compare.py` asks for, and what `tables.py` shares with it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,36 @@ def arms(text: str) -> list[str]:
     return names
 
 
+def add_shared(parser: Parser) -> None:
+    """Add what a program that plans runs asks for: data, seeds, folders, how many at once."""
+    parser.add_argument("--dataset", required=True, help="as train/main.py's")
+    parser.add_argument("--data-dir", help="as train/main.py's")
+    parser.add_argument("--seeds", type=numbers, default="0,1,2", help="of the runs (%(default)s)")
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: below runs)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "bench" / "results",
+        help="folder of the result files (default: bench/results)",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads a run")
+
+
+def find_data(options: argparse.Namespace) -> None:
+    """Note the data's `folder`, and its `title` in tables."""
+    options.folder = Path(options.data_dir).resolve() if options.data_dir else None
+    options.title = options.folder.name if options.folder else options.dataset
+    if options.folder is None and (made_in := LAYOUTS.entry(options.dataset).made_in):
+        options.folder = ROOT / made_in
+
+
+def data_options(options: argparse.Namespace) -> list[str]:
+    """The options of `train/main.py` that name the data."""
+    folder = [] if options.folder is None else ["--data-dir", str(options.folder)]
+    return ["--dataset", options.dataset, *folder]
+
+
 def split_arguments(
     arguments: list[str], description: str | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
@@ -43,8 +73,7 @@ def split_arguments(
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="compare", help="name of the result files")
-    parser.add_argument("--dataset", required=True, help="as train/main.py's")
-    parser.add_argument("--data-dir", help="as train/main.py's")
+    add_shared(parser)
     parser.add_argument(
         "--arms", type=arms, default=",".join(METHODS), help=f"of {', '.join(ARMS)} (%(default)s)"
     )
@@ -57,7 +86,6 @@ def split_arguments(
         metavar="'NAME=ARM OPTIONS'",
         help="one more arm: another one with further options of train/main.py",
     )
-    parser.add_argument("--seeds", type=numbers, default="0,1,2", help="of the runs (%(default)s)")
     parser.add_argument(
         "--shares", default="1/8", help="labeled shares, or 'lists' for the data set's own lists"
     )
@@ -80,15 +108,6 @@ def split_arguments(
     parser.add_argument(
         "--shrink", type=int, default=1, help="train on a copy of a folder set at 1/N of its size"
     )
-    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/NAME)")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=ROOT / "bench" / "results",
-        help="folder of the result files (default: bench/results)",
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads a run")
     return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
 
 
@@ -103,8 +122,7 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
     options.command, options.rest = arguments, rest
     options.arms = [*options.arms, *options.variants]
     options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
-    options.folder = Path(options.data_dir).resolve() if options.data_dir else None
-    options.title = options.folder.name if options.folder else options.dataset
+    find_data(options)
     if options.lists is not None:
         options.shares = Path(options.lists).name
         options.lists = str(Path(options.lists).resolve())
@@ -116,8 +134,6 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
                 f"--names {path}: there are results called {path.stem!r} already: rename the file"
             )
         called.append(path.stem)
-    if options.folder is None and (made_in := LAYOUTS.entry(options.dataset).made_in):
-        options.folder = ROOT / made_in
     if options.shrink < 1:
         raise InputError(f"--shrink {options.shrink} is no size: give 1 or more")
     if options.shrink > 1:
@@ -129,7 +145,5 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
         if options.folder is None:
             raise InputError("--shrink needs the folder that it copies: give --data-dir")
         options.folder = shrunken(options.folder, options.shrink)
-    options.data = ["--dataset", options.dataset]
-    if options.folder is not None:
-        options.data += ["--data-dir", str(options.folder)]
+    options.data = data_options(options)
     return options

@@ -8,12 +8,13 @@ import json
 from accuracy.arms import ARMS
 from accuracy.runs import Job, data_arguments, is_finished
 from cac_fast.train import config, registry
+from cac_fast.train.config import Config
 from lib.running import run
 
 
-def is_alone(arm: str) -> bool:
-    """Whether an arm's method sees no unlabeled images."""
-    return not registry.METHODS.load(ARMS[arm].method).views
+def is_alone(method: str) -> bool:
+    """Whether a method sees no unlabeled images."""
+    return not registry.METHODS.load(method).views
 
 
 def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:
@@ -25,24 +26,37 @@ def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, flo
     """
     hours = {}
     # Those with unlabeled images first: such a measurement knows the steps without them too.
-    arms = sorted({arm for arm, _, _ in jobs}, key=is_alone)
+    arms = sorted({arm for arm, _, _ in jobs}, key=lambda arm: is_alone(ARMS[arm].method))
     seconds: dict[str, float] = {}
     for arm in arms:
-        alone = is_alone(arm)
+        alone = is_alone(ARMS[arm].method)
         job = next(job for job in jobs if job[0] == arm)
         words = ["--method", ARMS[arm].method, *data_arguments(job, options), *options.data]
         words += [*options.rest, *ARMS[arm].more]
         if not (seconds and alone):
-            file = options.runs / "step_time.json"
-            options.runs.mkdir(parents=True, exist_ok=True)
-            run(["bench/lib/step_time.py", str(file), *words], options.threads, "ten steps")
-            seconds = json.loads(file.read_text())
-        settings = config.parse(words)
-        total = settings.optim.iterations
-        first = total if alone else min(settings.num_warmup, total)
-        both = (total - first) * (seconds["both"] or 0)
-        hours[arm] = (first * seconds["labeled"] + both) / 3600
+            seconds = step_seconds(words, options)
+        hours[arm] = hours_of(config.parse(words), seconds, alone)
     return hours
+
+
+def step_seconds(words: list[str], options: argparse.Namespace) -> dict[str, float | None]:
+    """Seconds of a step of `train/main.py` with the options `words`, as `step_time.py` has them.
+
+    Raises:
+        RunError: the steps could not be made.
+    """
+    file = options.runs / "step_time.json"
+    options.runs.mkdir(parents=True, exist_ok=True)
+    run(["bench/lib/step_time.py", str(file), *words], options.threads, "ten steps")
+    return json.loads(file.read_text())
+
+
+def hours_of(settings: Config, seconds: dict[str, float | None], alone: bool) -> float:
+    """Hours of a run without evaluations; alone: its method sees no unlabeled images."""
+    total = settings.optim.iterations
+    first = total if alone else min(settings.num_warmup, total)
+    both = (total - first) * (seconds["both"] or 0)
+    return (first * seconds["labeled"] + both) / 3600
 
 
 def plan(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from accuracy.arms import ARMS
 from cac_fast.train import checkpoint, config
@@ -28,12 +29,17 @@ def note_call(job: Job, options: argparse.Namespace) -> dict[str, list]:
         InputError: as `is_finished`.
     """
     folder = run_folder(job, options)
-    note: dict[str, list] = {"commits": [], "machines": []}
-    if (folder / "last.pt").is_file() and "--restart" not in options.rest:
-        note = read_note(folder)
-        if is_finished(job, options):
-            return note
-    for key, value in options.note.items():
+    begun = (folder / "last.pt").is_file() and "--restart" not in options.rest
+    if begun and is_finished(job, options):
+        return read_note(folder)
+    return note_run(folder, options.note, begun)
+
+
+def note_run(folder: Path, now: dict[str, Any], begun: bool) -> dict[str, list]:
+    """Add the commit and machine of `now` to a run's note, of one that has `begun` before, or
+    write its first note; the note."""
+    note = read_note(folder) if begun else {"commits": [], "machines": []}
+    for key, value in now.items():
         if note[key][-1:] != [value]:
             note[key].append(value)
     write_record(folder / "compare.json", note)
@@ -113,12 +119,8 @@ def one_run(job: Job, options: argparse.Namespace) -> dict:
     note = note_call(job, options)
     words = ["--method", ARMS[arm].method, *data_arguments(job, options), "--seed", str(seed)]
     words += ["--output", str(folder), *data, *options.rest, *ARMS[arm].more]
-    run(["train/main.py", *words], options.threads, label)
-    lines = read_metrics(folder / "metrics.jsonl")
-    curve = [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"]
-    if not curve:
-        raise RunError(f"{label} left no validation result in {folder / 'metrics.jsonl'}")
-    scores = {"val_last": curve[-1][1], "val_best": max(miou for _, miou in curve)}
+    curve = trained(words, folder, options.threads, label)
+    scores = val_scores(curve)
     iou = {}
     for name, more in scored_parts(options).items():
         for state in ("last", "best"):
@@ -129,6 +131,29 @@ def one_run(job: Job, options: argparse.Namespace) -> dict:
             scores[f"{name}_{state}"], iou[f"{name}_{state}"] = result["miou"], result["iou"]
     names = {"method": arm, "share": share, "seed": seed, **note}
     return {**names, "scores": scores, "iou": iou, "curve": curve}
+
+
+def trained(words: list[str], folder: Path, threads: int, label: str) -> list[list]:
+    """Train with the options `words` of `train/main.py` into `folder`; its `val_curve`.
+
+    Raises:
+        RunError: the training failed, or left no validation result.
+    """
+    run(["train/main.py", *words], threads, label)
+    curve = val_curve(read_metrics(folder / "metrics.jsonl"))
+    if not curve:
+        raise RunError(f"{label} left no validation result in {folder / 'metrics.jsonl'}")
+    return curve
+
+
+def val_curve(lines: list[dict]) -> list[list]:
+    """Iteration and mIoU of each evaluation in the lines of a metrics.jsonl."""
+    return [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"]
+
+
+def val_scores(curve: list[list]) -> dict[str, float]:
+    """The last and the best mIoU of a `val_curve`."""
+    return {"val_last": curve[-1][1], "val_best": max(miou for _, miou in curve)}
 
 
 def unfinished_run(job: Job, options: argparse.Namespace) -> dict | None:
@@ -144,7 +169,7 @@ def unfinished_run(job: Job, options: argparse.Namespace) -> dict | None:
         "seed": seed,
         "commits": read_note(folder)["commits"],
         "iteration": lines[-1]["iteration"],
-        "curve": [[line["iteration"], line["miou"]] for line in lines if line["kind"] == "val"],
+        "curve": val_curve(lines),
     }
 
 
