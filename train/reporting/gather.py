@@ -8,16 +8,46 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.errors import InputError
+from cac_fast.train.inference import Predictor
 from cac_fast.train.log import read_metrics
 from cac_fast.train.settings import FIELDS
 
-if TYPE_CHECKING:
-    from cac_fast.train.reporting.scoring import Scored
-
 _FILES = "config.json", "metrics.jsonl", "best.pt", "last.pt"
+
+
+@dataclass
+class Scored:
+    """A network over the val images of a run's data.
+
+    file: the checkpoint's name. miou: of the set. counts: (K, K) int64, rows are the true classes.
+    scores: of each image the mean IoU over its true classes, None where all is ignored. ious: of
+    each image the IoU of its true classes, None for the others.
+    """
+
+    predictor: Predictor
+    data: SegmentationData
+    file: str
+    miou: float
+    counts: Tensor
+    scores: list[float | None]
+    ious: list[list[float | None]]
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The images."""
+        return self.data.splits["val"]
+
+    @property
+    def mean_over_images(self) -> float:
+        """Mean of `scores`."""
+        scores = [score for score in self.scores if score is not None]
+        return sum(scores) / len(scores)
 
 
 @dataclass

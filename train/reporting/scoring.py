@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from cac_fast.train import checkpoint
 from cac_fast.train.data.images import read_image
@@ -21,42 +20,13 @@ from cac_fast.train.evaluation import ConfusionMatrix, evaluate
 from cac_fast.train.inference import Predictor, check_classes, load
 from cac_fast.train.progress import show_progress
 from cac_fast.train.registry import LAYOUTS
-from cac_fast.train.reporting.gather import Run
+from cac_fast.train.reporting.gather import Run, Scored
 
 LONG_SIDE = 480
 """Of a picture, in pixels."""
 WORKERS = 2
 
 KINDS = "worst", "median", "best"
-
-
-@dataclass
-class Scored:
-    """A network over the val images of a run's data.
-
-    file: the checkpoint's name. miou: of the set. counts: (K, K) int64, rows are the true classes.
-    scores: of each image the mean IoU over its true classes, None where all is ignored. ious: of
-    each image the IoU of its true classes, None for the others.
-    """
-
-    predictor: Predictor
-    data: SegmentationData
-    file: str
-    miou: float
-    counts: Tensor
-    scores: list[float | None]
-    ious: list[list[float | None]]
-
-    @property
-    def samples(self) -> tuple[Sample, ...]:
-        """The images."""
-        return self.data.splits["val"]
-
-    @property
-    def mean_over_images(self) -> float:
-        """Mean of `scores`."""
-        scores = [score for score in self.scores if score is not None]
-        return sum(scores) / len(scores)
 
 
 class View(NamedTuple):
