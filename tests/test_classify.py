@@ -382,6 +382,16 @@ def test_masks_of_another_network_are_made_anew(
     assert kept == [[False] * 3, [True] * 3, [True, False, True], [False] * 3]
 
 
+def test_maps_of_a_long_strip(red_squares: tuple[Any, ImageLabels], tmp_path: Path) -> None:
+    data, labels = red_squares
+    strip = Image.new("RGB", (700, 20), (0, 0, 255))
+    strip.paste((255, 0, 0), (100, 0, 300, 20))
+    writer = MaskWriter(red_network(), "hash", labels, data, CamSettings(), tmp_path)
+    maps = writer.maps(strip, (1,))
+    assert maps.shape == (1, 20, 700) and writer.maps(strip, ()).shape == (0, 20, 700)
+    assert maps[0, :, 140:260].min() > 0.9 and maps[0, :, 340:].max() == maps[0, :, :60].max() == 0
+
+
 def test_sheet_shows_image_heat_mask_and_truth(
     red_squares: tuple[Any, ImageLabels], tmp_path: Path
 ) -> None:

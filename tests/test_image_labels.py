@@ -56,6 +56,12 @@ def test_lines_in_all_their_forms(data: SegmentationData) -> None:
         assert "4 images, 4 others have none" in found.found
 
 
+def test_labels_of_other_images_are_passed_over(data: SegmentationData) -> None:
+    found = labels_of(data, "t00 car\nimages/val/v00.png sky\n")
+    assert by_name(found) == {"t00": (2,)}
+    assert "1 images, 7 others have none, 1 labeled images are not of" in found.found
+
+
 def test_composed_and_decomposed_names_are_the_same(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "data")
     for form in ("NFC", "NFD"):

@@ -66,6 +66,11 @@ def _parser() -> Parser:
         prog="train/classify.py",
         description="Train a classification network on image-level labels; write pseudo masks of "
         "its class activation maps into DIR/masks, and what there is to say of them.",
+        epilog="In place of the defaults: "
+        + "; ".join(
+            f"{key}: " + ", ".join(f"{name} {value}" for name, value in preset.items())
+            for key, preset in PRESETS.items()
+        ),
         argument_default=argparse.SUPPRESS,
     )
     add_data_options(parser)

@@ -89,8 +89,9 @@ def find_labels(
             f"image labels from {said}: there is no label at all for the {len(samples)} training "
             "images: name a class for some of them"
         )
-    more = len(samples) - len(used)
-    text = f"image labels: {said}; {len(used)} images, {more} others have none"
+    text = f"image labels: {said}; {len(used)} images, {len(samples) - len(used)} others have none"
+    if (beside := len(found) - len(used)) > 0:
+        text += f", {beside} labeled images are not of the training lists"
     return ImageLabels(tuple(used), labels, text, masks_read)
 
 
