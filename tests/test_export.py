@@ -288,6 +288,19 @@ def test_one_wrong_size_is_enough(monkeypatch, tmp_path):
     ).is_rounding
 
 
+def test_a_file_that_fails_at_a_size_is_none(monkeypatch, tmp_path, capfd):
+    def run(batch: Tensor) -> Tensor:
+        if batch.shape[2] == 205:
+            raise ValueError("Dim 2 is 64\nand more")
+        return shifted(0.0, "labels")(batch)
+
+    pretend(monkeypatch, run)
+    found = exporting.export(PREDICTOR, {"result": "labels"}, tmp_path / "net", "torch")
+    assert not found.is_rounding and list(tmp_path.iterdir()) == []
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "fails on images (1, 3, 205, 331): ValueError: Dim 2 is 64" in line
+
+
 def test_what_the_predictor_is_given_is_compared_too(monkeypatch, tmp_path):
     def run(batch: Tensor) -> Tensor:
         return shifted(2.0 if batch.shape[2] == 50 else 0.0, "logits")(batch)
