@@ -79,13 +79,14 @@ def check_packages(file_format: str) -> None:
 def describe(path: Path, predictor: Predictor, result: str) -> dict[str, Any]:
     """The metadata of a file made from the checkpoint `path`, whose network `predictor` has."""
     config = checkpoint.read(checkpoint.find(path))["config"]
+    expected = predictor.network.preprocessing
     return {
         "result": result,
         "classes": list(predictor.classes),
         "palette": [list(color) for color in predictor.palette],
         "ignore": IGNORE,
-        "mean": predictor.mean.flatten().tolist(),
-        "std": predictor.std.flatten().tolist(),
+        "mean": list(expected.mean),
+        "std": list(expected.std),
         "network": config["network"],
         "backbone": config["backbone"],
         "version": cac_fast.__version__,
