@@ -18,7 +18,9 @@ from cac_fast.train import checkpoint, export, exporting
 from cac_fast.train.errors import InputError
 from cac_fast.train.exportable import Exportable, PoolByProducts
 from cac_fast.train.inference import Predictor
-from cac_fast.train.networks import build_network
+from cac_fast.train.networks import build_network, upsample_logits
+from cac_fast.train.networks.segmenter import DilatedConv2d
+from cac_fast.train.networks.upsampled import conv_of_upsampled
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -195,6 +197,23 @@ class Branching(Conv):
         return self.conv(x) if x.sum() > 0 else self.conv(-x)
 
 
+class Parts(nn.Module):
+    """What heads are made of and exporters do not take as it is, on a map at 1/8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shrink = nn.Conv2d(3, 8, 3, stride=8, padding=1)
+        self.dilated = DilatedConv2d(8, 8, 6)
+        self.pool = nn.AdaptiveAvgPool2d(3)
+        self.weight = nn.Parameter(torch.randn(3, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = self.dilated(self.shrink(x))
+        bins = conv_of_upsampled(self.pool(high), self.weight, high.shape[-2:], align_corners=False)
+        return upsample_logits(high[:, :3] + bins, x.shape[-2:])
+
+
 def predictor_of(network: nn.Module, classes: int = 3) -> Predictor:
     palette = [(index % 256, 0, 0) for index in range(classes)]
     return Predictor(network, [str(index) for index in range(classes)], palette).eval()
@@ -220,6 +239,15 @@ def test_labels_are_wide_enough(classes, dtype):
         labels = Exportable(predictor, "labels")(torch.zeros(1, 3, 8, 9, dtype=torch.uint8))
     assert (labels.dtype, labels.shape) == (dtype, (1, 8, 9))
     assert (labels == classes - 1).all()
+
+
+@pytest.mark.parametrize("kind", exporting.FORMATS)
+def test_what_heads_are_made_of_is_the_same_in_the_file(kind, tmp_path):
+    small = images(1, 9, 47)[0]
+    found = exporting.export(
+        predictor_of(Parts()), {"result": "logits"}, tmp_path / "net", kind, [small]
+    )
+    assert found.is_rounding, found
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])
@@ -286,6 +314,19 @@ def test_one_wrong_size_is_enough(monkeypatch, tmp_path):
     assert not exporting.export(
         PREDICTOR, {"result": "labels"}, tmp_path / "net", "torch"
     ).is_rounding
+
+
+def test_a_file_that_fails_at_a_size_is_none(monkeypatch, tmp_path, capfd):
+    def run(batch: Tensor) -> Tensor:
+        if batch.shape[2] == 205:
+            raise ValueError("Dim 2 is 64\nand more")
+        return shifted(0.0, "labels")(batch)
+
+    pretend(monkeypatch, run)
+    found = exporting.export(PREDICTOR, {"result": "labels"}, tmp_path / "net", "torch")
+    assert not found.is_rounding and list(tmp_path.iterdir()) == []
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "fails on images (1, 3, 205, 331): ValueError: Dim 2 is 64" in line
 
 
 def test_what_the_predictor_is_given_is_compared_too(monkeypatch, tmp_path):
