@@ -97,11 +97,12 @@ def test_the_last_of_several_maps_is_explained() -> None:
 
 
 def test_region_is_what_touches_the_pixel() -> None:
-    truth = np.array([[1, 1, 0, 1], [0, 1, 0, 1], [1, 0, 0, 1]])
+    truth = np.array([[1, 1, 0, 1], [0, 1, 1, 0], [1, 0, 1, 0]])
     region = figure_gradcam.region_of(truth, Place(1, 1))
-    assert region.tolist() == [[True, True, False, False], [False, True, False, False], [False] * 4]
+    # Up, then left; right, then down; nothing by a corner alone.
+    assert np.argwhere(region).tolist() == [[0, 0], [0, 1], [1, 1], [1, 2], [2, 2]]
     cam = np.arange(12.0).reshape(3, 4)
-    assert figure_gradcam.share_inside(cam, region) == pytest.approx((0 + 1 + 5) / 66)
+    assert figure_gradcam.share_inside(cam, region) == pytest.approx((0 + 1 + 5 + 6 + 10) / 66)
 
 
 def test_precision_is_weighted_by_the_pairs() -> None:
@@ -257,7 +258,7 @@ def test_sheet_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) 
     assert {row["image"] for row in rows[2:]} == {"a b", "über <i>"}
     assert [row["kind"] for row in rows] == ["chosen to differ"] * 2 + ["drawn by seed"] * 2
     assert rows[0]["miou"] == [0.4, 0.6]
-    assert "chosen to differ: M&S Straße, mIoU 40.0, 60.0" in capsys.readouterr().out
+    assert "chosen to differ: M&S Straße, mIoU x 40.0, gut & schön 60.0" in capsys.readouterr().out
     picture = Image.open(png).convert("RGB")
     assert picture.width == 4 * (figure_sheet.TILE[0] + 8) + 8
     with pytest.raises(InputError) as error:

@@ -80,20 +80,18 @@ def make_negatives(options: argparse.Namespace) -> Drawn:
     curves = {}
     for name, of_name in by_name(logs).items():
         for log in of_name:
-            if not any(WITHOUT_COUNT in line for line in log.lines):
+            if not any(COUNTS[WITHOUT][1] in line for line in log.lines):
                 raise InputError(
                     f"{log.folder} did not measure its negatives: train it with --false-negatives"
                 )
+        lengths = [epoch_length(log, options.data_dir) for log in of_name]
         for kind in COUNTS:
-            found = [
-                precision(log.lines, kind, epoch_length(log, options.data_dir)) for log in of_name
+            curves[f"{name}, {kind}"] = [
+                precision(log.lines, kind, length)
+                for log, length in zip(of_name, lengths, strict=True)
             ]
-            curves[f"{name}, {kind}"] = found
     image, numbers = drawn(curves, "epoch of the unlabeled images", "precision of the negatives")
     return Drawn(image, numbers)
-
-
-WITHOUT_COUNT = COUNTS[WITHOUT][1]
 
 
 def make_validation(options: argparse.Namespace) -> Drawn:
@@ -112,6 +110,7 @@ def drawn(
 ) -> tuple[Image.Image, dict[str, Any]]:
     """The figure of the named curves, several seeds each, and the numbers in it."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.2), dpi=100, layout="constrained")
     axis = figure.subplots()
@@ -138,6 +137,7 @@ def drawn(
         else:
             print(f"{name}, {runs}: nothing to show")
     axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize=9)

@@ -20,6 +20,11 @@ from cac_fast.train.inference import Predictor
 from cac_fast.train.log import read_metrics
 from cac_fast.train.pictures import _shortened
 
+REPEATED = frozenset(
+    "seed data_list data_dir labeled unlabeled output cache workers weights device".split()
+)
+"""Settings in which runs of one name may differ."""
+
 
 class Run(NamedTuple):
     """A trained network: what it is called, its checkpoint and settings."""
@@ -99,14 +104,10 @@ def open_logs(paths: Sequence[Path], captions: Sequence[str] | None) -> list[Log
     return logs
 
 
-SEEDS = {"seed", "data_list"}
-PLACES = {"data_dir", "labeled", "unlabeled", "output", "cache", "workers", "weights", "device"}
-
-
 def check_seeds_alone(other: Log, folder: Path, config: Config) -> None:
     """Raise InputError if two runs of one name have other settings than those of a repetition."""
     here, there = config.flat(), other.config.flat()
-    for key in here.keys() - SEEDS - PLACES:
+    for key in sorted(here.keys() - REPEATED):
         if here[key] != there[key]:
             raise InputError(
                 f"{folder} and {other.folder} are both called {other.name}, but differ in {key} "

@@ -6,17 +6,19 @@ import argparse
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from accuracy.figure_runs import Drawn, data_of, fitted, open_runs, with_masks
 from accuracy.sheet import grid, image_miou
 from cac_fast.train.data.images import read_image
+from cac_fast.train.data.layouts import SegmentationData
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import Parser, at_least
 from cac_fast.train.pictures import colorize
 from lib.measure import progress
 
-TILE = (240, 180)
+TILE = (208, 156)
+_SWATCH, _LINE = 14, 20
 
 
 def add_options(parser: Parser) -> None:
@@ -65,11 +67,31 @@ def make(options: argparse.Namespace) -> Drawn:
             image, truth = read_image(samples[place].image), data.read_mask(samples[place].mask)
             maps = [truth, *(run.predictor.predict(image) for run in runs)]
             tiles = [image, *(Image.fromarray(colorize(ids, data.palette)) for ids in maps)]
-            found = ", ".join(f"{100 * score:.1f}" for score in scores[place])
+            found = ", ".join(
+                f"{run.name} {100 * score:.1f}"
+                for run, score in zip(runs, scores[place], strict=True)
+            )
             text = f"{kind}: {names[place]}, mIoU {found}"
             rows.append((fitted(text, width), tiles))
             numbers.append({"image": names[place], "kind": kind, "miou": scores[place]})
             print(text)
     heads = [fitted(text, TILE[0]) for text in ("image", "truth", *(run.name for run in runs))]
-    image = grid(heads, rows, TILE)
+    image = with_legend(grid(heads, rows, TILE), data)
     return Drawn(image, {"runs": [run.name for run in runs], "rows": numbers})
+
+
+def with_legend(sheet: Image.Image, data: SegmentationData) -> Image.Image:
+    """The sheet, and below it the name of every class beside its color."""
+    font, margin = ImageFont.load_default(13), 8
+    cell = 3 * margin + _SWATCH + max(int(font.getlength(name)) for name in data.classes)
+    columns = max(1, (sheet.width - margin) // cell)
+    height = sheet.height + -(-len(data.classes) // columns) * _LINE + margin
+    whole = ImageOps.pad(
+        sheet, (sheet.width, height), color=sheet.getpixel((0, 0)), centering=(0, 0)
+    )
+    pen = ImageDraw.Draw(whole)
+    for index, (name, color) in enumerate(zip(data.classes, data.palette, strict=True)):
+        left, top = margin + index % columns * cell, sheet.height + index // columns * _LINE
+        pen.rectangle((left, top, left + _SWATCH, top + _SWATCH), tuple(color))
+        pen.text((left + _SWATCH + margin, top), name, (30, 30, 34), font)
+    return whole
