@@ -201,12 +201,12 @@ def mask_of(label: Tensor) -> np.ndarray:
 
 
 def test_agreement_with_the_truth_is_counted():
-    truth = np.array([[0, 1], [255, 2]], np.uint8).repeat(16, 0).repeat(16, 1)
-    told = np.array([[0, 2], [1, 255]], np.uint8).repeat(16, 0).repeat(16, 1)
+    pairs = [[(0, 0), (1, 2)], [(255, 1), (2, 255)], [(255, 255), (0, 0)], [(1, 1), (0, 1)]]
+    truth, told = np.array(pairs, np.uint8).repeat(8, 0).repeat(16, 1).transpose(2, 0, 1)
     transform = UnlabeledTransform(32, (1.0, 1.0), iou_range=(1.0, 1.0), truth_cells=False)
     image = Image.new("RGB", (32, 32))
     item = transform(image, truth, np.random.default_rng(0), told)
-    assert item["right1"].tolist() == item["right2"].tolist() == [256, 512]
+    assert item["right1"].tolist() == item["right2"].tolist() == [3 * 128, 5 * 128]
     assert "truth1" not in item
     assert "right1" not in transform(image, None, np.random.default_rng(0), told)
 
@@ -314,6 +314,17 @@ def test_a_run_goes_on_with_its_own_labels_alone(tiny, folder_data, masks, tmp_p
         trainer(folder_data, tmp_path / "run", "--pseudo-labels", "none")
     (masks / "05.png").unlink()
     assert trainer(folder_data, tmp_path / "run").iteration == 6
+
+
+def test_the_cache_holds_pseudo_masks_too(tiny, folder_data, tmp_path):
+    steps = []
+    for cache in ("none", str(tmp_path / "cache")):
+        stream = trainer(folder_data, tmp_path / "run", "--cache", cache).stream
+        (step,) = stream.steps(0, 1, True)
+        steps.append(step.labeled | step.unlabeled)
+    assert len(list((tmp_path / "cache").iterdir())) == 7 + 4 + 2
+    assert steps[0].keys() == steps[1].keys() and "label2" in steps[0]
+    assert all(torch.equal(steps[1][name], value) for name, value in steps[0].items())
 
 
 def test_without_weight_it_is_cac(tiny, folder_data, tmp_path, monkeypatch):
