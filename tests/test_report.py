@@ -196,6 +196,21 @@ def test_confusion_matrix_and_scores_of_images_are_those_of_the_network(place: P
         assert score == pytest.approx(scores[article.one("h4").text], abs=1e-12)
 
 
+def test_score_of_an_image_is_over_its_true_classes(monkeypatch, run, place, tmp_path):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    for path in data.glob("masks/val/*.png"):
+        Image.fromarray(np.zeros((48, 56), np.uint8)).save(path)
+
+    def halves(_, image: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(4, *image.shape[1:])
+        logits[0, :, :28] = logits[1, :, 28:] = 1
+        return logits
+
+    monkeypatch.setattr("cac_fast.train.inference.Predictor.logits", halves)
+    page = written(tmp_path / "a.html", run, "--data-dir", data, "--images", "1")
+    assert [one.value for one in page.all("span", data_name="image-miou")] == [0.5] * 3
+
+
 def test_pictures_are_image_truth_prediction_and_confidence(place: Path, both: Element):
     data = open_data("folder", place / "data")
     article = both.one("section", id="images").all("article")[0]
