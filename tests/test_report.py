@@ -34,6 +34,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_data(root / "data")
     train(data, root / "supervised", "--method", "supervised")
     train(data, root / "cac", "--seed", "1")
+    # As if it had learned something in its few steps: the runs are to differ.
+    lines = [*metrics(root / "cac", "train"), *metrics(root / "cac", "val")]
+    for more, line in zip((0.2, 0.1), lines[-2:], strict=True):
+        iou = [0.3 + more, 0.15, more, None]
+        line |= {"iou": iou, "miou": sum(iou[:3]) / 3}
+    write_metrics(root / "cac", lines)
     written(root / "report.html", root / "supervised", root / "cac", "--images", "1")
     return root
 
@@ -52,6 +58,10 @@ def both(place: Path) -> Element:
 def metrics(run: Path, kind: str) -> list[dict]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
+
+
+def write_metrics(run: Path, lines: list[dict]) -> None:
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def rows(table: Element) -> list[list[Element]]:
@@ -110,6 +120,7 @@ def test_iou_differences_and_csv_are_those_of_the_best_evaluation(place: Path, b
             assert difference.value is None and difference.text == "-"
         else:
             assert difference.value == other.value - one.value
+            assert difference.value != 0
     total, accuracy = (row.all("td") for row in table.one("tfoot").all("tr"))
     assert [cell.value for cell in total[:2]] == [first["miou"], second["miou"]]
     assert accuracy[1].value == second["pixel_accuracy"]
@@ -126,7 +137,7 @@ def test_a_class_that_does_not_occur_shows_a_dash(run: Path, tmp_path: Path):
     for line in lines:
         if line["kind"] == "val":
             line["iou"] = [0.5, 0.25, 0.0, None]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_metrics(run, lines)
     cells = [row[1] for row in rows(written(tmp_path / "a.html", run).one("table", class_="iou"))]
     assert [cell.value for cell in cells] == [0.5, 0.25, 0.0, None]
     assert cells[3].text == "-" and not cells[3].all("svg")
@@ -183,6 +194,21 @@ def test_confusion_matrix_and_scores_of_images_are_those_of_the_network(place: P
     for article in shown:
         score = article.all("span", data_name="image-miou")[0].value
         assert score == pytest.approx(scores[article.one("h4").text], abs=1e-12)
+
+
+def test_score_of_an_image_is_over_its_true_classes(monkeypatch, run, place, tmp_path):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    for path in data.glob("masks/val/*.png"):
+        Image.fromarray(np.zeros((48, 56), np.uint8)).save(path)
+
+    def halves(_, image: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(4, *image.shape[1:])
+        logits[0, :, :28] = logits[1, :, 28:] = 1
+        return logits
+
+    monkeypatch.setattr("cac_fast.train.inference.Predictor.logits", halves)
+    page = written(tmp_path / "a.html", run, "--data-dir", data, "--images", "1")
+    assert [one.value for one in page.all("span", data_name="image-miou")] == [0.5] * 3
 
 
 def test_pictures_are_image_truth_prediction_and_confidence(place: Path, both: Element):
