@@ -198,7 +198,7 @@ class Branching(Conv):
 
 
 class Parts(nn.Module):
-    """What heads are made of and exporters do not take as it is, on a map at 1/8."""
+    """What heads are made of and exporters do not take as it is, on maps at 1/4 and 1/8."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,8 +210,10 @@ class Parts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         high = self.dilated(self.shrink(x))
-        bins = conv_of_upsampled(self.pool(high), self.weight, high.shape[-2:], align_corners=False)
-        return upsample_logits(high[:, :3] + bins, x.shape[-2:])
+        size = [-(-side // 4) for side in x.shape[-2:]]
+        bins = conv_of_upsampled(self.pool(high), self.weight, size, align_corners=False)
+        finer = conv_of_upsampled(high, self.weight, size, align_corners=True)
+        return upsample_logits(bins + finer, x.shape[-2:])
 
 
 def predictor_of(network: nn.Module, classes: int = 3) -> Predictor:
