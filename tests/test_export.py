@@ -36,7 +36,7 @@ CASES = {
     "torch": [
         ("labels", "deeplabv3plus", "vgg16_bn"),
         ("logits", "pspnet", "mobilenet_v2"),
-        ("logits", "lraspp", "timm/test_resnet"),
+        ("logits", "lraspp", "timm/resnet18"),
         ("logits", "deeplabv3plus", "resnet18"),
     ],
 }
