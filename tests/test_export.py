@@ -36,7 +36,7 @@ CASES = {
     "torch": [
         ("labels", "deeplabv3plus", "vgg16_bn"),
         ("logits", "pspnet", "mobilenet_v2"),
-        ("logits", "lraspp", "timm/convnext_atto"),
+        ("logits", "lraspp", "timm/resnet18"),
         ("logits", "deeplabv3plus", "resnet18"),
     ],
 }
@@ -369,6 +369,17 @@ def test_without_the_extra_one_line_says_how_to_install_it(package, monkeypatch,
 def test_a_network_that_branches_on_values_is_refused_in_one_line(kind, tmp_path):
     with pytest.raises(InputError, match="cannot be exported for every size") as caught:
         exporting.export(predictor_of(Branching(3)), {"result": "logits"}, tmp_path / "net", kind)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_saved_is_refused_in_one_line(monkeypatch, tmp_path):
+    def save(*arguments: object, **more: object) -> None:
+        raise ValueError("node ceil\nand more")
+
+    monkeypatch.setattr(torch.export, "save", save)
+    with pytest.raises(InputError, match="ValueError: node ceil") as caught:
+        exporting.export(PREDICTOR, {"result": "logits"}, tmp_path / "net", "torch")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -208,7 +208,12 @@ def _write_torch(predictor: Predictor, about: dict[str, Any], path: Path) -> Non
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # with paths of this machine
     with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={f"{METADATA}.json": json.dumps(about)})
+        try:
+            torch.export.save(program, file, extra_files={f"{METADATA}.json": json.dumps(about)})
+        except OSError:
+            raise
+        except Exception as error:  # what it traces it cannot always save, as ceil of a size
+            raise _refusal(error) from error
 
 
 _KINDS = {"onnx": (_write_onnx, read_onnx), "torch": (_write_torch, read_torch)}
@@ -235,13 +240,17 @@ def _traced(export_function: Callable[..., Any], graph: Exportable, **options: A
     except Exception as error:  # whatever a network of somebody else's meets in there
         if is_full(error):
             raise
-        reason, *_ = f"{error}".strip().splitlines() or [""]
-        raise InputError(
-            f"the network cannot be exported for every size ({type(error).__name__}: {reason}): "
-            "PyTorch's exporter does not take one of its operators"
-        ) from error
+        raise _refusal(error) from error
     finally:
         logger.setLevel(level)
+
+
+def _refusal(error: Exception) -> InputError:
+    reason, *_ = f"{error}".strip().splitlines() or [""]
+    return InputError(
+        f"the network cannot be exported for every size ({type(error).__name__}: {reason}): "
+        "PyTorch's exporter does not take one of its operators; try the other --format"
+    )
 
 
 def _commit() -> str | None:
