@@ -50,7 +50,10 @@ def add_options(parser: Parser) -> None:
 
 
 def _place(text: str) -> Place:
-    x, y = (int(word) for word in text.split(","))
+    try:
+        x, y = (int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pixel, as 120,40") from None
     return Place(y, x)
 
 
