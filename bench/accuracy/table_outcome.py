@@ -110,7 +110,7 @@ def _unlike(row: Row, ours: Config, dataset: str) -> list[str]:
         for name, value in wanted.items()
         if flat[name] != value
     ]
-    if not is_alone(ours.loss.method) and ours.num_warmup != ours.optim.iterations // 16:
+    if row.method == "cac" and ours.num_warmup != ours.optim.iterations // 16:
         lines.append(f"warmup: {ours.num_warmup}, the paper's 1/16 of the iterations")
     if ours.model.weights is None:
         lines.append("weights: random, the paper's ImageNet")

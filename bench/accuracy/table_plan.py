@@ -304,8 +304,6 @@ def is_done(run: Run, options: argparse.Namespace) -> bool:
     if not over or not (folder / "last.pt").is_file():
         return False
     former = json.loads((folder / "config.json").read_text())
-    for option, _, _ in run.needs:  # the key knows them
-        former.pop(option.removeprefix("--").replace("-", "_"), None)
     changed = config.differences(run.settings, former)
     if changed:
         raise InputError(

@@ -44,7 +44,9 @@ from cac_fast.train.options import Parser
 from lib.measure import ROOT, command_line, facts, write_record
 from lib.running import RunError, programs
 
-FIXED = frozenset("--dataset --data-dir --method --output --seed --restart --teacher".split())
+FIXED = frozenset(
+    "--dataset --data-dir --method --output --seed --restart --teacher --pseudo-labels".split()
+)
 """Options of `train/main.py` that a call cannot give behind `--`."""
 
 
