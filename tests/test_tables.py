@@ -176,6 +176,26 @@ def test_a_dry_run_starts_nothing(
     assert "planned: 0.8 hours without evaluations, 3 of 4 runs left" in out
 
 
+def test_a_dry_run_that_cannot_measure_says_why(
+    programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: list[str], options: object) -> dict[str, float]:
+        raise RunError("ten steps ended with code 2: boom")
+
+    monkeypatch.setattr(table_plan, "step_seconds", fail)
+    assert programs.fill(3, "--dry-run", "--rows", "SupOnly", "--seeds", "0") == 1
+    assert capsys.readouterr().err == "error: ten steps ended with code 2: boom\n"
+
+
+def test_image_labels_that_cannot_be_read(programs: Programs) -> None:
+    path = programs.folder / "labels.txt"
+    path.write_bytes(b"\xff\xfe\x00")
+    for words in (["--image-labels", str(path)], ["--image-labels", f"{path}x"]):
+        with pytest.raises(InputError) as error:
+            programs.fill(5, *words)
+        one_line(error, path)
+
+
 def test_values_are_those_of_metrics(programs: Programs) -> None:
     programs.fails = "VIII mIoU seed 1"
     assert programs.fill(3, "--rows", "VIII,IV", "--seeds", "0,1,2") == 1
