@@ -319,6 +319,9 @@ def test_image_labels_are_classified_first(programs: Programs) -> None:
     assert classify[classify.index("--image-labels") + 1] == str(labels)
     assert classify[classify.index("--backbone") + 1] == "mobilenet_v2"
     assert classify[classify.index("--labeled-share") + 1] == "1/8"
+    key = programs.plan(5, *rows)[-1].runs[0].key
+    labels.write_text("t00 sky\n")
+    assert programs.plan(5, *rows)[-1].runs[0].key != key
     masks = f"{classify[classify.index('--output') + 1]}/masks"
     for command in (weakly, weakly1):
         assert command[command.index("--pseudo-labels") + 1] == masks

@@ -96,7 +96,8 @@ def differences(table: Table, all_cells: list[Cell], options: argparse.Namespace
         where = "" if set(names) == trained else f" (rows {', '.join(dict.fromkeys(names))})"
         lines.append(text + where)
     gpus = GPUS[table.dataset]
-    return [*lines, f"processes: 1, the paper's {gpus} GPUs", _lists_text(all_cells, options)]
+    lines.append(f"processes: 1, the paper's {gpus} GPUs, each with as many negatives")
+    return [*lines, _lists_text(all_cells, options)]
 
 
 def _unlike(row: Row, ours: Config, dataset: str) -> list[str]:
