@@ -18,7 +18,6 @@ from accuracy.figure_runs import (
     Drawn,
     data_of,
     drawn_by_seed,
-    fitted,
     open_runs,
     sample_called,
     with_masks,
@@ -191,8 +190,7 @@ def make(options: argparse.Namespace) -> Drawn:
         )
         text = f"{sample.name} at {place.x},{place.y}, {true}. {says}"
         print(text)
-        rows.append((fitted(text, (1 + len(runs)) * TILE[0]), tiles))
+        rows.append((text, tiles))
         where = {"image": sample.name, "at": [place.x, place.y], "truth": true}
         numbers.append({**where, "runs": found})
-    heads = [fitted(text, TILE[0]) for text in ("image", *(run.name for run in runs))]
-    return Drawn(grid(heads, rows), {"rows": numbers})
+    return Drawn(grid(["image", *(run.name for run in runs)], rows), {"rows": numbers})
