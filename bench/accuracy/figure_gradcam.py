@@ -177,9 +177,10 @@ def make(options: argparse.Namespace) -> Drawn:
             )
         tiles, found = [marked(image, place)], []
         known = truth[place] != IGNORE
+        region = region_of(truth, place) if known else None
         for run in runs:
             cam, told = explained(run.predictor, image, place, index)
-            share = share_inside(cam, region_of(truth, place)) if known else None
+            share = share_inside(cam, region) if known else None
             found.append({"run": run.name, "class": data.classes[told], "inside": share})
             tiles.append(marked(heated(image, cam), place))
         true = data.classes[truth[place]] if known else "unknown"
