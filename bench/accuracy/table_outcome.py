@@ -15,6 +15,7 @@ from accuracy.runs import val_curve, val_scores
 from accuracy.table_plan import Cell, Run, all_rows, is_done
 from cac_fast.train.config import Config
 from cac_fast.train.log import read_metrics
+from cac_fast.train.weak.labels import FROM_MASKS
 from lib.measure import can_plot
 
 SETTLED = 20
@@ -97,6 +98,8 @@ def differences(table: Table, all_cells: list[Cell], options: argparse.Namespace
         lines.append(text + where)
     gpus = GPUS[table.dataset]
     lines.append(f"processes: 1, the paper's {gpus} GPUs, each with as many negatives")
+    if table.weakly and options.image_labels == FROM_MASKS:
+        lines.append("image labels: read from masks, those of unlabeled images among them")
     return [*lines, _lists_text(all_cells, options)]
 
 

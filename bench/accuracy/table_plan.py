@@ -224,6 +224,8 @@ def cells(table: Table, options: argparse.Namespace, data: SegmentationData) -> 
     for row in all_rows(table):
         for index, column in enumerate(table.columns):
             place = row.name, column, row.values[index]
+            if row.method is None and row.values[index] is None:
+                continue
             if reason := _missing(row, column in table.weakly, options):
                 found.append(Cell(*place, {}, reason))
                 continue
