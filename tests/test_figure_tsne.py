@@ -72,8 +72,9 @@ def test_truth_is_that_of_the_cell() -> None:
         assert cells[view, torch.from_numpy(numbers)].tolist() == found.classes.tolist()
 
 
-def test_colors_change_the_third_view_alone() -> None:
-    strong, same = views("strong"), views(None)
+@pytest.mark.parametrize("seed", range(40))
+def test_colors_change_the_third_view_alone(seed: int) -> None:
+    strong, same = views("strong", seed), views(None, seed)
     assert (strong.pixels[:2] == same.pixels[:2]).all() and (
         strong.pixels[2] != same.pixels[2]
     ).any()

@@ -29,7 +29,7 @@ from cac_fast.train import checkpoint
 from cac_fast.train.data.crops import CELL, CropPair, draw_pair
 from cac_fast.train.data.images import IGNORE, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
-from cac_fast.train.data.photometric import apply_photometric, set_place
+from cac_fast.train.data.photometric import apply_photometric, no_change, set_place
 from cac_fast.train.data.views import COLORS
 from cac_fast.train.errors import InputError
 from cac_fast.train.methods.contrastive import PROJECTOR_CHANNELS
@@ -128,7 +128,9 @@ class Views:
         cuts = [image[top : top + crop, left : left + crop] for top, left in corners]
         self.pixels = torch.from_numpy(np.stack(cuts)).permute(0, 3, 1, 2).float()
         if color is not None:
-            changes = COLORS[color](rng)
+            changes = no_change()
+            while (changes == no_change()).all():  # some draws of the trainer's change nothing
+                changes = COLORS[color](rng)
             set_place(changes, crop, 0, crop)
             apply_photometric(self.pixels[2:], torch.from_numpy(changes)[None])
         first, second = overlap_cells(pair, crop // CELL)
