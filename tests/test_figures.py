@@ -108,6 +108,8 @@ def test_region_is_what_touches_the_pixel() -> None:
 def test_precision_is_weighted_by_the_pairs() -> None:
     lines = [
         {"kind": "train", "iteration": 10},  # the warm-up has no pairs
+        # An older version measured this share alone.
+        {"kind": "train", "iteration": 10, "false_negatives": 0.5},
         line(20, (0.5, 100), (0.6, 400)),
         line(30, (0.1, 300), (0.2, 400)),
         line(40, (0.0, 0), (0.25, 400)),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_folders import one_line, write_image, write_mask
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from accuracy import sheet
 from cac_fast.train.errors import InputError
@@ -57,6 +57,32 @@ def test_rows_are_chosen_by_rule(words: list[str], tmp_path: Path, capsys) -> No
     greens, reds = ((last == color).all(2) for color in (sheet.SECOND_ALONE, sheet.FIRST_ALONE))
     assert greens[:step].sum() > 5000 and not greens[step:].any()
     assert reds[2 * step :].sum() > 5000 and not reds[: 2 * step].any()
+
+
+def test_long_names_stay_within_their_columns(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    write = ImageDraw.ImageDraw.text
+
+    def text(pen: ImageDraw.ImageDraw, xy: tuple[int, int], text: str, *more: object) -> None:
+        said.append((xy, text))
+        write(pen, xy, text, *more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    names = "supervised-dusk-seed1-and-more", "cac-dusk-seed1-and-much-more-" + "x" * 40
+    sheet.main([*words, "--captions", *names])
+    step, font = sheet.TILE[0] + 8, ImageFont.load_default(15)
+    heads = [(xy, text) for xy, text in said if xy[1] < 70 and not text.startswith("gain")]
+    for (x, _), text in heads:
+        assert x % step == 8 and font.getlength(text) <= sheet.TILE[0]
+    # All words of the last head are there, one line below another.
+    last = [(y, text) for (x, y), text in heads if x > 4 * step]
+    assert len(last) >= 3 and len({y for y, _ in last}) == len(last)
+    whole = " ".join(text for _, text in last)
+    assert whole.startswith("right: ") and f"alone green, {names[0]} alone red" in whole
+    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert picture.shape[0] == 3 * (sheet.TILE[1] + 32) + 32 + 18 * (len(last) - 1)
 
 
 def test_names_and_mistakes(words: list[str], tmp_path: Path, capsys) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from accuracy.arms import ARMS, METHODS, add_variant
 from accuracy.shrink import shrunken
 from cac_fast.train.errors import InputError
-from cac_fast.train.options import Parser
+from cac_fast.train.options import Parser, at_least
 from cac_fast.train.registry import LAYOUTS
 from lib.measure import ROOT
 
@@ -44,8 +44,9 @@ def add_shared(parser: Parser) -> None:
         default=ROOT / "bench" / "results",
         help="folder of the result files (default: bench/results)",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads a run")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs side by side")
+    text = "CPU threads a run (%(default)s)"
+    parser.add_argument("--threads", type=at_least(1), default=os.cpu_count(), help=text)
 
 
 def find_data(options: argparse.Namespace) -> None:

@@ -54,7 +54,7 @@ def precision(lines: Sequence[Mapping[str, Any]], kind: str, epoch: float) -> Cu
     share, count = COUNTS[kind]
     sums: dict[int, list[float]] = {}
     for line in lines:
-        if share in line:
+        if count in line:
             # A line is of the iterations up to its own.
             of_epoch = sums.setdefault(math.ceil(line["iteration"] / epoch), [0.0, 0.0])
             of_epoch[0] += line[count] * (1 - line[share])

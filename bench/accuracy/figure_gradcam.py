@@ -18,7 +18,6 @@ from accuracy.figure_runs import (
     Drawn,
     data_of,
     drawn_by_seed,
-    fitted,
     open_runs,
     sample_called,
     with_masks,
@@ -178,9 +177,10 @@ def make(options: argparse.Namespace) -> Drawn:
             )
         tiles, found = [marked(image, place)], []
         known = truth[place] != IGNORE
+        region = region_of(truth, place) if known else None
         for run in runs:
             cam, told = explained(run.predictor, image, place, index)
-            share = share_inside(cam, region_of(truth, place)) if known else None
+            share = share_inside(cam, region) if known else None
             found.append({"run": run.name, "class": data.classes[told], "inside": share})
             tiles.append(marked(heated(image, cam), place))
         true = data.classes[truth[place]] if known else "unknown"
@@ -191,8 +191,7 @@ def make(options: argparse.Namespace) -> Drawn:
         )
         text = f"{sample.name} at {place.x},{place.y}, {true}. {says}"
         print(text)
-        rows.append((fitted(text, (1 + len(runs)) * TILE[0]), tiles))
+        rows.append((text, tiles))
         where = {"image": sample.name, "at": [place.x, place.y], "truth": true}
         numbers.append({**where, "runs": found})
-    heads = [fitted(text, TILE[0]) for text in ("image", *(run.name for run in runs))]
-    return Drawn(grid(heads, rows), {"rows": numbers})
+    return Drawn(grid(["image", *(run.name for run in runs)], rows), {"rows": numbers})

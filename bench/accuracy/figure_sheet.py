@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from accuracy.figure_runs import Drawn, data_of, fitted, open_runs, with_masks
+from accuracy.figure_runs import Drawn, data_of, open_runs, with_masks
 from accuracy.sheet import grid, image_miou
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import SegmentationData
@@ -61,7 +61,6 @@ def make(options: argparse.Namespace) -> Drawn:
     names = [sample.name for sample in samples]
     chosen = choose(names, scores, options.rows, options.seed)
     rows, numbers = [], []
-    width = (2 + len(runs)) * TILE[0]
     for kind, places in zip(("chosen to differ", "drawn by seed"), chosen, strict=True):
         for place in places:
             image, truth = read_image(samples[place].image), data.read_mask(samples[place].mask)
@@ -72,10 +71,10 @@ def make(options: argparse.Namespace) -> Drawn:
                 for run, score in zip(runs, scores[place], strict=True)
             )
             text = f"{kind}: {names[place]}, mIoU {found}"
-            rows.append((fitted(text, width), tiles))
+            rows.append((text, tiles))
             numbers.append({"image": names[place], "kind": kind, "miou": scores[place]})
             print(text)
-    heads = [fitted(text, TILE[0]) for text in ("image", "truth", *(run.name for run in runs))]
+    heads = ["image", "truth", *(run.name for run in runs)]
     image = with_legend(grid(heads, rows, TILE), data)
     return Drawn(image, {"runs": [run.name for run in runs], "rows": numbers})
 

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from accuracy.figure_runs import fitted
 from cac_fast.train import load
 from cac_fast.train.data.images import IGNORE, read_image
 from cac_fast.train.data.layouts import Sample, open_data
@@ -33,7 +34,7 @@ from cac_fast.train.pictures import colorize
 from lib.measure import progress
 
 TILE = (320, 240)
-_MARGIN, _CAPTION = 8, 24
+_MARGIN, _CAPTION, _LINE = 8, 24, 18
 _PAPER, _INK = (250, 250, 248), (30, 30, 34)
 FIRST_ALONE, SECOND_ALONE = (214, 39, 40), (44, 160, 44)
 """Colors of pixels where one network alone is right."""
@@ -89,20 +90,40 @@ def grid(
     rows: Sequence[tuple[str, Sequence[Image.Image]]],
     tile: tuple[int, int] = TILE,
 ) -> Image.Image:
-    """Rows of pictures below their heads, each fitted into `tile`, a line of words above a row."""
+    """Rows of pictures below their heads, each fitted into `tile`, a line of words above a row.
+
+    A head that is too long goes on in further lines, of a row's words the end is kept.
+    """
     font = ImageFont.load_default(15)
+    lines = [wrapped(head, tile[0]) for head in heads]
+    begin = _CAPTION + _LINE * (max(map(len, lines)) - 1)
     step = tile[0] + _MARGIN, tile[1] + _CAPTION + _MARGIN
-    size = len(heads) * step[0] + _MARGIN, len(rows) * step[1] + _CAPTION + _MARGIN
+    size = len(heads) * step[0] + _MARGIN, len(rows) * step[1] + begin + _MARGIN
     sheet = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(sheet)
-    for column, head in enumerate(heads):
-        pen.text((_MARGIN + column * step[0], 4), head, _INK, font)
-    for top, (text, pictures) in zip(range(_CAPTION, size[1], step[1]), rows, strict=False):
-        pen.text((_MARGIN, top + 4), text, _INK, font)
+    for column, head in enumerate(lines):
+        for number, line in enumerate(head):
+            pen.text((_MARGIN + column * step[0], 4 + number * _LINE), line, _INK, font)
+    for top, (text, pictures) in zip(range(begin, size[1], step[1]), rows, strict=False):
+        pen.text((_MARGIN, top + 4), fitted(text, size[0] - 2 * _MARGIN), _INK, font)
         for column, picture in enumerate(pictures):
-            fitted = ImageOps.pad(picture, tile, Image.Resampling.NEAREST, _PAPER)
-            sheet.paste(fitted, (_MARGIN + column * step[0], top + _CAPTION))
+            padded = ImageOps.pad(picture, tile, Image.Resampling.NEAREST, _PAPER)
+            sheet.paste(padded, (_MARGIN + column * step[0], top + _CAPTION))
     return sheet
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """A text in lines of at most `width` pixels; of a longer word its end."""
+    font = ImageFont.load_default(15)
+    first, *others = (fitted(word, width) for word in text.split() or [""])
+    lines = [first]
+    for word in others:
+        line = f"{lines[-1]} {word}"
+        if font.getlength(line) <= width:
+            lines[-1] = line
+        else:
+            lines.append(word)
+    return lines
 
 
 def told(row: Row) -> np.ndarray:

@@ -15,6 +15,7 @@ from accuracy.runs import val_curve, val_scores
 from accuracy.table_plan import Cell, Run, all_rows, is_done
 from cac_fast.train.config import Config
 from cac_fast.train.log import read_metrics
+from cac_fast.train.weak.labels import FROM_MASKS
 from lib.measure import can_plot
 
 SETTLED = 20
@@ -96,7 +97,10 @@ def differences(table: Table, all_cells: list[Cell], options: argparse.Namespace
         where = "" if set(names) == trained else f" (rows {', '.join(dict.fromkeys(names))})"
         lines.append(text + where)
     gpus = GPUS[table.dataset]
-    return [*lines, f"processes: 1, the paper's {gpus} GPUs", _lists_text(all_cells, options)]
+    lines.append(f"processes: 1, the paper's {gpus} GPUs, each with as many negatives")
+    if table.weakly and options.image_labels == FROM_MASKS:
+        lines.append("image labels: read from masks, those of unlabeled images among them")
+    return [*lines, _lists_text(all_cells, options)]
 
 
 def _unlike(row: Row, ours: Config, dataset: str) -> list[str]:
@@ -110,7 +114,7 @@ def _unlike(row: Row, ours: Config, dataset: str) -> list[str]:
         for name, value in wanted.items()
         if flat[name] != value
     ]
-    if not is_alone(ours.loss.method) and ours.num_warmup != ours.optim.iterations // 16:
+    if row.method == "cac" and ours.num_warmup != ours.optim.iterations // 16:
         lines.append(f"warmup: {ours.num_warmup}, the paper's 1/16 of the iterations")
     if ours.model.weights is None:
         lines.append("weights: random, the paper's ImageNet")

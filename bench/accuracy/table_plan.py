@@ -20,6 +20,7 @@ from cac_fast.train.data.layouts import SegmentationData
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
 from cac_fast.train.settings import FIELDS
+from cac_fast.train.weak.labels import FROM_MASKS, read_labels
 
 SEEN = (
     "labeled",
@@ -203,10 +204,12 @@ def _classification(settings: Config, options: argparse.Namespace, data: Segment
     flat = settings.flat()
     chosen = {name: flat[name] for name in SEEN if flat[name] is not None}
     words = [*options.data, *flags(chosen)]
-    if options.image_labels is not None:
-        words += ["--image-labels", options.image_labels]
-    path = Path(options.image_labels or "")
-    told = path.read_text() if path.is_file() else options.image_labels
+    told = options.image_labels
+    if told is not None:
+        words += ["--image-labels", told]
+    if told not in (None, FROM_MASKS):
+        labels = read_labels(Path(told), data)
+        told = sorted((image.name, of_image) for image, of_image in labels.items())
     key = key_of(Config.of(dataset=settings.data.dataset, **chosen), data, "classify", str(told))
     return Run("train/classify.py", tuple(words), None, key)
 
@@ -221,6 +224,8 @@ def cells(table: Table, options: argparse.Namespace, data: SegmentationData) -> 
     for row in all_rows(table):
         for index, column in enumerate(table.columns):
             place = row.name, column, row.values[index]
+            if row.method is None and row.values[index] is None:
+                continue
             if reason := _missing(row, column in table.weakly, options):
                 found.append(Cell(*place, {}, reason))
                 continue
@@ -304,8 +309,6 @@ def is_done(run: Run, options: argparse.Namespace) -> bool:
     if not over or not (folder / "last.pt").is_file():
         return False
     former = json.loads((folder / "config.json").read_text())
-    for option, _, _ in run.needs:  # the key knows them
-        former.pop(option.removeprefix("--").replace("-", "_"), None)
     changed = config.differences(run.settings, former)
     if changed:
         raise InputError(

@@ -44,7 +44,9 @@ from cac_fast.train.options import Parser
 from lib.measure import ROOT, command_line, facts, write_record
 from lib.running import RunError, programs
 
-FIXED = frozenset("--dataset --data-dir --method --output --seed --restart --teacher".split())
+FIXED = frozenset(
+    "--dataset --data-dir --method --output --seed --restart --teacher --pseudo-labels".split()
+)
 """Options of `train/main.py` that a call cannot give behind `--`."""
 
 
@@ -158,7 +160,11 @@ def fill(options: argparse.Namespace) -> int:
             print(f"{cell.row} {cell.column}: {cell.note}")
     with programs.stopped_by_signals():
         if options.dry_run:
-            _show_plan(runs, names, options)
+            try:
+                _show_plan(runs, names, options)
+            except RunError as error:  # of settings that no run could use
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                return 1
             return 0
         return _fill(table, all_cells, runs, names, options)
 
