@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from data_folders import write_folder
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from red_network import red_network
 
 from cac_fast.train import checkpoint, classify
@@ -120,11 +120,16 @@ def test_what_is_finished_is_kept(
     assert times_of(finished) == before
     assert (finished / "pseudo.json").read_text() == about
     monkeypatch.undo()
-    lost = next(iter(before))
-    lost.write_bytes(lost.read_bytes()[:40])
+    no_file, half_a_file, wrong_size, *_ = lost = list(before)[:3]
+    no_file.write_bytes(no_file.read_bytes()[:40])
+    half_a_file.write_bytes(half_a_file.read_bytes()[:-100])  # with the key, but not all pixels
+    with Image.open(wrong_size) as mask:  # as of an image that was replaced
+        texts = PngImagePlugin.PngInfo()
+        texts.add_text("key", mask.info["key"])
+        mask.crop((0, 0, 8, 8)).save(wrong_size, pnginfo=texts)
     run(city, finished)
     after = times_of(finished)
-    assert {path for path in before if after[path] != before[path]} == {lost}
+    assert [path for path in before if after[path] != before[path]] == lost
     assert (finished / "pseudo.json").read_text() == about
     np.testing.assert_equal(masks_of(finished), masks)
     # Other thresholds need no other network.

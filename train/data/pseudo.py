@@ -160,7 +160,7 @@ def _look(sample: Sample, reader: PixelReader) -> tuple[int, float] | InputError
         ids = reader.mask(sample.mask)
     except InputError as error:
         return error
-    if not _has_size(sample.image, ids.shape):
+    if not header_has_size(sample.image, ids.shape):
         try:
             image = reader.image(sample.image)
         except InputError:  # told when its turn comes
@@ -172,7 +172,7 @@ def _look(sample: Sample, reader: PixelReader) -> tuple[int, float] | InputError
     return zlib.crc32(np.ascontiguousarray(ids), ids.shape[1]), float(np.mean(ids != IGNORE))
 
 
-def _has_size(path: Path, size: tuple[int, int]) -> bool:
+def header_has_size(path: Path, size: tuple[int, int]) -> bool:
     """Whether an image's header alone tells that it is (height, width)."""
     try:
         with Image.open(path) as image:

@@ -17,7 +17,7 @@ from torch import Tensor
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IGNORE, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
-from cac_fast.train.data.pseudo import with_masks, write_mask
+from cac_fast.train.data.pseudo import header_has_size, with_masks, write_mask
 from cac_fast.train.errors import InputError, writing
 from cac_fast.train.evaluation import ConfusionMatrix
 from cac_fast.train.pictures import SampleSheet, colorize
@@ -73,7 +73,7 @@ class MaskWriter:
             InputError: a file cannot be written, or no image can be read.
         """
         todo = list(zip(self.labels.samples, self.labels.labels, self.paths, strict=True))
-        outdated = [not self._is_kept(path, ids) for _, ids, path in todo]
+        outdated = [not self._is_kept(*each) for each in todo]
         sheet = self.folder / "sheet.png"
         if not any(outdated) and sheet.is_file():
             return 0
@@ -116,12 +116,19 @@ class MaskWriter:
         text = json.dumps([self.checkpoint, asdict(self.settings), self.data.classes, ids])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _is_kept(self, path: Path, ids: Labels) -> bool:
+    def _is_kept(self, sample: Sample, ids: Labels, path: Path) -> bool:
         try:
-            with Image.open(path) as file:
-                return file.info.get("key") == self._key(ids)
-        except (OSError, SyntaxError):  # not there, or no PNG
+            with Image.open(path) as mask:
+                mask.load()
+        except (OSError, SyntaxError, ValueError):  # not there, no PNG, or a part of one
             return False
+        if mask.info.get("key") != self._key(ids):
+            return False
+        if header_has_size(sample.image, (mask.height, mask.width)):
+            return True
+        with suppress(InputError):
+            return read_image(sample.image).size == mask.size
+        return False
 
     def _make(self, sample: Sample, image: Image.Image, ids: Labels) -> _Made:
         maps = self.maps(image, ids)
