@@ -158,7 +158,7 @@ def voc(tmp_path: Path) -> SegmentationData:
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("a\nb\nc\n")
     (root / "Annotations").mkdir()
-    (root / "Annotations/a.xml").write_text(annotation("person", "cat", "person"))
+    (root / "Annotations/a.xml").write_text(annotation("person", "cat", "background", "person"))
     (root / "Annotations/b.xml").write_text(annotation())
     return open_data("voc", root)
 

@@ -411,7 +411,7 @@ def test_methods_that_take_none_say_so(name, folder_data, masks, tmp_path):
 def test_names_stay_inside_the_folder(folder_data, masks):
     data = open_data("folder", folder_data)
     outside, inside = Sample("../a", Path("a.png"), None), Sample("b/c", Path("c.png"), None)
-    with pytest.raises(InputError, match=r"the unlabeled image \.\./a lies outside"):
+    with pytest.raises(InputError, match=r"the image \.\./a lies outside"):
         read_pseudo_labels(masks, [outside], PixelReader(data))
     with pytest.raises(InputError, match="would share the pseudo mask"):
         read_pseudo_labels(masks, [inside, replace(inside, image=Path("c.jpg"))], PixelReader(data))

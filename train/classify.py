@@ -17,11 +17,12 @@ from cac_fast.train import distributed
 from cac_fast.train.config import FIELDS, Config, add_settings, check_values
 from cac_fast.train.data.layouts import Sample
 from cac_fast.train.data.opening import open_lists
+from cac_fast.train.data.pseudo import with_masks, write_about
 from cac_fast.train.errors import InputError, check_crop
-from cac_fast.train.options import Parser, add_data_options, at_least, write_json
+from cac_fast.train.options import Parser, add_data_options, at_least
 from cac_fast.train.weak import cam
 from cac_fast.train.weak.labels import FROM_MASKS, find_labels
-from cac_fast.train.weak.masks import CamSettings, MaskWriter, mask_paths
+from cac_fast.train.weak.masks import CamSettings, MaskWriter
 from cac_fast.train.weak.report import as_table, describe_masks
 from cac_fast.train.weak.training import ClassifierRun
 
@@ -114,7 +115,7 @@ def _classify(options: argparse.Namespace) -> None:
     config, iterations = _settings(options)
     data, labeled, unlabeled = open_lists(config)
     samples = _distinct([*labeled, *unlabeled])
-    mask_paths(samples, options.output)  # before hours of training
+    with_masks(options.output / "masks", samples)  # before hours of training
     labels = find_labels(options.image_labels, samples, data)
     if iterations is None:
         epochs = EPOCHS if options.epochs is None else options.epochs
@@ -133,7 +134,7 @@ def _classify(options: argparse.Namespace) -> None:
         "unreadable": unreadable,
     }
     found = describe_masks(labels, writer.paths, data)
-    write_json(options.output / "pseudo.json", about | found)
+    write_about(options.output, about | found)
     print(as_table(found))
     if labels.from_masks:
         print(f"the labels of {labels.from_masks} images were read from their masks")

@@ -16,14 +16,11 @@ from PIL import Image
 from cac_fast.train import checkpoint
 from cac_fast.train.data.images import IGNORE, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
-from cac_fast.train.data.pseudo import with_masks
+from cac_fast.train.data.pseudo import with_masks, write_about, write_mask
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError, fitting, writing
 from cac_fast.train.inference import Predictor, check_classes, load
 from cac_fast.train.progress import show_progress, warn
-
-WHITE = (255, 255, 255)
-"""The color of 255 in a palette."""
 
 
 def label_once(
@@ -104,10 +101,7 @@ def _start(folder: Path, about: dict[str, Any], samples: list[Sample]) -> None:
         (folder / "pseudo.json").unlink(missing_ok=True)  # first: without it no mask is believed
         for sample in samples:
             sample.mask.unlink(missing_ok=True)
-        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-        draft = folder / "pseudo.part"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(folder / "pseudo.json")
+    write_about(folder, about)
 
 
 def _label(
@@ -132,7 +126,8 @@ def _label(
                     f"image {sample.image} ({size}) does not fit in memory: leave it out of the "
                     "list, or use --device cpu"
                 ):
-                    _write(sample.mask, _ids(predictor, image, confidence), data)
+                    ids = _ids(predictor, image, confidence)
+                write_mask(sample.mask, ids, data.palette)
             if world.is_main:
                 show(done, len(samples))
     finally:
@@ -143,15 +138,3 @@ def _ids(predictor: Predictor, image: Image.Image, confidence: float) -> np.ndar
     logits = predictor.logits(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     sure, ids = logits.softmax(0).max(0)
     return ids.to(torch.uint8).masked_fill(sure < confidence, IGNORE).cpu().numpy()
-
-
-def _write(path: Path, ids: np.ndarray, data: SegmentationData) -> None:
-    indexed = Image.fromarray(ids)
-    # All 256 colors: Pillow would store 255 in as few bits as a shorter palette needs.
-    colors = [*data.palette, *[WHITE] * (256 - len(data.palette))]
-    indexed.putpalette([value for color in colors for value in color])
-    draft = path.with_suffix(".part")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        indexed.save(draft, format="PNG")
-        draft.replace(path)

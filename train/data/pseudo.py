@@ -1,17 +1,19 @@
-"""Pseudo labels: masks in a folder that a run takes for the truth of its unlabeled images."""
+"""Pseudo labels: masks in a folder, which a run takes for the truth of its unlabeled images."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.forms import header
@@ -19,8 +21,11 @@ from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.layouts import Sample
 from cac_fast.train.data.names import some
 from cac_fast.train.data.threads import in_threads
-from cac_fast.train.errors import InputError
+from cac_fast.train.errors import InputError, writing
 from cac_fast.train.progress import Progress
+
+IGNORED_COLOR = (255, 255, 255)
+"""Of 255 in a mask's palette."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def mask_path(folder: Path, name: str) -> Path:
     """
     if ".." in Path(name).parts:
         raise InputError(
-            f"the unlabeled image {name} lies outside the data folder, and its pseudo mask would "
+            f"the image {name} lies outside the data folder, and its pseudo mask would "
             f"lie outside {folder}: give its path in the list without .."
         )
     return folder / f"{name.lstrip('/')}.png"
@@ -65,6 +70,44 @@ def with_masks(folder: Path, samples: Sequence[Sample]) -> list[Sample]:
                 "of them"
             )
     return found
+
+
+def write_mask(
+    path: Path,
+    ids: np.ndarray,
+    palette: Sequence[Sequence[int]],
+    texts: PngImagePlugin.PngInfo | None = None,
+) -> None:
+    """Write class ids (H, W) uint8 as a palette PNG, by renaming a finished file.
+
+    palette: colors of the classes. texts: for the file to hold besides.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    indexed = Image.fromarray(ids)
+    # All 256 colors: Pillow would store 255 in as few bits as a shorter palette needs.
+    colors = np.zeros((256, 3), np.uint8)
+    colors[: len(palette)], colors[IGNORE] = palette, IGNORED_COLOR
+    indexed.putpalette(colors.tobytes())
+    draft = path.with_suffix(".part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        indexed.save(draft, "PNG", pnginfo=texts)
+        draft.replace(path)
+
+
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Write `folder`/pseudo.json, which says who made masks and how, by renaming a finished file.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with writing(folder):
+        draft = folder / "pseudo.part"
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(folder / "pseudo.json")
 
 
 def reader_of_ids(reader: PixelReader) -> PixelReader:
@@ -117,7 +160,7 @@ def _look(sample: Sample, reader: PixelReader) -> tuple[int, float] | InputError
         ids = reader.mask(sample.mask)
     except InputError as error:
         return error
-    if not _has_size(sample.image, ids.shape):
+    if not header_has_size(sample.image, ids.shape):
         try:
             image = reader.image(sample.image)
         except InputError:  # told when its turn comes
@@ -129,7 +172,7 @@ def _look(sample: Sample, reader: PixelReader) -> tuple[int, float] | InputError
     return zlib.crc32(np.ascontiguousarray(ids), ids.shape[1]), float(np.mean(ids != IGNORE))
 
 
-def _has_size(path: Path, size: tuple[int, int]) -> bool:
+def header_has_size(path: Path, size: tuple[int, int]) -> bool:
     """Whether an image's header alone tells that it is (height, width)."""
     try:
         with Image.open(path) as image:

@@ -165,7 +165,7 @@ def _of_annotations(
     samples: Sequence[Sample], data: SegmentationData
 ) -> tuple[dict[Path, Labels], int]:
     """The objects of Annotations/NAME.xml, or the mask's classes; how many masks were read."""
-    ids = {name: index for index, name in enumerate(data.classes)}
+    ids, background = {name: i for i, name in enumerate(data.classes)}, background_of(data)
     paths = {sample: data.root / "Annotations" / f"{sample.image.stem}.xml" for sample in samples}
     there = {sample: path for sample, path in paths.items() if path.is_file()}
 
@@ -176,7 +176,8 @@ def _of_annotations(
             raise InputError(
                 f"annotation {path} cannot be read ({error}): replace or remove the file"
             ) from error
-        return tuple(sorted({_known((item.text or "").strip(), ids, path) for item in objects}))
+        indices = {_known((item.text or "").strip(), ids, path) for item in objects}
+        return tuple(sorted(indices - {background}))
 
     labels = in_threads(read, list(there.values()))
     found = {sample.image: each for sample, each in zip(there, labels, strict=True)}

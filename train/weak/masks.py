@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IGNORE, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
+from cac_fast.train.data.pseudo import header_has_size, with_masks, write_mask
 from cac_fast.train.errors import InputError, writing
 from cac_fast.train.evaluation import ConfusionMatrix
 from cac_fast.train.pictures import SampleSheet, colorize
@@ -31,7 +30,6 @@ IRN_THRESHOLD = 0.15
 """Of the figure that irn prints of its maps: argmax of the classes and one plane of this value."""
 
 SHEET_ROWS = 8
-_IGNORED_COLOR = (224, 224, 192)
 
 
 @dataclass(frozen=True)
@@ -41,27 +39,6 @@ class CamSettings:
     foreground: float = cam.FOREGROUND
     background: float = cam.BACKGROUND
     scales: tuple[float, ...] = cam.SCALES
-
-
-def mask_paths(samples: Sequence[Sample], folder: Path) -> list[Path]:
-    """The file of each mask, `folder`/NAME.png.
-
-    Raises:
-        InputError: a name leads out of the folder, or two images have the same one.
-    """
-    owners: dict[str, Path] = {}
-    for sample in samples:
-        if ".." in Path(sample.name).parts or Path(sample.name).is_absolute():
-            raise InputError(
-                f"image {sample.image} lies outside the data folder: its mask has no place below "
-                f"{folder}; move the image"
-            )
-        other = owners.setdefault(sample.name, sample.image)
-        if other != sample.image:
-            raise InputError(
-                f"{other} and {sample.image} are both called {sample.name}: rename one of them"
-            )
-    return [folder / f"{sample.name}.png" for sample in samples]
 
 
 class MaskWriter:
@@ -87,7 +64,7 @@ class MaskWriter:
         self.labels, self.data, self.folder = labels, data, folder
         self.background, self.foreground = background_of(data), foreground_of(data)
         self.device = next(network.parameters()).device
-        self.paths = mask_paths(labels.samples, folder / "masks")
+        self.paths = [sample.mask for sample in with_masks(folder / "masks", labels.samples)]
 
     def write(self) -> int:
         """Write what is missing or outdated; return how many images cannot be read.
@@ -96,7 +73,7 @@ class MaskWriter:
             InputError: a file cannot be written, or no image can be read.
         """
         todo = list(zip(self.labels.samples, self.labels.labels, self.paths, strict=True))
-        outdated = [not self._is_kept(path, ids) for _, ids, path in todo]
+        outdated = [not self._is_kept(*each) for each in todo]
         sheet = self.folder / "sheet.png"
         if not any(outdated) and sheet.is_file():
             return 0
@@ -139,12 +116,19 @@ class MaskWriter:
         text = json.dumps([self.checkpoint, asdict(self.settings), self.data.classes, ids])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _is_kept(self, path: Path, ids: Labels) -> bool:
+    def _is_kept(self, sample: Sample, ids: Labels, path: Path) -> bool:
         try:
-            with Image.open(path) as file:
-                return file.info.get("key") == self._key(ids)
-        except (OSError, SyntaxError):  # not there, or no PNG
+            with Image.open(path) as mask:
+                mask.load()
+        except (OSError, SyntaxError, ValueError):  # not there, no PNG, or a part of one
             return False
+        if mask.info.get("key") != self._key(ids):
+            return False
+        if header_has_size(sample.image, (mask.height, mask.width)):
+            return True
+        with suppress(InputError):
+            return read_image(sample.image).size == mask.size
+        return False
 
     def _make(self, sample: Sample, image: Image.Image, ids: Labels) -> _Made:
         maps = self.maps(image, ids)
@@ -163,19 +147,7 @@ class MaskWriter:
             places = np.argwhere(counts).tolist()
             rows = [[*place, int(counts[tuple(place)])] for place in places]
             texts.add_text("irn", json.dumps(rows))
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            self._indexed(made.mask).save(temporary, "PNG", pnginfo=texts)
-            os.replace(temporary, path)
-
-    def _indexed(self, mask: np.ndarray) -> Image.Image:
-        image = Image.fromarray(mask)
-        # All 256 colors: with fewer Pillow may write 4 bits a pixel, which hold no 255.
-        palette = np.zeros((256, 3), np.uint8)
-        palette[: self.data.num_classes], palette[IGNORE] = self.data.palette, _IGNORED_COLOR
-        image.putpalette(palette.tobytes())
-        return image
+        write_mask(path, made.mask, self.data.palette, texts)
 
     def _add_row(self, rows: SampleSheet, image: Image.Image, made: _Made) -> None:
         """The image, the largest M as heat, the mask and the truth, ignored pixels white."""
