@@ -243,6 +243,18 @@ def test_pictures_are_image_truth_prediction_and_confidence(place: Path, both: E
         assert np.abs(gray - confidence).mean() < 0.02
 
 
+def test_what_is_not_scored_has_a_color_of_its_own(run: Path, place: Path, tmp_path: Path):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    text = (data / "classes.txt").read_text()
+    (data / "classes.txt").write_text(text.replace("70 130 180", "0 0 0"))
+    for root, named, color in ((place / "data", "Black", 0), (data, "White", 255)):
+        words = "--data-dir", root, "--images", "1"
+        section = written(tmp_path / "a.html", run, *words).one("section", id="images")
+        assert f"{named} in a mask is not scored." in section.text
+        truth = decoded(section.all("img")[1])
+        np.testing.assert_array_equal(np.asarray(truth.convert("RGB"))[0], color)
+
+
 def decoded(image: Element) -> Image.Image:
     data = image.attributes["src"].partition(",")[2]
     return Image.open(io.BytesIO(base64.b64decode(data)))
