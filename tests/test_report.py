@@ -16,7 +16,7 @@ import pytest
 import torch
 from data_folders import one_line
 from PIL import Image
-from reported import CLASSES, EVIL, Element, read, train, write_data, written
+from reported import CLASSES, EVIL, Element, read, train, written
 
 from cac_fast.train import report
 from cac_fast.train.data.layouts import open_data
@@ -28,12 +28,10 @@ from cac_fast.train.reporting.scoring import choose
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(reported_run: Path) -> Path:
     """A folder with data, two runs in it, and their report.html."""
-    root = tmp_path_factory.mktemp("report")
-    data = write_data(root / "data")
-    train(data, root / "supervised", "--method", "supervised")
-    train(data, root / "cac", "--seed", "1")
+    root = reported_run.parent
+    train(root / "data", root / "cac", "--seed", "1")
     # As if it had learned something in its few steps: the runs are to differ.
     lines = [*metrics(root / "cac", "train"), *metrics(root / "cac", "val")]
     for more, line in zip((0.2, 0.1), lines[-2:], strict=True):
