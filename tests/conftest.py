@@ -35,6 +35,16 @@ def folder_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="session")
+def reported_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the supervised method to report, trained once; its data lies beside it."""
+    from reported import train, write_data
+
+    root = tmp_path_factory.mktemp("reported")
+    train(write_data(root / "data"), root / "supervised", "--method", "supervised")
+    return root / "supervised"
+
+
 @pytest.fixture
 def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder where commands are started; modules imported from it are forgotten afterwards."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 from data_folders import one_line
 from PIL import Image
-from reported import CLASSES, EVIL, Element, read, train, write_data, written
+from reported import CLASSES, EVIL, Element, read, train, written
 
 from cac_fast.train import report
 from cac_fast.train.data.layouts import open_data
@@ -28,12 +28,10 @@ from cac_fast.train.reporting.scoring import choose
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(reported_run: Path) -> Path:
     """A folder with data, two runs in it, and their report.html."""
-    root = tmp_path_factory.mktemp("report")
-    data = write_data(root / "data")
-    train(data, root / "supervised", "--method", "supervised")
-    train(data, root / "cac", "--seed", "1")
+    root = reported_run.parent
+    train(root / "data", root / "cac", "--seed", "1")
     # As if it had learned something in its few steps: the runs are to differ.
     lines = [*metrics(root / "cac", "train"), *metrics(root / "cac", "val")]
     for more, line in zip((0.2, 0.1), lines[-2:], strict=True):
@@ -241,6 +239,18 @@ def test_pictures_are_image_truth_prediction_and_confidence(place: Path, both: E
         confidence = predictor.logits(pixels).softmax(0).amax(0).numpy()
         gray = np.asarray(images[f"confidence by {name}"]) / 255
         assert np.abs(gray - confidence).mean() < 0.02
+
+
+def test_what_is_not_scored_has_a_color_of_its_own(run: Path, place: Path, tmp_path: Path):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    text = (data / "classes.txt").read_text()
+    (data / "classes.txt").write_text(text.replace("70 130 180", "0 0 0"))
+    for root, named, color in ((place / "data", "Black", 0), (data, "White", 255)):
+        words = "--data-dir", root, "--images", "1"
+        section = written(tmp_path / "a.html", run, *words).one("section", id="images")
+        assert f"{named} in a mask is not scored." in section.text
+        truth = decoded(section.all("img")[1])
+        np.testing.assert_array_equal(np.asarray(truth.convert("RGB"))[0], color)
 
 
 def decoded(image: Element) -> Image.Image:

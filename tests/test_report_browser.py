@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from reported import EVIL, as_python_sorts, train, write_data, written
+from reported import EVIL, as_python_sorts, written
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here")
 CHROMIUM = shutil.which("chromium")
@@ -26,17 +26,15 @@ WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(reported_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two runs, the first with ties, a class without IoU and one more evaluation."""
-    root = tmp_path_factory.mktemp("report")
-    data = write_data(root / "data")
-    train(data, root / "supervised", "--method", "supervised")
-    path = shutil.copytree(root / "supervised", root / "a-copy-of-it") / "metrics.jsonl"
+    root = tmp_path_factory.mktemp("browser")
+    path = shutil.copytree(reported_run, root / "a-copy-of-it") / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     odd = {"kind": "val", "iteration": 9, "miou": 0.9, "pixel_accuracy": None}
     lines.append(odd | {"iou": [0.3, 0.05, 0.3, None]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    written(root / "report.html", path.parent, root / "supervised", "--images", "1")
+    written(root / "report.html", path.parent, reported_run, "--images", "1")
     return root / "report.html"
 
 

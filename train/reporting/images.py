@@ -52,9 +52,10 @@ def pictures(runs: Sequence[Run], albums: Sequence[Album], fit: Fit) -> str:
 def _album(runs: Sequence[Run], album: Album, fit: Fit) -> str:
     first = album.runs[0]
     by = f" in {escape(first.name)}" if len(runs) > 1 else ""
+    name, _ = _not_scored(first.scored.data.palette)
     text = (
         f"Ordered by the image's mIoU{by}: the mean of the IoU, within this image, of its true "
-        f"classes, over {len(first.scored.samples)} val images. Black in a mask is not scored. "
+        f"classes, over {len(first.scored.samples)} val images. {name} in a mask is not scored. "
         "Confidence is the largest softmax value of a pixel, from black (0) to white (1)."
     )
     parts = [f'<p class="note">{text}</p>', _legend(first)]
@@ -150,10 +151,15 @@ def _jpeg(image: Image.Image, side: int) -> str:
 
 def _masks(ids: Image.Image, palette: Sequence[Sequence[int]], side: int) -> str:
     small = _smaller(ids, side, Image.Resampling.NEAREST)
-    small.putpalette(
-        [value for color in palette for value in color] + [0] * 3 * (256 - len(palette))
-    )
+    _, rest = _not_scored(palette)
+    small.putpalette([value for color in (*palette, *[rest] * 256) for value in color][: 3 * 256])
     return _data_uri(small, "png", optimize=True)
+
+
+def _not_scored(palette: Sequence[Sequence[int]]) -> tuple[str, tuple[int, int, int]]:
+    """The color of 255, with its name: black, where no class has it."""
+    is_taken = any(tuple(color) == (0, 0, 0) for color in palette)
+    return ("White", (255, 255, 255)) if is_taken else ("Black", (0, 0, 0))
 
 
 def _smaller(image: Image.Image, side: int, how: Image.Resampling) -> Image.Image:
