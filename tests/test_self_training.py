@@ -239,6 +239,17 @@ def test_what_is_not_confident_is_not_labeled(teacher, folder_data, tmp_path):
     assert files_of(tmp_path / "run")["04.png"] == (tmp_path / "masks" / "04.png").read_bytes()
 
 
+def test_a_teacher_by_any_name_and_a_pseudo_json_by_any_hand(teacher, folder_data, tmp_path):
+    """A name that is no UTF-8; a file that holds no object."""
+    odd = teacher.rename(tmp_path / "t\udcff")
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    (folder / "pseudo.json").write_text("[]")
+    data = open_data("folder", folder_data)
+    labeling.label_once(odd, folder, data.splits["train"][4:], data, CPU, 0.0)
+    assert json.loads((folder / "pseudo.json").read_text())["teacher"] == str(odd)
+
+
 def test_a_resumed_run_does_not_label_again(teacher, folder_data, tmp_path, monkeypatch):
     given = "--teacher", str(teacher)
     whole = test_methods.run(folder_data, tmp_path / "whole", *given)

@@ -89,9 +89,10 @@ def _described(file: Path) -> dict[str, Any]:
 
 def _known(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "pseudo.json").read_text(encoding="utf-8"))
+        known = json.loads((folder / "pseudo.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _start(folder: Path, about: dict[str, Any], samples: list[Sample]) -> None:

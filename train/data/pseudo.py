@@ -105,7 +105,7 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
     """
     with writing(folder):
         draft = folder / "pseudo.part"
-        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(about, indent=2) + "\n"
         draft.write_text(text, encoding="utf-8")
         draft.replace(folder / "pseudo.json")
 
