@@ -254,6 +254,15 @@ def test_what_heads_are_made_of_is_the_same_in_the_file(kind, tmp_path):
     assert found.is_rounding, found
 
 
+def test_convolutions_of_upsampled_maps_are_plain_operators_in_a_file():
+    sizes = {"x": {2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}}
+    options = {"dynamic_shapes": sizes, "prefer_deferred_runtime_asserts_over_guards": True}
+    program = torch.export.export(Parts(), (torch.zeros(1, 3, 61, 99),), **options)
+    operators = [str(node.target) for node in program.graph.nodes]
+    assert operators.count("aten.conv2d.default") == 4
+    assert not any("matmul" in name or "unfold" in name for name in operators)
+
+
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])
 @pytest.mark.parametrize("size", [(6, 12), (5, 7), (13, 41), (4, 4), (1, 3), (2, 6)])
 def test_pools_by_products_are_adaptive_means(bins, size):
