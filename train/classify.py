@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cac_fast.train import distributed
 from cac_fast.train.config import FIELDS, Config, add_settings, check_values
 from cac_fast.train.data.layouts import Sample
@@ -83,8 +81,6 @@ def _parser() -> Parser:
     parser.add_path("--output", "DIR", "folder for network and masks", required=True)
     text = f"passes over the images, in place of --iterations [{EPOCHS}]"
     parser.add_argument("--epochs", type=at_least(1), metavar="N", default=None, help=text)
-    text = "threads of PyTorch on the CPU (default: its own choice)"
-    parser.add_argument("--threads", type=at_least(1), metavar="N", default=None, help=text)
     for name, default, text in (
         ("foreground", cam.FOREGROUND, "above it a pixel is of the class of the largest map"),
         ("background", cam.BACKGROUND, "up to it a pixel is background, if the data has one"),
@@ -110,8 +106,6 @@ def _classify(options: argparse.Namespace) -> None:
             f"--cam-background {limits.background} is above --cam-foreground {limits.foreground}: "
             "lower it"
         )
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     config, iterations = _settings(options)
     data, labeled, unlabeled = open_lists(config)
     samples = _distinct([*labeled, *unlabeled])

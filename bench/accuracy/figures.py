@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output or Path(f"figure{figure}.png")
     drawn = FIGURES[options.figure].make(options)
     with writing(output):
-        # 256 colors: a third of the file, and no difference that one sees.
+        # 256 colors: a third of the file. Smooth shades show bands.
         drawn.image.quantize(256).save(output, "PNG", optimize=True)
     write_json(options.json, drawn.numbers)
 
