@@ -98,7 +98,7 @@ def taught(method: CAC, stream: Stream, known: bool) -> dict[str, float]:
 
     method.contrast = kept
     for step in stream.steps(0, NUM_BATCHES, with_unlabeled=True):
-        loss_ce, finish = forward(step.labeled, step.unlabeled)
+        loss_ce, finish, _ = forward(step.labeled, step.unlabeled)
         dc = finish()
         for place, loss in enumerate((loss_ce, method.weight * dc.loss)):
             gradient = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
