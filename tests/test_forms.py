@@ -311,3 +311,19 @@ def test_large_color_profiles_and_texts(tmp_path):
     Image.fromarray(IDS).save(tmp_path / "m.png", pnginfo=info, icc_profile=noise)
     np.testing.assert_array_equal(read_mask(tmp_path / "m.png", 3), IDS)
     assert read_image(tmp_path / "m.png").size == (4, 2)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif", "png"])
+def test_masks_of_several_pages_are_refused(tmp_path, suffix) -> None:
+    """Which page is the mask is not known; a smaller one is a preview."""
+    path, first = tmp_path / f"mask.{suffix}", Image.fromarray(IDS)
+    first.save(path, save_all=True, append_images=[Image.fromarray(IDS[::-1].copy())])
+    with pytest.raises(InputError) as error:
+        read_mask(path, 3)
+    one_line(error, path, "holds 2 pages: save the one with the class ids")
+
+
+def test_a_preview_in_a_mask_is_passed_over(tmp_path) -> None:
+    path = tmp_path / "mask.tif"
+    Image.fromarray(IDS).save(path, save_all=True, append_images=[Image.fromarray(IDS[:1, :2])])
+    assert np.array_equal(read_mask(path, 3), IDS)

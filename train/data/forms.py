@@ -55,6 +55,16 @@ def raw_ids(file: Image.Image) -> np.ndarray | None:
     return samples
 
 
+def count_pages(file: Image.Image) -> int:
+    """Pages of an opened file that have the first one's size; previews and pyramids do not."""
+    size, pages = file.size, 1
+    for number in range(1, getattr(file, "n_frames", 1)):
+        file.seek(number)
+        pages += file.size == size
+    file.seek(0)
+    return pages
+
+
 def palette_of(file: Image.Image) -> list[Color]:
     """256 colors of a palette file; black beyond its end."""
     values = (file.getpalette() or [])[:768]

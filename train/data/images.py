@@ -85,12 +85,12 @@ def read_mask(
 
     Raises:
         InputError: the file is missing or truncated, may have been changed by lossy compression,
-            holds floating-point values, or a color or an id of no class.
+            holds floating-point values, several pages, or a color or an id of no class.
     """
     colors = ids = None
     try:
         with path.open("rb") as stream, Image.open(stream) as file:
-            mode, form = file.mode, file.format
+            mode, form, pages = file.mode, file.format, forms.count_pages(file)
             lossy = form == "TIFF" and file.info.get("compression") in _LOSSY_TIFF
             if form in _EXACT_FORMATS and not lossy:
                 ids = forms.raw_ids(file)
@@ -105,6 +105,10 @@ def read_mask(
         raise InputError(
             f"mask {path} is a {'TIFF with JPEG compression' if lossy else form} file, which may "
             "change the values at every edge: write it anew as PNG from the original labels"
+        )
+    if pages > 1:
+        raise InputError(
+            f"mask {path} holds {pages} pages: save the one with the class ids as a file of its own"
         )
     if mode == "F":
         raise InputError(
