@@ -200,6 +200,7 @@ def test_values_are_those_of_metrics(programs: Programs) -> None:
     programs.fails = "VIII mIoU seed 1"
     assert programs.fill(3, "--rows", "VIII,IV", "--seeds", "0,1,2") == 1
     record = programs.record(3)
+    assert {run["settings"]["data_dir"] for run in record["runs"]} == {"set"}  # not where it lies
     found = {cell["row"]: cell for cell in record["cells"]}
     for name, seeds in (("IV", [0, 1, 2]), ("VIII", [0, 2])):
         folders = [run["folder"] for run in record["runs"] if run["name"].startswith(f"{name} ")]

@@ -41,7 +41,7 @@ from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
 from cac_fast.train.errors import InputError, did_you_mean
 from cac_fast.train.options import Parser
-from lib.measure import ROOT, command_line, facts, write_record
+from lib.measure import ROOT, command_line, facts, shown, write_record
 from lib.running import RunError, programs
 
 FIXED = frozenset(
@@ -197,7 +197,10 @@ def _fill(
             {
                 "name": names[key],
                 "key": key,
-                "settings": everything[key].settings.flat(),
+                "settings": {
+                    name: shown(value) if isinstance(value, str) else value
+                    for name, value in everything[key].settings.flat().items()
+                },
                 **folders.read_note(everything[key].folder(options)),
                 **result,
             }

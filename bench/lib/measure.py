@@ -244,13 +244,14 @@ def write_record(path: Path | None, record: dict[str, Any]) -> None:
     aside.replace(path)
 
 
+def shown(argument: str) -> str:
+    """A path from the project's folder, or by its name if it lies elsewhere; all else as it is."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
 def command_line(program: str, arguments: list[str]) -> str:
-    """The command as anyone can type it: paths from the project's folder, others by their name."""
-
-    def shown(argument: str) -> str:
-        path = Path(argument)
-        if not path.is_absolute():
-            return argument
-        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-
+    """The command as anyone can type it: its paths as they are `shown`."""
     return shlex.join(["python", program, *map(shown, arguments)])
