@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from cac_fast.train import checkpoint, config, engine
@@ -38,6 +43,22 @@ def run(data: Path, output: Path, *more: str) -> list[dict]:
     """Train in this process; return the lines of metrics.jsonl."""
     engine.train(config.parse(arguments(data, output, *more)), CPU)
     return read_metrics(output / "metrics.jsonl")
+
+
+@contextmanager
+def stopped_after(iteration: int) -> Iterator[None]:
+    """Trainings in this process get a SIGTERM at the end of that step, and must end by it."""
+    step = engine.Trainer._train_step
+
+    def interrupted(self: engine.Trainer, batches: object) -> None:
+        step(self, batches)
+        if self.iteration == iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Trainer, "_train_step", interrupted)
+        with pytest.raises(SystemExit):
+            yield
 
 
 def losses(lines: list[dict], name: str = "loss") -> list[float]:

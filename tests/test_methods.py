@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from small_training import CPU, assert_same_bits, losses
+from small_training import CPU, assert_same_bits, losses, stopped_after
 from toy_methods import TOYS, Adversarial, CrossSupervision, MeanTeacher, tiny_network
 
 from cac_fast.train import checkpoint, config, engine, run_state
-from cac_fast.train.batch import Step
 from cac_fast.train.distributed import World
 from cac_fast.train.log import read_metrics
 from cac_fast.train.methods import Method
@@ -161,17 +158,8 @@ def test_interrupted_run_ends_with_the_same_bits(
     use(name, monkeypatch)
     options = "--precision", precision
     whole = run(folder_data, tmp_path / "whole", *options)
-    step = engine.Trainer._train_step
-
-    def interrupted(self: engine.Trainer, batches: Step) -> None:
-        step(self, batches)
-        if self.iteration == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "_train_step", interrupted)
-        with pytest.raises(SystemExit):
-            run(folder_data, tmp_path / "run", *options)
+    with stopped_after(4):
+        run(folder_data, tmp_path / "run", *options)
     lines = run(folder_data, tmp_path / "run", *options)
     for scalar in SCALARS[name]:
         assert losses(lines[2:], scalar) == losses(whole[2:], scalar)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import test_step
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_training import CPU, assert_same_bits, losses
+from small_training import CPU, assert_same_bits, losses, stopped_after
 from test_methods import SMOOTH, one_step, trainer
 from test_step import IMAGES, Backbone, Head
 from test_step import batches as batches_of_cac
@@ -23,7 +21,7 @@ from tiny_scenes import write_scenes
 from torch import Tensor
 from toy_methods import TOYS, tiny_network
 
-from cac_fast.train import checkpoint, config, engine, inference, labeling
+from cac_fast.train import checkpoint, config, inference, labeling
 from cac_fast.train.data.images import read_image, read_mask
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.data.views import View
@@ -253,17 +251,8 @@ def test_a_teacher_by_any_name_and_a_pseudo_json_by_any_hand(teacher, folder_dat
 def test_a_resumed_run_does_not_label_again(teacher, folder_data, tmp_path, monkeypatch):
     given = "--teacher", str(teacher)
     whole = test_methods.run(folder_data, tmp_path / "whole", *given)
-    step = engine.Trainer._train_step
-
-    def interrupted(self: engine.Trainer, batch) -> None:
-        step(self, batch)
-        if self.iteration == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "_train_step", interrupted)
-        with pytest.raises(SystemExit):
-            test_methods.run(folder_data, tmp_path / "run", *given)
+    with stopped_after(4):
+        test_methods.run(folder_data, tmp_path / "run", *given)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "pseudo").iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(labeling, "_label", lambda *_: pytest.fail("it labels again"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +12,13 @@ import test_step
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_training import assert_same_bits, losses
+from small_training import assert_same_bits, losses, stopped_after
 from test_methods import names, one_step, trainer
 from test_step import IMAGES
 from torch import Tensor
 from toy_methods import TOYS, tiny_network
 
-from cac_fast.train import checkpoint, engine, inference, run_state
+from cac_fast.train import checkpoint, inference, run_state
 from cac_fast.train.data.augment import UnlabeledTransform
 from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.crops import draw_pair, draw_size
@@ -283,19 +281,10 @@ def test_slices_and_recomputation_change_no_run(tiny, folder_data, tmp_path, mon
     )
 
 
-def test_interrupted_run_ends_with_the_same_bits(tiny, folder_data, masks, tmp_path, monkeypatch):
+def test_interrupted_run_ends_with_the_same_bits(tiny, folder_data, masks, tmp_path):
     whole = test_methods.run(folder_data, tmp_path / "whole")
-    step = engine.Trainer._train_step
-
-    def interrupted(self: engine.Trainer, batch) -> None:
-        step(self, batch)
-        if self.iteration == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "_train_step", interrupted)
-        with pytest.raises(SystemExit):
-            test_methods.run(folder_data, tmp_path / "run")
+    with stopped_after(4):
+        test_methods.run(folder_data, tmp_path / "run")
     moved = masks.rename(masks.with_name("moved"))
     lines = test_methods.run(folder_data, tmp_path / "run", "--pseudo-labels", str(moved))
     for scalar in ("loss_weak", "weak_weight", "weak_labeled", "loss"):
