@@ -20,7 +20,8 @@ from toy_methods import TOYS
 from cac_fast.train import config
 from cac_fast.train.errors import InputError
 from cac_fast.train.methods import fixmatch
-from cac_fast.train.methods.fixmatch import FixMatch, cutmix, inside
+from cac_fast.train.methods.fixmatch import FixMatch
+from cac_fast.train.methods.mixing import cutmix, inside
 from cac_fast.train.networks import Segmenter
 
 V1 = "--strong-views 2 --feature-dropout channel".split()
@@ -368,7 +369,8 @@ def test_presets(tmp_path: Path):
     ("options", "message"),
     [
         (V2[2:], "--feature-dropout complementary needs a pair of strong views: use --strong"),
-        (["--strong-views", "3"], "--strong-views 3: must be 1 or 2"),
+        (["--strong-views", "3"], "--strong-views 3: must be 0, 1 or 2"),
+        (["--strong-views", "0"], "--strong-views 0: fixmatch needs one or two strong views"),
         (["--feature-dropout", "chanel"], "did you mean channel?"),
         (["--ema-decay", "1"], "--ema-decay 1.0: must be below 1"),
         (["--confidence", "-1"], "--confidence -1.0: must not be negative"),

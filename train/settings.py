@@ -26,7 +26,7 @@ POSITIVE = Check(lambda value: value > 0, "must be positive")
 NOT_NEGATIVE = Check(lambda value: value >= 0, "must not be negative")
 BELOW_1 = Check(lambda value: value < 1, "must be below 1")
 BELOW_2_32 = Check(lambda value: value < 2**32, "must be below 2**32")
-ONE_OR_TWO = Check(lambda value: value in (1, 2), "must be 1 or 2")
+AT_MOST_2 = Check(lambda value: value <= 2, "must be 0, 1 or 2")
 CONFIDENCE = Check(lambda value: value <= 1, "a confidence is at most 1")
 POSITIVE_RANGE = Check(
     lambda ends: 0 < ends[0] <= ends[1], "give two positive numbers, lower first"
@@ -208,21 +208,30 @@ class LossSettings:
         False, "measure the share of false negatives (Fig. 6); reads the unlabeled images' masks"
     )
     unsupervised_weight: float = setting(
-        1.0, "fixmatch: weight of the loss by pseudo labels", NOT_NEGATIVE
+        1.0,
+        "every method but cac and self_training: weight of the loss of the unlabeled images",
+        NOT_NEGATIVE,
     )
     confidence: float = setting(
         0.95,
-        "fixmatch, --teacher: confidence that a pseudo label needs; above 1: none has it",
+        "fixmatch, --teacher: confidence that a pseudo label needs; s4gan: that the discriminator "
+        "needs of an image; above 1: none has it",
         NOT_NEGATIVE,
     )
     ema_decay: float = setting(
         0.996,
-        "fixmatch and --averaged-labels: share that the averaged network keeps in a step; 0: it is "
-        "the network itself",
+        "fixmatch, mean_teacher and --averaged-labels: share that the averaged network keeps in a "
+        "step; 0: it is the network itself",
         NOT_NEGATIVE,
         BELOW_1,
     )
-    strong_views: int = setting(1, "fixmatch: strong views of an image; UniMatch: 2", ONE_OR_TWO)
+    strong_views: int = setting(
+        1,
+        "fixmatch: strong views of an image; UniMatch: 2. mean_teacher: whether the student sees "
+        "one: 0 or 1",
+        NOT_NEGATIVE,
+        AT_MOST_2,
+    )
     pseudo_loss_weight: float = setting(
         1.0, "self_training: alpha, the weight of the loss by pseudo labels", NOT_NEGATIVE
     )
@@ -235,6 +244,13 @@ class LossSettings:
         "fixmatch: channel (UniMatch V1): the weak view once more, with channels dropped; "
         "complementary (V2): each of two strong views lacks the channels that the other one has",
         choices=("none", "channel", "complementary"),
+    )
+    cutmix: bool = setting(False, "cps: mix the unlabeled images in pairs (CutMix)")
+    auxiliary_heads: int = setting(
+        2, "cct: auxiliary classifiers for each kind of perturbation", POSITIVE
+    )
+    discriminator_learning_rate: float = setting(
+        1e-4, "s4gan, gct, ecs: Adam's rate for the network that judges predictions", POSITIVE
     )
 
 

@@ -181,8 +181,12 @@ class Method(nn.Module):
 
     def normalized(self, sums: list[Tensor], labels: Tensor) -> Tensor:
         """The slices' summed cross entropy over the valid pixels of all ranks."""
-        valid = self.world.all_reduce((labels != 255).sum()).clamp(min=1)
-        return torch.stack(sums).sum() * self.world.size / valid
+        return self.mean_over(labels != 255, sums)
+
+    def mean_over(self, counted: Tensor, sums: list[Tensor]) -> Tensor:
+        """The slices' sums over the pixels of all ranks that are True in the bool `counted`."""
+        number = self.world.all_reduce(counted.sum()).clamp(min=1)
+        return torch.stack(sums).sum() * self.world.size / number
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

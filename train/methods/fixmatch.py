@@ -18,6 +18,7 @@ from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.methods.base import Batch, Networks, View, cross_entropy_sum
 from cac_fast.train.methods.contrastive import ContrastiveMethod, Projected, join
+from cac_fast.train.methods.mixing import cutmix, inside
 from cac_fast.train.methods.teacher import Teacher
 from cac_fast.train.networks import Segmenter, upsample_logits
 from cac_fast.train.profiling import phase
@@ -57,6 +58,8 @@ class FixMatch(ContrastiveMethod):
     ) -> None:
         loss = config.loss
         super().__init__(networks, world, config, dtype, contrastive=loss.dc_weight > 0)
+        if loss.strong_views == 0:
+            raise InputError("--strong-views 0: fixmatch needs one or two strong views")
         if loss.feature_dropout == "complementary" and loss.strong_views != 2:
             raise InputError(
                 "--feature-dropout complementary needs a pair of strong views: use --strong-views 2"
@@ -200,22 +203,3 @@ def joined_masks(parts: list[Part]) -> list[Tensor]:
     ones = tuple(torch.ones_like(mask) for mask in some)
     each = [part.masks or ones for part in parts]
     return [torch.stack(of_map, 1) for of_map in zip(*each, strict=True)]
-
-
-def inside(boxes: Tensor, size: torch.Size) -> Tensor:
-    """Which pixels lie in a box: bool (B, H, W) of int (B, 1, 4) top, left, bottom, right."""
-    top, left, bottom, right = boxes.unsqueeze(3).unbind(2)
-    rows, columns = (torch.arange(side, device=boxes.device) for side in size)
-    rows, columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
-    return rows.squeeze(1).unsqueeze(2) & columns
-
-
-def cutmix(values: Tensor, boxes: Tensor) -> Tensor:
-    """`values` (B, ...) with their partners' where `boxes` is True.
-
-    The partner of image i is i xor 1; the last one of an odd number has none.
-    """
-    places = torch.arange(len(values), device=values.device)
-    partners = places ^ 1
-    partners = partners.where(partners < len(values), places)
-    return torch.where(boxes, values[partners], values)
