@@ -412,10 +412,10 @@ def test_step_times_are_of_settled_steps_with_unlabeled_images() -> None:
     ]
     lines.insert(4, val(80, 0.5))
     # From 60 on: the lines at 80 to 140, of 4 to 7 seconds a step of 8 + 8 images.
-    assert table_outcome.step_seconds(lines, config.parse([*words, "cac"])) == 5.5
+    assert table_outcome.median_step_seconds(lines, config.parse([*words, "cac"])) == 5.5
     # Supervised: from 20 on, and of 8 images.
-    assert table_outcome.step_seconds(lines, config.parse([*words, "supervised"])) == 2.25
-    assert table_outcome.step_seconds(lines[:3], config.parse([*words, "cac"])) is None
+    assert table_outcome.median_step_seconds(lines, config.parse([*words, "supervised"])) == 2.25
+    assert table_outcome.median_step_seconds(lines[:3], config.parse([*words, "cac"])) is None
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from cac_fast.train.options import Parser
 from cac_fast.train.registry import LAYOUTS, METHODS, Registry
 from cac_fast.train.settings import FIELDS, TYPES, Config
 
-__all__ = ["Config", "differences", "parse"]
+__all__ = ["Config", "compared", "differences", "parse"]
 
 # Settings that a resumed run may change: they do not alter what is computed. (The lists may move;
 # what they name may not change.)
@@ -81,12 +81,13 @@ def differences(config: Config, former: dict[str, Any]) -> list[str]:
         for name, here in config.flat().items()
         # A run made before a setting was there did what is the default now.
         for there in [former.get(name, FIELDS[name].default)]
-        if name not in FREE and _compared(name, there) != _compared(name, here)
+        if name not in FREE and compared(name, there) != compared(name, here)
         if name != "iterations" or there > here  # a run may be made longer
     ]
 
 
-def _compared(name: str, value: Any) -> Any:
+def compared(name: str, value: Any) -> Any:
+    """A setting's value as two runs are compared by it."""
     if name == "weights" and value is not None:
         # Wherever it lies now, as only the first start has read it; but all runs have a best.pt.
         path = Path(value)

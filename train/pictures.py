@@ -90,7 +90,7 @@ def draw_contact_sheet(inventory: Inventory) -> Image.Image:
             row, column = divmod(index, COLUMNS)
             left, place = _MARGIN + column * step[0], top + row * step[1]
             sheet.paste(ImageOps.pad(_tile(sample, data), TILE, color=_PAPER), (left, place))
-            caption = _shortened(sample.name, TILE[0], font)
+            caption = shortened(sample.name, TILE[0], font)
             pen.text((left, place + TILE[1] + 4), caption, _FAINT, font)
         top += -(-len(samples) // COLUMNS) * step[1]
     return sheet.crop((0, 0, width, top))
@@ -130,7 +130,7 @@ def _legend(inventory: Inventory, width: int, font: ImageFont.ImageFont) -> Imag
     legend = Image.new("RGB", (width, 36 - len(names) // -columns * 26), _PAPER)
     pen = ImageDraw.Draw(legend)
     title_font = ImageFont.load_default(20)
-    title = _shortened(f"{data.dataset}  {data.root}", width, title_font)
+    title = shortened(f"{data.dataset}  {data.root}", width, title_font)
     pen.text((0, 0), title, _INK, title_font)
     for index, name in enumerate(names):
         left, top = index % columns * cell, 36 + index // columns * 26
@@ -145,7 +145,7 @@ def _legend(inventory: Inventory, width: int, font: ImageFont.ImageFont) -> Imag
     return legend
 
 
-def _shortened(text: str, width: int, font: ImageFont.ImageFont) -> str:
+def shortened(text: str, width: int, font: ImageFont.ImageFont) -> str:
     """The end of a text that fits into `width` pixels."""
     text = text.encode("utf-8", "backslashreplace").decode()
     if font.getlength(text) <= width:

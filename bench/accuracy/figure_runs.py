@@ -18,7 +18,7 @@ from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.errors import InputError
 from cac_fast.train.inference import Predictor
 from cac_fast.train.log import read_metrics
-from cac_fast.train.pictures import _shortened
+from cac_fast.train.pictures import shortened
 
 REPEATED = frozenset(
     "seed data_list data_dir labeled unlabeled output cache workers weights device".split()
@@ -158,7 +158,7 @@ def drawn_by_seed(samples: Sequence[Sample], count: int, seed: int) -> list[Samp
 def fitted(text: str, width: int) -> str:
     """A text that a sheet can show in so many pixels; the end of one that is too long."""
     composed = unicodedata.normalize("NFC", text)
-    return _shortened(composed, width, ImageFont.load_default(15))
+    return shortened(composed, width, ImageFont.load_default(15))
 
 
 def picture_of(figure: Any) -> Image.Image:

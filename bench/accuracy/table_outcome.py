@@ -22,7 +22,7 @@ SETTLED = 20
 """Steps after which steps are timed."""
 
 
-def step_seconds(lines: list[dict], settings: Config) -> float | None:
+def median_step_seconds(lines: list[dict], settings: Config) -> float | None:
     """Median seconds of a step from the lines of a metrics.jsonl: of those with unlabeled images,
     if the method sees any, after the first SETTLED; None if there are no such lines."""
     alone = is_alone(settings.loss.method)
@@ -49,7 +49,7 @@ def result_of(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
         "folder": run.folder(options).name,
         "scores": val_scores(curve),
         "curve": curve,
-        "step_s": step_seconds(lines, run.settings),
+        "step_s": median_step_seconds(lines, run.settings),
         "peak_memory_mb": max(memory, default=None),
     }
 

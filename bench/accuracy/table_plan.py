@@ -15,7 +15,7 @@ from accuracy.plan import hours_of, is_alone, step_seconds
 from accuracy.record import content_digests
 from accuracy.runs import list_folder, val_curve
 from cac_fast.train import config, registry
-from cac_fast.train.config import FREE, Config, _compared
+from cac_fast.train.config import FREE, Config, compared
 from cac_fast.train.data.layouts import SegmentationData
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
@@ -110,7 +110,7 @@ def key_of(settings: Config, data: SegmentationData, *more: str) -> str:
     Settings at their default are left out, so that a setting which is new changes no hash.
     """
     flat = {
-        name: _compared(name, value)
+        name: compared(name, value)
         for name, value in settings.flat().items()
         if name not in FREE and value != FIELDS[name].default
     }
@@ -318,7 +318,7 @@ def is_done(run: Run, options: argparse.Namespace) -> bool:
     return True
 
 
-def planned_hours(runs: Mapping[str, Run], options: argparse.Namespace) -> dict[str, float]:
+def training_hours(runs: Mapping[str, Run], options: argparse.Namespace) -> dict[str, float]:
     """Hours of each training without evaluations, from ten steps of each kind of them.
 
     What needs another run that is not over is measured without it; self-training then counts as

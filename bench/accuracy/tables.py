@@ -35,7 +35,7 @@ from accuracy.table_plan import (
     iteration_of,
     labels,
     ordered,
-    planned_hours,
+    training_hours,
 )
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
@@ -112,7 +112,7 @@ def _chosen(all_cells: list[Cell], options: argparse.Namespace) -> list[Cell]:
 def _show_plan(runs: dict[str, Run], names: dict[str, str], options: argparse.Namespace) -> None:
     """Print each run, how far it is, and the hours that are left."""
     left = {key: run for key, run in runs.items() if not is_done(run, options)}
-    hours = planned_hours(left, options)
+    hours = training_hours(left, options)
     for key, run in runs.items():
         state = "finished"
         if key in left:
