@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
+from types import ModuleType
 
 import pytest
 import small_training
@@ -148,18 +148,25 @@ def test_without_weight_the_supervised_gradient_stays(variant):
         assert torch.equal(here, there) and here.abs().max() > 0
 
 
-@forwards
-def test_padding_gets_no_gradient(forward, monkeypatch):
+def kept_logits(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> list[Tensor]:
+    """All that `modules` will upsample, with the gradients that they get."""
     kept: list[Tensor] = []
     upsample = base.upsample_logits
 
     def upsampled(logits: Tensor, size: torch.Size) -> Tensor:
         kept.append(upsample(logits, size))
-        kept[-1].retain_grad()
+        if kept[-1].requires_grad:
+            kept[-1].retain_grad()
         return kept[-1]
 
-    for module in (base, mean_teacher):
+    for module in modules:
         monkeypatch.setattr(module, "upsample_logits", upsampled)
+    return kept
+
+
+@forwards
+def test_padding_gets_no_gradient(forward, monkeypatch):
+    kept = kept_logits(monkeypatch, base, mean_teacher)
     labeled, unlabeled = batches()
     method("--forward", forward)(labeled, unlabeled)["loss"].backward()
     for logits, counted in zip(
@@ -268,7 +275,7 @@ def test_a_run_scores_the_teacher(variant, folder_data, tmp_path):
     assert not torch.equal(*(x["classifier.1.weight"] for x in (of_teacher, of_student)))
 
 
-def test_presets_and_views(tmp_path: Path):
+def test_presets_and_views():
     def loss(*options: str) -> tuple[object, ...]:
         found = config.parse(["--method", "mean_teacher", *options]).loss
         weights = found.unsupervised_weight, found.ema_decay
