@@ -88,16 +88,15 @@ def by_loops(model: CPS) -> dict[str, Tensor]:
             for x in range(SIDE):
                 of = PARTNERS[i] if model.cutmix and from_partner(i, y, x) else i
                 seen[i, :, y, x], source[i, y, x] = images[of, :, y, x], of
-    known = [tuple(place) for place in (labeled["label"] != 255).nonzero().tolist()]
+    known = (labeled["label"] != 255).nonzero().tolist()
     valid = [(i, y, x) for (i, y, x), of in source.items() if on_image[of, y, x]]
     assert len(known) < len(source) and len(valid) < len(source)
     of_ce, of_cross = [], []
     on_labeled = [logs(network, labeled["image"]) for network in networks]
     for here, there in ((0, 1), (1, 0)):
         mine, other = on_labeled[here], on_labeled[there].argmax(1)
-        of_ce.append(
-            torch.stack([-mine[i, int(labeled["label"][i, y, x]), y, x] for i, y, x in known])
-        )
+        truth = [-mine[i, int(labeled["label"][i, y, x]), y, x] for i, y, x in known]
+        of_ce.append(torch.stack(truth))
         cross = []
         if not model.cutmix:
             cross = [-mine[i, int(other[i, y, x]), y, x] for i, y, x in known]
@@ -142,7 +141,6 @@ def test_without_weight_the_supervised_gradient_stays(variant):
 
 
 def parts(model: CPS) -> tuple[Tensor, ...]:
-    """Of both networks, by the truth and by the other."""
     found = (model.mixed_losses if model.cutmix else model.plain_losses)(*batches())
     return *found.ce, *found.cross
 
