@@ -46,7 +46,7 @@ def method(*options: str, kind: type[Method] = CPS, frozen: bool = False) -> Met
 
 @functools.cache
 def batches() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Crops with padding at the bottom or at a side, boxes that meet it and each other."""
+    """With padding, and boxes that meet it and each other."""
     labeled, unlabeled = test_mean_teacher.batches()
     generator = torch.Generator().manual_seed(4)
     corners = torch.randint(0, SIDE + 1, (IMAGES, 3, 2, 2), generator=generator)
@@ -159,8 +159,8 @@ def test_swapped_networks_swap_the_losses(variant):
 def test_equal_networks_have_equal_losses(variant):
     model = method(*variant, frozen=True)
     model.second.load_state_dict(model.network.state_dict())
-    ce1, ce2, cross1, cross2 = parts(model)
-    assert torch.equal(ce1, ce2) and torch.equal(cross1, cross2)
+    found = parts(model)
+    assert torch.equal(*found[:2]) and torch.equal(*found[2:])
     losses, gradients = test_step.step(model)
     assert losses["agreement"] == 1
     half = len(gradients) // 2
@@ -201,17 +201,16 @@ def test_padding_gets_no_gradient(variant, monkeypatch):
     known, valid = labeled["label"] != 255, unlabeled["on_image1"]
     learned = [known, known, valid, valid]
     if variant:
-        mixed = valid.clone()
-        for i, y, x in torch.ones_like(valid).nonzero().tolist():
-            mixed[i, y, x] = valid[PARTNERS[i] if from_partner(i, y, x) else i, y, x]
+        places = torch.ones_like(valid).nonzero().tolist()
+        taken = torch.tensor([from_partner(*place) for place in places]).view_as(valid)
+        mixed = valid[PARTNERS].where(taken, valid)
         learned = [known, known, None, None, mixed, mixed]
     for logits, counted in zip(kept, learned, strict=True):
-        if counted is None:
-            assert not logits.requires_grad
-        else:
+        assert logits.requires_grad == (counted is not None)
+        if counted is not None:
             assert torch.equal(logits.grad.abs().amax(1) > 0, counted) and not counted.all()
-    for network in model.segmenters():  # all of these passes moved the statistics
-        assert network.backbone.high[1].num_batches_tracked == len(learned) // 2
+    moved = [part.backbone.high[1].num_batches_tracked for part in (model.network, model.second)]
+    assert moved == [len(learned) // 2] * 2
 
 
 @variants
@@ -262,8 +261,10 @@ def test_a_step_changes_what_it_may(tiny, folder_data, tmp_path):
     assert isinstance(model, CPS) and trained.network is model.network
     for unlabeled in (False, True):
         assert one_step(trained, unlabeled) == names(model, "network", "second")
-    held = {id(w) for group in trained.optimizer.param_groups for w in group["params"]}
-    assert held == {id(weight) for weight in model.parameters()}
+    backbones, rest = (group["params"] for group in trained.optimizer.param_groups)
+    both = model.network.backbone, model.second.backbone
+    assert list(map(id, backbones)) == [id(w) for part in both for w in part.parameters()]
+    assert {id(w) for w in (*backbones, *rest)} == {id(w) for w in model.parameters()}
 
 
 @variants
@@ -273,12 +274,10 @@ def test_a_run_scores_the_first_network(variant, folder_data, tmp_path):
     assert min(losses(lines[2:], "loss_u")) > 0
     assert all(0 < share <= 1 for share in losses(lines[2:], "agreement"))
     best, last = (checkpoint.read(tmp_path / name) for name in ("best.pt", "last.pt"))
-    first, second = (
-        {n.removeprefix(part): x for n, x in last["method"].items() if n.startswith(part)}
-        for part in ("network.", "second.")
-    )
+    first = {n[8:]: x for n, x in last["method"].items() if n.startswith("network.")}
     assert_same_bits(best["network"], first)
-    assert not torch.equal(first["classifier.1.weight"], second["classifier.1.weight"])
+    one, two = (last["method"][f"{name}.classifier.1.weight"] for name in ("network", "second"))
+    assert not torch.equal(one, two)
 
 
 def test_presets_and_views():
@@ -286,8 +285,7 @@ def test_presets_and_views():
         found = config.parse(["--method", "cps", *options]).loss
         return found.forward, found.warmup, found.unsupervised_weight, found.cutmix
 
-    folder = "--dataset", "folder", "--data-dir", "d"
-    assert loss(*folder) == ("separate", 0, 1.5, False)
+    assert loss("--dataset", "folder", "--data-dir", "d") == ("separate", 0, 1.5, False)
     assert loss("--dataset", "toycity", *MIXED) == ("separate", 60, 1.5, True)
     for options, boxes in (([], 0), (MIXED, 3)):
         (view,) = method(*options).views.values()
