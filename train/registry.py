@@ -162,8 +162,12 @@ _TOYCITY = {
 
 # Strong views share batch statistics with the labeled images, and learning starts with both.
 _FIXMATCH = {"forward": "joint", "warmup": 0, "dc_weight": 0.0}
+# Of the authors, whose weight is for the mean over the classes.
+_CCT = {"warmup": 0, "unsupervised_weight": 30.0}
 # Its teacher has learned already, and by default all that it says is believed.
 _SELF_TRAINING = {"forward": "joint", "warmup": 0, "confidence": 0.0}
+
+_S4GAN = {"warmup": 0, "confidence": 0.6}
 
 # A layout is a function of its folder that returns `data.layouts.SegmentationData`.
 LAYOUTS = Registry(
@@ -213,9 +217,11 @@ METHODS = Registry(
     "--method",
     {
         "cac": Entry(f"{_METHODS}.cac:CAC", "context-aware consistency"),
+        "cct": Entry(f"{_METHODS}.cct:CCT", "consistency of perturbed features", preset=_CCT),
         "fixmatch": Entry(
             f"{_METHODS}.fixmatch:FixMatch", "weak to strong, UniMatch too", preset=_FIXMATCH
         ),
+        "s4gan": Entry(f"{_METHODS}.s4gan:S4GAN", "by a discriminator", preset=_S4GAN),
         "self_training": Entry(
             f"{_METHODS}.self_training:SelfTraining",
             "by the masks of a trained teacher",
