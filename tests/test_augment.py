@@ -20,6 +20,7 @@ from cac_fast.train.data.augment import (
     resize_part,
 )
 from cac_fast.train.data.photometric import CHANGES, apply_photometric
+from cac_fast.train.data.stream import on_image
 from cac_fast.train.errors import InputError
 
 SIZES = st.integers(1, 150)
@@ -136,6 +137,17 @@ def test_labeled_pixels_and_labels_stay_together(height, width, crop, seed):
     assert (label[on_image] == mask[image[0][on_image], image[1][on_image]]).all()
     assert (label[~on_image] == 255).all()
     assert (image[:, ~on_image].T == PADDING_COLOR).all()
+
+
+@given(SIZES, SIZES, CROPS, SEEDS)
+def test_labeled_crops_know_their_padding(height, width, crop, seed):
+    """By whole cells of 8 pixels."""
+    transform = LabeledTransform(crop, (1.0, 1.0))
+    item = transform(coordinates(height, width), ids(height, width), np.random.default_rng(seed))
+    known = on_image(item["flip"][None], item["valid"][None], crop)[0]
+    pixels = item["image"][2] == 0
+    cells = pixels.unflatten(1, (-1, 8)).unflatten(0, (-1, 8)).all(3).all(1)
+    assert torch.equal(known, cells.repeat_interleave(8, 0).repeat_interleave(8, 1))
 
 
 def test_labeled_flip_has_even_odds():

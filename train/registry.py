@@ -166,8 +166,12 @@ _FIXMATCH = {"forward": "joint", "warmup": 0, "dc_weight": 0.0}
 _MEAN_TEACHER = {"warmup": 0, "unsupervised_weight": 5.0, "ema_decay": 0.99, "strong_views": 0}
 # For images that are not mixed; with --cutmix the authors have 1.
 _CPS = {"warmup": 0, "unsupervised_weight": 1.5}
+# Of the authors, whose weight is for the mean over the classes.
+_CCT = {"warmup": 0, "unsupervised_weight": 30.0}
 # Its teacher has learned already, and by default all that it says is believed.
 _SELF_TRAINING = {"forward": "joint", "warmup": 0, "confidence": 0.0}
+
+_S4GAN = {"warmup": 0, "confidence": 0.6}
 
 # A layout is a function of its folder that returns `data.layouts.SegmentationData`.
 LAYOUTS = Registry(
@@ -217,6 +221,7 @@ METHODS = Registry(
     "--method",
     {
         "cac": Entry(f"{_METHODS}.cac:CAC", "context-aware consistency"),
+        "cct": Entry(f"{_METHODS}.cct:CCT", "consistency of perturbed features", preset=_CCT),
         "cps": Entry(f"{_METHODS}.cps:CPS", "two networks label for each other", preset=_CPS),
         "fixmatch": Entry(
             f"{_METHODS}.fixmatch:FixMatch", "weak to strong, UniMatch too", preset=_FIXMATCH
@@ -226,6 +231,7 @@ METHODS = Registry(
             "probabilities of an averaged teacher",
             preset=_MEAN_TEACHER,
         ),
+        "s4gan": Entry(f"{_METHODS}.s4gan:S4GAN", "by a discriminator", preset=_S4GAN),
         "self_training": Entry(
             f"{_METHODS}.self_training:SelfTraining",
             "by the masks of a trained teacher",

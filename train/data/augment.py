@@ -62,8 +62,9 @@ class LabeledTransform:
     ) -> dict[str, Tensor]:
         """A crop and its labels.
 
-        Returns, with c the crop's side: "image" uint8 (3, c, c), "label" uint8 (c, c) and, with
-        jitter, "changes" float32 (13,) for `photometric.apply_photometric`.
+        Returns, with c the crop's side: "image" uint8 (3, c, c); "label" uint8 (c, c); "flip" and
+        "valid" as `UnlabeledTransform`; and, with jitter, "changes" float32 (13,) for
+        `photometric.apply_photometric`.
         """
         size = image_size(image)
         height, width = draw_size(*size, self.scale, rng, self.base_size)
@@ -75,6 +76,8 @@ class LabeledTransform:
         item = {
             "image": _flip_and_pad(part, self.crop, flip, PADDING_COLOR),
             "label": _flip_and_pad(labels, self.crop, flip, IGNORE),
+            "flip": torch.tensor(flip),
+            "valid": torch.tensor(whole_cells(top, left, height, width, self.crop)),
         }
         if self.jitter:
             item["changes"] = _placed(draw_jitter(rng), part, self.crop, flip)

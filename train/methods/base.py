@@ -95,7 +95,8 @@ class Method(nn.Module):
         of the global loss. Each further scalar is written to metrics.jsonl by its name.
 
         Args:
-            labeled: `image` float (B, 3, c, c), normalized, and `label` uint8 (B, c, c).
+            labeled: `image` float (B, 3, c, c), normalized, `label` uint8 (B, c, c), and `on_image`
+                bool (B, c, c).
             unlabeled: None in the warm-up, and for a method without views; else `image_NAME` as
                 above and `boxes_NAME` of each view, and of the crops v that these show
                 `on_imagev`, `flipv`, `validv`, `offset` and perhaps `labelv` and `rightv`: see
@@ -158,6 +159,10 @@ class Method(nn.Module):
         network = self.network if network is None else network
         low = network.classify(self.features(images, network))
         return upsample_logits(low, images.shape[-2:])
+
+    def at_stride_8(self, features: Tensor) -> Tensor:
+        """The first network's features (B, C, h, w) at 1/8 of the crop."""
+        return F.avg_pool2d(features, 2) if self.network.feature_stride == 4 else features
 
     def sliced(self, function: Any, *batch: Tensor, keep_last: bool = False) -> list[Any]:
         """`function` of each slice of a batch; see `in_slices`."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cac_fast import (
@@ -125,10 +124,6 @@ class ContrastiveMethod(Method):
         """Projected features (B, D, h, w) and logits (B, K, h, w), at 1/8 of the crop, of E's."""
         features = self.at_stride_8(features)
         return self.projector(features), self.network.classify(features)
-
-    def at_stride_8(self, features: Tensor) -> Tensor:
-        """E's features (B, C, h, w) at 1/8 of the crop."""
-        return F.avg_pool2d(features, 2) if self.network.feature_stride == 4 else features
 
     def contrast(self, view1: Projected, view2: Projected, unlabeled: Batch) -> Finish:
         """Start the contrastive loss of two views of a batch; return what ends it."""
