@@ -165,6 +165,9 @@ _FIXMATCH = {"forward": "joint", "warmup": 0, "dc_weight": 0.0}
 # Its teacher has learned already, and by default all that it says is believed.
 _SELF_TRAINING = {"forward": "joint", "warmup": 0, "confidence": 0.0}
 
+# Its weight is that of a mean over classes; its authors have one pass over all images.
+_GCT = {"forward": "joint", "warmup": 0, "unsupervised_weight": 100.0}
+
 # A layout is a function of its folder that returns `data.layouts.SegmentationData`.
 LAYOUTS = Registry(
     "--dataset",
@@ -216,6 +219,7 @@ METHODS = Registry(
         "fixmatch": Entry(
             f"{_METHODS}.fixmatch:FixMatch", "weak to strong, UniMatch too", preset=_FIXMATCH
         ),
+        "gct": Entry(f"{_METHODS}.gct:GCT", "two networks and a flaw detector", preset=_GCT),
         "self_training": Entry(
             f"{_METHODS}.self_training:SelfTraining",
             "by the masks of a trained teacher",

@@ -1,0 +1,161 @@
+"""GCT: its losses against loops in float64, what learns from what, and what changes nothing."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import test_fixmatch
+import test_methods
+import test_step
+import torch
+from small_training import CPU
+from test_methods import names, one_step, trainer
+from test_step import IMAGES, Backbone, Head
+from torch import Tensor
+from toy_methods import TOYS
+
+from cac_fast.train import config
+from cac_fast.train.methods import flaws, judged
+from cac_fast.train.methods.gct import GCT, distances
+from cac_fast.train.networks import Segmenter
+
+SIDE, CLASSES = 32, 3
+
+
+def method(*options: str, frozen: bool = False, kind: type[judged.JudgedMethod] = GCT) -> GCT:
+    """In float64, after the ramp; frozen: as `test_step.method`."""
+    settings = config.parse([*"--dataset toycity --method gct --crop-size 32".split(), *options])
+    torch.manual_seed(0)
+    networks = lambda: Segmenter(Backbone(), Head(), CLASSES, dropout=0.5)  # noqa: E731
+    result = kind(networks, CPU, settings, torch.float64).double()
+    result.iteration = settings.optim.iterations
+    with torch.no_grad():  # answers large enough to find a flaw in both
+        result.judge.layers[-1].bias += 0.3
+    return result.eval() if frozen else result
+
+
+@functools.cache
+def batches() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """With padding, pixels without a label, and a labeled image that has no label at all."""
+    labeled, unlabeled = test_fixmatch.batches()
+    labels = labeled["label"].clone()
+    labels[0, 4:9, 20:], labels[3] = 255, 255
+    return labeled | {"label": labels}, unlabeled
+
+
+@pytest.fixture(autouse=True)
+def same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_step.step` takes these."""
+    monkeypatch.setattr(test_step, "batches", batches)
+
+
+def windows(size: int) -> np.ndarray:
+    """A Gaussian of two dimensions."""
+    deviation = 0.3 * ((size - 1) / 2 - 1) + 0.8
+    weights = np.empty((size, size))
+    for y in range(size):
+        for x in range(size):
+            distance = (y - size // 2) ** 2 + (x - size // 2) ** 2
+            weights[y, x] = math.exp(-distance / (2 * deviation**2))
+    return weights / weights.sum()
+
+
+def blurred(one: np.ndarray, valid: np.ndarray, size: int) -> np.ndarray:
+    weights, pad = windows(size), size // 2
+    values, counts = (np.pad(x, pad, mode="reflect") for x in (one * valid, valid.astype(float)))
+    result = np.zeros_like(one)
+    for y in range(SIDE):
+        for x in range(SIDE):
+            here = np.s_[y : y + size, x : x + size]
+            if counts[here].any():
+                result[y, x] = (values[here] * weights).sum() / (counts[here] * weights).sum()
+    return result
+
+
+def stretched(one: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    if not valid.any():
+        return np.zeros_like(one)
+    low, high = one[valid].min(), one[valid].max()
+    return np.where(valid, (one - low) / (high - low + 1e-6), 0)
+
+
+def truth_of(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The true flaws of an image, of probabilities (K, H, W)."""
+    one, wide = np.zeros((SIDE, SIDE)), np.empty((SIDE, SIDE))
+    for y, x in np.argwhere(labels != 255):
+        right = np.arange(CLASSES) == labels[y, x]
+        one[y, x] = 0.5 * np.abs(right - predicted[:, y, x]).sum()
+    known = labels != 255
+    one = blurred(one, known, 5) * known
+    for y in range(SIDE):
+        for x in range(SIDE):
+            wide[y, x] = one[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].max()
+    return stretched(blurred(wide, known, 9), known)
+
+
+def map_of(answer: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    one = blurred(np.maximum(answer, 0), valid, 3)
+    return stretched(one, valid) if valid.any() and one[valid].max() > 0.1 else 0 * one
+
+
+def by_loops(model: GCT) -> dict[str, Tensor]:
+    """All losses, image by image."""
+    labeled, unlabeled = batches()
+    labels = labeled["label"].numpy()
+    images = torch.cat((labeled["image"], unlabeled["image_weak"]))
+    valid = torch.cat((labeled["label"] != 255, unlabeled["on_image1"]))
+    passes = (labeled["image"], unlabeled["image_weak"])
+    logits = [torch.cat([net(part) for part in passes]) for net in (model.network, model.second)]
+    both = [each.softmax(1) for each in logits]
+    seen = [each * valid[:, None] for each in both]
+    answers = [model.judge(images, each, valid)[:, 0] for each in seen]
+    told = [model.judge(images[:4], each[:4].detach(), valid[:4])[:, 0] for each in seen]
+    sums = dict.fromkeys(("ce", "consistency", "correction", "flaws", "flawed"), 0.0)
+    for i in range(2 * IMAGES):
+        on = valid[i].numpy()
+        maps = [map_of(each[i].detach().numpy(), on) for each in answers]
+        ranks = [np.where(each > 0.6, 1, each) for each in maps]
+        bad = torch.from_numpy((maps[0] > 0.6) & (maps[1] > 0.6) & on)
+        sums["flawed"] += bad.sum()
+        for mine, other in ((0, 1), (1, 0)):
+            stays = torch.from_numpy(ranks[other] >= ranks[mine])
+            target = torch.where(stays, both[mine][i], both[other][i]).detach()
+            square = ((both[mine][i] - target) ** 2).sum(0) / CLASSES
+            sums["consistency"] += square[valid[i]].sum()
+            sums["correction"] += (answers[mine][i][bad] ** 2).sum()
+            if i < IMAGES:
+                truth = torch.from_numpy(truth_of(both[mine][i].detach().numpy(), labels[i]))
+                sums["flaws"] += 5 * ((told[mine][i] - truth)[valid[i]] ** 2).sum()
+                for y, x in np.argwhere(on):
+                    sums["ce"] -= logits[mine][i, :, y, x].log_softmax(0)[labels[i, y, x]]
+    known, pixels = valid[:IMAGES].sum(), valid.sum()
+    per = {"ce": known, "flaws": known}
+    return {name: value / per.get(name, pixels) for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_losses_and_gradients_are_those_of_loops(forward):
+    model = method("--unsupervised-weight", "7", "--forward", forward, frozen=True)
+    found, expected = model(*batches()), by_loops(model)
+    assert 0.001 < expected["flawed"] < 0.5
+    for name, value in expected.items():
+        # A quotient of integers is float32.
+        rel, key = (1e-6, name) if name == "flawed" else (1e-12, f"loss_{name}")
+        assert found[key].item() == pytest.approx(value.item(), rel=rel), name
+        assert value > 0, name
+    of_networks = expected["ce"] + 7 * expected["consistency"] + expected["correction"]
+    total = of_networks + expected["flaws"]
+    assert found["loss"].item() == pytest.approx(total.item(), rel=1e-12)
+    networks = [*model.network.parameters(), *model.second.parameters()]
+    for weights, loss in (
+        (networks, of_networks),
+        (list(model.judge.parameters()), expected["flaws"]),
+    ):
+        # The networks learn nothing of the detector's loss, and it nothing of theirs.
+        here = torch.autograd.grad(found["loss"], weights, retain_graph=True)
+        there = torch.autograd.grad(loss, weights, retain_graph=True)
+        torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-13)
+        assert max(gradient.abs().max() for gradient in here) > 0
