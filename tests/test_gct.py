@@ -8,24 +8,30 @@ import math
 import numpy as np
 import pytest
 import test_fixmatch
-import test_methods
 import test_step
 import torch
 from small_training import CPU
-from test_methods import names, one_step, trainer
 from test_step import IMAGES, Backbone, Head
 from torch import Tensor
-from toy_methods import TOYS
 
 from cac_fast.train import config
-from cac_fast.train.methods import flaws, judged
+from cac_fast.train.methods.flaws import DETECTOR, found_flaws, true_flaws
+from cac_fast.train.methods.flaws import blurred as blur
 from cac_fast.train.methods.gct import GCT, distances
+from cac_fast.train.methods.judged import Judge, JudgedMethod
 from cac_fast.train.networks import Segmenter
 
 SIDE, CLASSES = 32, 3
+SMALL = [(channels // 8 or 1, stride) for channels, stride in DETECTOR]
 
 
-def method(*options: str, frozen: bool = False, kind: type[judged.JudgedMethod] = GCT) -> GCT:
+class SmallGCT(GCT):
+    """With a detector of an eighth of the channels."""
+
+    layers = SMALL
+
+
+def method(*options: str, frozen: bool = False, kind: type[JudgedMethod] = SmallGCT) -> GCT:
     """In float64, after the ramp; frozen: as `test_step.method`."""
     settings = config.parse([*"--dataset toycity --method gct --crop-size 32".split(), *options])
     torch.manual_seed(0)
@@ -159,3 +165,88 @@ def test_losses_and_gradients_are_those_of_loops(forward):
         there = torch.autograd.grad(loss, weights, retain_graph=True)
         torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-13)
         assert max(gradient.abs().max() for gradient in here) > 0
+
+
+def predictions(count: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shape = count, 2 * IMAGES, CLASSES, SIDE, SIDE
+    return list(torch.randn(shape, dtype=torch.float64, generator=generator).mul(3).softmax(2))
+
+
+def test_a_perfect_prediction_has_no_flaw():
+    labeled, _ = batches()
+    labels = labeled["label"]
+    known = labels != 255
+    perfect = torch.nn.functional.one_hot((labels * known).long(), CLASSES)
+    perfect = perfect.permute(0, 3, 1, 2).double()
+    assert (true_flaws(perfect, labels) == 0).all()
+    wrong = true_flaws(perfect.roll(1, 1), labels)
+    # Half of an image is wrong.
+    half = torch.cat((perfect[..., :16], perfect.roll(1, 1)[..., 16:]), 3)
+    found = true_flaws(half, torch.zeros_like(labels) + labels)
+    assert torch.equal(wrong * ~known, torch.zeros_like(wrong))
+    for image in range(3):
+        assert found[image][known[image]].max() == pytest.approx(1, abs=1e-5)
+        assert found[image, 24:, :8].max() < 0.01 and found[image, 26:, 24:].min() > 0.99
+
+
+def test_small_answers_and_answers_off_the_image_are_no_flaw():
+    valid = batches()[1]["on_image1"]
+    answer = torch.full(valid.shape, -1.0, dtype=torch.float64)
+    answer[:, 10:14, 10:14] = 0.09
+    assert (found_flaws(answer, valid) == 0).all()
+    answer[:, 10:14, 10:14] = 0.5
+    assert (found_flaws(answer, valid).amax((1, 2)) > 0.99).all()
+    off = torch.where(valid, -1.0, 5.0).double()
+    assert (found_flaws(off, valid) == 0).all()
+
+
+def test_a_blurred_map_of_one_value_has_this_value():
+    valid = batches()[1]["on_image1"]
+    one = torch.where(valid, 3.0, 100.0).double()
+    assert torch.allclose(blur(one, valid, 5)[valid], torch.tensor(3.0).double(), atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(blur(one.float(), valid, 5), blur(one.float(), valid, 5).float())
+        noise = torch.rand(2, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+        everywhere = torch.ones_like(noise, dtype=torch.bool)
+        inside = blur(noise, everywhere, 9)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, blur(noise, everywhere, 9))
+
+
+def test_the_flawed_follows_the_other_and_swapping_swaps():
+    """Also where both flaws are too large, or equal, and nobody follows."""
+    valid = torch.ones(2 * IMAGES, SIDE, SIDE, dtype=torch.bool)
+    both, flaw = predictions(), torch.zeros(2, 2 * IMAGES, SIDE, SIDE, dtype=torch.float64)
+    flaw[0, :2], flaw[1, :2] = 0.3, 0.2  # the first one follows
+    flaw[0, 2:4], flaw[1, 2:4] = 0.7, 0.9  # both are hopeless
+    flaw[0, 4:5], flaw[1, 4:5] = 0.6, 0.61  # the second one follows
+    flaw[0, 5:], flaw[1, 5:] = 0.4, 0.4
+    square = ((both[0] - both[1]) ** 2).mean(1).sum((1, 2))
+    first, second = distances(both, list(flaw), valid)
+    assert first.item() == pytest.approx(square[:2].sum().item(), rel=1e-12)
+    assert second.item() == pytest.approx(square[4].item(), rel=1e-12)
+    swapped = distances(both[::-1], list(flaw)[::-1], valid)
+    assert torch.equal(torch.stack(swapped), torch.stack((second, first)))
+
+
+def test_swapped_networks_have_the_same_losses():
+    model = method(frozen=True)
+    before = model(*batches())
+    model.network, model.second = model.second, model.network
+    after = model(*batches())
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert after[name].item() == pytest.approx(value.item(), rel=1e-12), name
+
+
+def test_the_detector_is_that_of_the_authors():
+    """8.3 million weights for 21 classes, and an answer at 1/32 of a crop that is large enough."""
+    judge = Judge(21, DETECTOR, crop=320)
+    assert sum(weight.numel() for weight in judge.parameters()) == pytest.approx(8.3e6, rel=0.01)
+    strides = [part.stride[0] for part in judge.layers if isinstance(part, torch.nn.Conv2d)]
+    assert strides == [2, 2, 1, 2, 1, 2, 1, 2]
+    for crop, side in ((320, 10), (128, 4), (56, 7), (32, 4)):
+        judge = Judge(3, SMALL, crop)
+        inputs = torch.rand(2, 6, crop, crop)
+        assert judge.layers(inputs).shape == (2, 1, side, side)

@@ -167,6 +167,8 @@ _SELF_TRAINING = {"forward": "joint", "warmup": 0, "confidence": 0.0}
 
 # Its weight is that of a mean over classes; its authors have one pass over all images.
 _GCT = {"forward": "joint", "warmup": 0, "unsupervised_weight": 100.0}
+# Nothing of it is published: what GCT has.
+_ECS = {"forward": "joint", "warmup": 0}
 
 # A layout is a function of its folder that returns `data.layouts.SegmentationData`.
 LAYOUTS = Registry(
@@ -216,6 +218,7 @@ METHODS = Registry(
     "--method",
     {
         "cac": Entry(f"{_METHODS}.cac:CAC", "context-aware consistency"),
+        "ecs": Entry(f"{_METHODS}.ecs:ECS", "our reading of error correction", preset=_ECS),
         "fixmatch": Entry(
             f"{_METHODS}.fixmatch:FixMatch", "weak to strong, UniMatch too", preset=_FIXMATCH
         ),

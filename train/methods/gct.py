@@ -27,12 +27,14 @@ class GCT(JudgedMethod):
     none of these means. In the warm-up `L = L_ce` of each network.
     """
 
+    layers = DETECTOR
+
     def __init__(
         self, networks: Networks, world: World, config: Config, dtype: torch.dtype
     ) -> None:
         super().__init__(networks, world, config, dtype)
         self.second = networks()
-        self.judge = Judge(self.num_classes, DETECTOR, config.data.crop_size)
+        self.judge = Judge(self.num_classes, self.layers, config.data.crop_size)
 
     def segmenters(self) -> list[Segmenter]:
         return [self.network, self.second]
