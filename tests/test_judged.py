@@ -205,33 +205,34 @@ def step_of(model: JudgedMethod, wrapped: nn.Module, rank: int | None) -> dict[s
     return {"losses": scalars, "gradients": gradients, "statistics": statistics}
 
 
-def as_rank(rank: int, name: str, folder: Path) -> None:
+def as_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    model = still(name, World(rank, 2, torch.device("cpu")))
-    synchronize_batch_norm(model, None)
-    torch.save(step_of(model, DistributedDataParallel(model), rank), folder / f"{rank}.pt")
+    for name in KINDS:
+        model = still(name, World(rank, 2, torch.device("cpu")))
+        synchronize_batch_norm(model, None)
+        torch.save(step_of(model, DistributedDataParallel(model), rank), folder / f"{name}{rank}")
     dist.destroy_process_group()
 
 
-@kinds
-def test_two_processes_take_the_step_of_one(name, tmp_path):
+def test_two_processes_take_the_step_of_one(tmp_path):
     """In float64; of the four images the second process has one without any label."""
-    model = still(name, CPU)
-    one = step_of(model, model, None)
     # Not forked: autograd may have threads by now, which a fork does not have.
-    torch.multiprocessing.start_processes(as_rank, (name, tmp_path), nprocs=2, start_method="spawn")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first["losses"] != second["losses"]
-    for key, value in one["losses"].items():
-        mean = (first["losses"][key] + second["losses"][key]) / 2
-        rel = 1e-6 if key in ("flawed", "kept") else 1e-10
-        assert mean.item() == pytest.approx(value.item(), rel=rel), key
-        assert value > 0, key
-    for found in (first, second):
-        for of in ("gradients", "statistics"):
-            torch.testing.assert_close(found[of], one[of], rtol=1e-8, atol=1e-12)
+    torch.multiprocessing.start_processes(as_rank, (tmp_path,), nprocs=2, start_method="spawn")
+    for name in KINDS:
+        model = still(name, CPU)
+        one = step_of(model, model, None)
+        first, second = (torch.load(tmp_path / f"{name}{rank}") for rank in (0, 1))
+        assert first["losses"] != second["losses"]
+        for key, value in one["losses"].items():
+            mean = (first["losses"][key] + second["losses"][key]) / 2
+            rel = 1e-6 if key in ("flawed", "kept") else 1e-10
+            assert mean.item() == pytest.approx(value.item(), rel=rel), (name, key)
+            assert value > 0, (name, key)
+        for found in (first, second):
+            for of in ("gradients", "statistics"):
+                torch.testing.assert_close(found[of], one[of], rtol=1e-8, atol=1e-12)
 
 
 @kinds

@@ -50,13 +50,14 @@ class Judge(nn.Module):
         super().__init__()
         parts: list[nn.Module] = []
         width, side = 3 + num_classes, crop
-        for channels, wanted in layers:
+        for number, (channels, wanted) in enumerate(layers, start=1):
             stride = wanted if side // wanted >= LEAST_SIDE else 1
             if parts:
                 parts += [HalfInstanceNorm(width), nn.LeakyReLU(0.2)]
             if stride == 1:
                 parts.append(nn.ZeroPad2d((0, 1, 0, 1)))
-            parts.append(nn.Conv2d(width, channels, 4, stride, padding=1))
+            has_bias = number == len(layers)  # a norm would take it away
+            parts.append(nn.Conv2d(width, channels, 4, stride, padding=1, bias=has_bias))
             width, side = channels, side // stride
         self.layers = nn.Sequential(*parts)
 
