@@ -183,7 +183,7 @@ def test_a_perfect_prediction_has_no_flaw():
     wrong = true_flaws(perfect.roll(1, 1), labels)
     # Half of an image is wrong.
     half = torch.cat((perfect[..., :16], perfect.roll(1, 1)[..., 16:]), 3)
-    found = true_flaws(half, torch.zeros_like(labels) + labels)
+    found = true_flaws(half, labels)
     assert torch.equal(wrong * ~known, torch.zeros_like(wrong))
     for image in range(3):
         assert found[image][known[image]].max() == pytest.approx(1, abs=1e-5)
@@ -216,17 +216,16 @@ def test_a_blurred_map_of_one_value_has_this_value():
 
 def test_the_flawed_follows_the_other_and_swapping_swaps():
     """Also where both flaws are too large, or equal, and nobody follows."""
-    valid = torch.ones(2 * IMAGES, SIDE, SIDE, dtype=torch.bool)
     both, flaw = predictions(), torch.zeros(2, 2 * IMAGES, SIDE, SIDE, dtype=torch.float64)
     flaw[0, :2], flaw[1, :2] = 0.3, 0.2  # the first one follows
     flaw[0, 2:4], flaw[1, 2:4] = 0.7, 0.9  # both are hopeless
     flaw[0, 4:5], flaw[1, 4:5] = 0.6, 0.61  # the second one follows
     flaw[0, 5:], flaw[1, 5:] = 0.4, 0.4
     square = ((both[0] - both[1]) ** 2).mean(1).sum((1, 2))
-    first, second = distances(both, list(flaw), valid)
+    first, second = distances(both, list(flaw))
     assert first.item() == pytest.approx(square[:2].sum().item(), rel=1e-12)
     assert second.item() == pytest.approx(square[4].item(), rel=1e-12)
-    swapped = distances(both[::-1], list(flaw)[::-1], valid)
+    swapped = distances(both[::-1], list(flaw)[::-1])
     assert torch.equal(torch.stack(swapped), torch.stack((second, first)))
 
 

@@ -50,8 +50,8 @@ class GCT(JudgedMethod):
             predicted = [each.softmax(1) for each in logits]
             answers = [frozen(self.judge)(images, p, valid).squeeze(1) for p in predicted]
             flaws = [found_flaws(answer, valid) for answer in answers]
-            consistency = self.mean_over(valid, distances(predicted, flaws, valid))
-            bad = (flaws[0] > FLAWED) & (flaws[1] > FLAWED) & valid
+            consistency = self.mean_over(valid, distances(predicted, flaws))
+            bad = (flaws[0] > FLAWED) & (flaws[1] > FLAWED)
             correction = self.mean_over(valid, [(answer**2 * bad).sum() for answer in answers])
             loss_flaws = self.detection(predicted, labeled)
         return {
@@ -74,17 +74,16 @@ class GCT(JudgedMethod):
         return DETECTOR_WEIGHT * self.mean_over(known, sums) / len(predicted)
 
 
-def distances(predicted: list[Tensor], flaws: list[Tensor], valid: Tensor) -> list[Tensor]:
+def distances(predicted: list[Tensor], flaws: list[Tensor]) -> list[Tensor]:
     """Of two predictions (B, K, H, W): of each the summed square distance from the less flawed one.
 
-    Over the `valid` pixels, and the mean over classes. Where both have one flaw, or flaws that are
-    too large, each stays as it is.
+    Of a pixel it is the mean over classes. Where both have the same flaw (on padding both have
+    none), or flaws that are too large, each stays as it is.
     """
     ranks = [each.masked_fill(each > FLAWED, 1) for each in flaws]
     sums = []
     for mine, other in ((0, 1), (1, 0)):
         follows = (ranks[other] < ranks[mine]).unsqueeze(1)
         target = predicted[other].detach().where(follows, predicted[mine].detach())
-        distance = ((predicted[mine] - target) ** 2).mean(1)
-        sums.append((distance * valid).sum())
+        sums.append(((predicted[mine] - target) ** 2).mean(1).sum())
     return sums
