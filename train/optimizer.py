@@ -61,6 +61,14 @@ def load_states(optimizers: list[Optimizer], states: list[dict[str, Any]]) -> No
     for group, rate in zip(groups(optimizers), rates, strict=True):
         group["base_lr"] = rate
     start_momentum(optimizers[0])
+    for optimizer in optimizers[1:]:  # a fused step takes memory as it lies
+        for weight, state in optimizer.state.items():
+            laid_out = {
+                name: torch.empty_like(weight).copy_(value)
+                for name, value in state.items()
+                if value.shape == weight.shape and value.stride() != weight.stride()
+            }
+            state.update(laid_out)
 
 
 def has_gradients(optimizer: Optimizer) -> bool:

@@ -172,6 +172,10 @@ _CCT = {"warmup": 0, "unsupervised_weight": 30.0}
 _SELF_TRAINING = {"forward": "joint", "warmup": 0, "confidence": 0.0}
 
 _S4GAN = {"warmup": 0, "confidence": 0.6}
+# Its weight is that of a mean over classes; its authors have one pass over all images.
+_GCT = {"forward": "joint", "warmup": 0, "unsupervised_weight": 100.0}
+# Nothing of it is published: what GCT has.
+_ECS = {"forward": "joint", "warmup": 0}
 
 # A layout is a function of its folder that returns `data.layouts.SegmentationData`.
 LAYOUTS = Registry(
@@ -223,9 +227,11 @@ METHODS = Registry(
         "cac": Entry(f"{_METHODS}.cac:CAC", "context-aware consistency"),
         "cct": Entry(f"{_METHODS}.cct:CCT", "consistency of perturbed features", preset=_CCT),
         "cps": Entry(f"{_METHODS}.cps:CPS", "two networks label for each other", preset=_CPS),
+        "ecs": Entry(f"{_METHODS}.ecs:ECS", "our reading of error correction", preset=_ECS),
         "fixmatch": Entry(
             f"{_METHODS}.fixmatch:FixMatch", "weak to strong, UniMatch too", preset=_FIXMATCH
         ),
+        "gct": Entry(f"{_METHODS}.gct:GCT", "two networks and a flaw detector", preset=_GCT),
         "mean_teacher": Entry(
             f"{_METHODS}.mean_teacher:MeanTeacher",
             "probabilities of an averaged teacher",
