@@ -53,13 +53,11 @@ def _arm(name: str) -> Arm | None:
     return Arm(name, _PALETTE[others.index(name) % len(_PALETTE)])
 
 
-def add_methods(text: str) -> list[str]:
-    """Add methods of the registry, names between commas or `all`, to ARMS; the arms to compare.
-
-    These are the methods, what their gain has to be seen against, and CAC's control beside CAC.
+def method_names(text: str) -> list[str]:
+    """Methods of the registry, names between commas or `all`.
 
     Raises:
-        InputError: a method is not there.
+        InputError: one is not there.
     """
     there = list(registry.METHODS.entries)
     names = there if text == "all" else text.split(",")
@@ -69,6 +67,19 @@ def add_methods(text: str) -> list[str]:
                 f"--methods {text}: there is no method {name!r}{did_you_mean(name, there)} "
                 f"(all, or of {', '.join(there)})"
             )
+    return names
+
+
+def add_methods(text: str) -> list[str]:
+    """Add methods of the registry, as `method_names` has them, to ARMS; the arms to compare.
+
+    These are the methods, what their gain has to be seen against, and CAC's control beside CAC.
+
+    Raises:
+        InputError: a method is not there.
+    """
+    names = method_names(text)
+    for name in names:
         ARMS.setdefault(name, _arm(name))
     wanted = {"supervised", "supervised_all", *names, *(("control",) if "cac" in names else ())}
     return [arm for arm in ARMS if arm in wanted]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from cac_fast.train import config
 from cac_fast.train.data.images import IGNORE, read_image
@@ -49,3 +50,19 @@ def write_labels(folder: Path, samples: Sequence[Sample], data: SegmentationData
             blocks[blocks == len(data.classes)] = IGNORE
             ids = blocks.repeat(_BLOCK, 0).repeat(_BLOCK, 1)[:height, :width]
             write_mask(mask_path(folder, sample.name), ids, data.palette)
+
+
+def write_folder(folder: Path, classes: int, side: int, count: int) -> None:
+    """The smallest data set that a trainer opens: `count` images of (side, side) with a mask, and
+    as many without."""
+    lines = [f"{i} class{i} {i} {i} {i}\n" for i in range(classes)]
+    (folder / "classes.txt").write_text("".join(lines))
+    # Two classes: of one alone there is nothing to learn, which the trainer refuses.
+    mask = np.eye(side, dtype=np.uint8)
+    for kind, picture, number in (
+        ("images", np.repeat(mask[..., None], 3, axis=2), 2 * count),
+        ("masks", mask, count),
+    ):
+        (folder / kind / "train").mkdir(parents=True)
+        for index in range(number):
+            Image.fromarray(picture).save(folder / kind / "train" / f"{index:02d}.png")
