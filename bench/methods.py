@@ -15,7 +15,7 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ CASES = {
     "cpu": "--backbone resnet18 --crop-size 64 --batch-size 4",
     "cuda": "--backbone resnet50 --crop-size 720 --batch-size 8",
 }
-# Every pair counts, the most that CAC's loss can cost.
-SETTINGS = "--workers 0 --threshold 0 --normalization active"
+# Every pair counts, the most that CAC's loss can cost, and all steps meet the same weights.
+SETTINGS = "--workers 0 --threshold 0 --normalization active --learning-rate 1e-9"
 WARM_UPS = 2
 MEMORY_SECONDS = 600.0
 LEGEND = """
@@ -69,17 +69,18 @@ class Contender:
         self.trainer: Trainer | None = None
         self.steps: Iterator[Step] = iter(())
 
-    def attempt(self, action: Any) -> None:
-        """Do something unless memory did not suffice before; if it does not, keep no more."""
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Do something unless the GPU's memory did not suffice for something before."""
         if self.status != "ok":
             return
         try:
             action()
+            return
         except torch.cuda.OutOfMemoryError as error:
             self.status = f"failed: {str(error).splitlines()[0]}"
-        if self.status != "ok":
-            progress(f"{self.name} {self.status}")
-            self.release()
+        progress(f"{self.name} {self.status}")
+        # Only here, as the error held the tensors of the frames that it came through.
+        self.release()
 
     def prepare(self) -> None:
         """Make the trainer, and its first steps.
@@ -218,15 +219,11 @@ def words_of(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     """
     given = any(word.partition("=")[0] == "--dataset" for word in options.rest)
     where = [] if given else ["--dataset", "folder", "--data-dir", str(folder / "data")]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rest = options.rest
-    asked = config.parse([*where, *SETTINGS.split(), *CASES[device].split(), *rest])
-    if asked.run.device == "cpu":
-        device = "cpu"
-    shared = [*where, *SETTINGS.split(), *CASES[device].split(), *rest]
+    device = pick_device(config.parse([*where, *options.rest]).run.device)
+    shared = [*where, *SETTINGS.split(), *CASES[device.type].split(), *options.rest]
     if not given:
-        (folder / "data").mkdir()
         settings = config.parse(shared)
+        (folder / "data").mkdir()
         side, count = 2 * settings.data.crop_size, settings.optim.batch_size
         write_folder(folder / "data", CLASSES, side, count)
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from data_folders import one_line
 from accuracy import compare, methods_outcome, pace, plan, runs
 from accuracy.arms import ARMS
 from accuracy.pace import Pace
+from cac_fast.train.batch import Batch, Step
 from cac_fast.train.errors import InputError
 from cac_fast.train.registry import METHODS, Entry
+from lib import step_time
 from lib.running import RunError
 
 source, trainer = compared.source, compared.trainer
@@ -293,14 +297,27 @@ def test_alone_arms_take_cacs_warm_up_or_their_own(
 
 
 def test_the_steps_of_self_training_are_measured_with_made_up_labels(
-    source: Path, tmp_path: Path
+    folder_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = f"--dataset folder --data-dir {source} --methods self_training --threads 1"
-    rest = "--network lraspp --backbone mobilenet_v2 --batch-size 2 --crop-size 32 --workers 0"
-    rest += " --iterations 3600 --warmup 0 --device cpu"
-    options = compare.parse([*words.split(), "--runs", str(tmp_path), "--", *rest.split()])
-    hours = plan.planned_hours([("self_training", "full", 0)], options)
-    assert hours["self_training"] > 0
+    monkeypatch.setattr(step_time, "STEPS", 1)
+    monkeypatch.setattr(step_time, "WARM_UP", 1)
+    made, optimize = [], step_time.Trainer.optimize
+
+    def kept(trainer: step_time.Trainer, step: Step) -> Batch:
+        made.append(trainer)
+        return optimize(trainer, step)
+
+    monkeypatch.setattr(step_time.Trainer, "optimize", kept)
+    file = tmp_path / "time.json"
+    words = f"{file} --dataset folder --data-dir {folder_data} --method self_training --device cpu"
+    words += " --network lraspp --backbone mobilenet_v2 --batch-size 2 --crop-size 32 --workers 0"
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *words.split(), "--iterations", "7"])
+    step_time.main()
+    found = json.loads(file.read_text())
+    assert found["labeled"] > 0 and found["both"] > 0
+    assert len(made) == 4 and made[0].iteration == 6  # the last step, with all losses
+    assert len(made[0].pseudo.samples) == 3
+    assert all(sample.mask is not None for sample in made[0].pseudo.samples)
 
 
 def test_curves_against_hours(
