@@ -12,6 +12,8 @@ import torch
 from hypothesis import settings
 from tiny_scenes import write_scenes
 
+from accuracy.arms import ARMS
+
 pytest_plugins = ["rows_contract", "stand_ins"]
 
 # The same cases in every run, so that a failure is a change's doing;
@@ -43,6 +45,15 @@ def reported_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("reported")
     train(write_data(root / "data"), root / "supervised", "--method", "supervised")
     return root / "supervised"
+
+
+@pytest.fixture(autouse=True)
+def own_arms() -> Iterator[None]:
+    """Arms that a call of bench/accuracy/compare.py adds are gone after a test."""
+    before = dict(ARMS)
+    yield
+    ARMS.clear()
+    ARMS.update(before)
 
 
 @pytest.fixture

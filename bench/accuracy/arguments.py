@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from accuracy.arms import ARMS, METHODS, add_variant
+from accuracy.arms import ARMS, METHODS, add_methods, add_variant, needs_teacher
 from accuracy.shrink import shrunken
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import Parser, at_least
@@ -75,8 +75,14 @@ def split_arguments(
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="compare", help="name of the result files")
     add_shared(parser)
+    text = f"of {', '.join(ARMS)} (default: {','.join(METHODS)})"
+    parser.add_argument("--arms", type=arms, help=text)
     parser.add_argument(
-        "--arms", type=arms, default=",".join(METHODS), help=f"of {', '.join(ARMS)} (%(default)s)"
+        "--methods",
+        type=add_methods,
+        metavar="all|LIST",
+        help="in place of --arms: methods of train/main.py between commas, or all of them; "
+        "supervised, supervised_all and, for cac, control come with them",
     )
     parser.add_argument(
         "--variant",
@@ -121,7 +127,15 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
     """
     options, rest = split_arguments(arguments, description)
     options.command, options.rest = arguments, rest
-    options.arms = [*options.arms, *options.variants]
+    if options.arms and options.methods:
+        raise InputError("--methods names the arms itself: leave out --arms")
+    chosen = options.methods or options.arms or list(METHODS)
+    options.arms = [*chosen, *options.variants]
+    for arm in options.arms:
+        if needs_teacher(ARMS[arm].method) and "supervised" not in options.arms:
+            raise InputError(
+                f"{arm} learns from the supervised runs: add supervised to --arms, or use --methods"
+            )
     options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
     find_data(options)
     if options.lists is not None:

@@ -1,14 +1,18 @@
-"""What takes part in a comparison. A further arm is a line in ARMS."""
+"""What takes part in a comparison. A further arm is a line in ARMS; `--methods` adds others."""
 
 from __future__ import annotations
 
 import shlex
 from typing import NamedTuple
 
-from cac_fast.train.errors import InputError
+from cac_fast.train import registry
+from cac_fast.train.errors import InputError, did_you_mean
 
 METHODS = ("supervised", "cac")
 """The arms of a comparison that asks for no others."""
+
+# Of methods without a line in ARMS, in the registry's order.
+_PALETTE = "tab:brown tab:pink tab:olive tab:cyan black gold navy lime magenta teal".split()
 
 
 class Arm(NamedTuple):
@@ -32,6 +36,55 @@ ARMS = {
 }
 
 
+_OWN = frozenset(ARMS)
+
+
+def needs_teacher(method: str) -> bool:
+    """Whether a method learns from what a trained network says of the unlabeled images."""
+    kind = registry.METHODS.load(method)
+    return kind.needs_labels and "teacher" in kind.label_sources
+
+
+def _arm(name: str) -> Arm | None:
+    """An arm of ARMS, or a method of the registry as an arm; None for another name."""
+    if name in ARMS or name not in registry.METHODS.entries:
+        return ARMS.get(name)
+    others = [method for method in registry.METHODS.entries if method not in _OWN]
+    return Arm(name, _PALETTE[others.index(name) % len(_PALETTE)])
+
+
+def method_names(text: str) -> list[str]:
+    """Methods of the registry, names between commas or `all`.
+
+    Raises:
+        InputError: one is not there.
+    """
+    there = list(registry.METHODS.entries)
+    names = there if text == "all" else text.split(",")
+    for name in names:
+        if name not in there:
+            raise InputError(
+                f"--methods {text}: there is no method {name!r}{did_you_mean(name, there)} "
+                f"(all, or of {', '.join(there)})"
+            )
+    return names
+
+
+def add_methods(text: str) -> list[str]:
+    """Add methods of the registry, as `method_names` has them, to ARMS; the arms to compare.
+
+    These are the methods, what their gain has to be seen against, and CAC's control beside CAC.
+
+    Raises:
+        InputError: a method is not there.
+    """
+    names = method_names(text)
+    for name in names:
+        ARMS.setdefault(name, _arm(name))
+    wanted = {"supervised", "supervised_all", *names, *(("control",) if "cac" in names else ())}
+    return [arm for arm in ARMS if arm in wanted]
+
+
 def add_variant(text: str) -> str:
     """Add the arm `NAME=ARM OPTIONS`, another arm with further options; its name.
 
@@ -40,11 +93,13 @@ def add_variant(text: str) -> str:
     """
     name, _, words = text.partition("=")
     base, *more = shlex.split(words) or [""]
-    if not name.isidentifier() or base not in ARMS:
+    found = _arm(base)
+    if not name.isidentifier() or found is None:
+        names = dict.fromkeys([*ARMS, *registry.METHODS.entries])
         raise InputError(
-            f"--variant {text}: give NAME=ARM OPTIONS, with an arm of {', '.join(ARMS)}"
+            f"--variant {text}: give NAME=ARM OPTIONS, with an arm of {', '.join(names)}"
         )
-    arm = ARMS[base]._replace(color=f"C{len(ARMS) % 10}", more=(*ARMS[base].more, *more))
+    arm = found._replace(color=f"C{len(ARMS) % 10}", more=(*found.more, *more))
     kept = ARMS.setdefault(name, arm)
     if (kept.method, kept.more) != (arm.method, arm.more):
         raise InputError(f"--variant {text}: there is another arm {name}: give another name")

@@ -1,4 +1,5 @@
-"""Supervised-only against CAC: same data, seeds, lists, iterations; a table, a curve, a JSON file.
+"""Supervised-only against CAC, or many methods: same data, seeds, lists, iterations; a table, a
+curve, a JSON file.
 
     python bench/accuracy/compare.py --name camvid --dataset folder --data-dir DIR \\
         --shares 1/16 -- --backbone mobilenet_v2 --weights FILE --iterations 1500
@@ -6,6 +7,13 @@
 What follows `--` goes to `train/main.py` as it is. `--arms` adds to the two what a gain has
 to be seen against: `supervised_all`, supervised with the masks of all the images (the headroom),
 and `control`, CAC with `--dc-weight 0` (batch statistics of the unlabeled crops alone).
+
+    python bench/accuracy/compare.py --methods all --name methods --dataset toycity --shares lists
+
+`--methods` compares methods of the trainer, all or some names between commas. What their gain has
+to be seen against comes with them. The cheapest ones begin, and a method that needs a teacher
+begins when the supervised run of its seed is over. A second table has the score after equal steps
+and after equal time, and the cost of each; the plot has val mIoU against hours too.
 
 The hours are planned first, from ten steps of each kind. A run that is already finished is not
 repeated, and one that was interrupted goes on where it stopped. The record is written anew after
@@ -18,7 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -27,10 +35,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy.arguments import parse
 from accuracy.arms import ARMS
+from accuracy.methods_outcome import methods_table, plot_methods, rank
 from accuracy.outcome import plot, report, summarize
-from accuracy.plan import plan
+from accuracy.pace import Pace, paces
+from accuracy.plan import cheapest_first, plan, planned_hours
 from accuracy.record import content_digests, former_record
-from accuracy.runs import LISTS, list_folder, one_run, scored_parts, unfinished_run
+from accuracy.runs import (
+    LISTS,
+    Job,
+    list_folder,
+    one_run,
+    scored_parts,
+    teacher_of,
+    unfinished_run,
+)
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.data.lists import named
 from cac_fast.train.distributed import run_command
@@ -92,6 +110,16 @@ def compare(options: argparse.Namespace) -> int:
         )
         return [found[job] for job in order]
 
+    def known_paces() -> dict[str, Pace]:
+        arms = [arm for arm in ARMS if arm in {job[0] for job in [*jobs, *found]}]
+        return paces(arms, hours, options)
+
+    def text() -> str:
+        parts = [report(ordered(), record["summary"])]
+        if "methods" in record:
+            parts.append(methods_table(record["methods"]))
+        return "\n\n".join(parts)
+
     def write() -> None:
         results = ordered()
         others = [unfinished_run(job, options) for job in jobs if job not in found]
@@ -99,6 +127,9 @@ def compare(options: argparse.Namespace) -> int:
         record["planned_hours_a_run"] = hours
         if results:
             record["summary"] = summarize(results, options.title, scored_on)
+        missing = [job for job in jobs if job not in found]
+        if rows := rank(results, options.title, scored_on, known_paces(), missing):
+            record["methods"] = rows
         if results or record["unfinished"]:
             write_record(Path(f"{target}.json"), {**record, "runs": results})
 
@@ -106,12 +137,22 @@ def compare(options: argparse.Namespace) -> int:
         try:
             try:
                 hours = hours | plan(jobs, options)
+                if options.methods:
+                    # Of finished runs too, as the others' cost is told by them.
+                    unknown = [job for job in jobs if job[0] not in hours]
+                    hours = hours | planned_hours(unknown, options)
+                    jobs = cheapest_first(jobs, hours)
             except RunError as error:  # of settings that no run could use
                 jobs = []
                 failures.append(str(error))
-            futures = {pool.submit(one_run, job, options): job for job in jobs}
-            for future in as_completed(futures):
-                job = futures[future]
+            futures: dict[Job, Future] = {}
+            for job in jobs:
+                # Begun before this one, as the pool takes them in order: no two wait for another.
+                before = [futures[teacher]] if (teacher := teacher_of(job)) else []
+                futures[job] = pool.submit(one_run, job, options, before)
+            names = {future: job for job, future in futures.items()}
+            for future in as_completed(names):
+                job = names[future]
                 try:
                     result = future.result()
                 except (RunError, InputError) as error:
@@ -121,7 +162,7 @@ def compare(options: argparse.Namespace) -> int:
                 known = former.runs.get(job, {}).get("machines", [])
                 found[job] = result | {"machines": result["machines"] or known}
                 write()
-                Path(f"{target}.md").write_text(report(ordered(), record["summary"]) + "\n")
+                Path(f"{target}.md").write_text(text() + "\n")
         finally:
             # After an interrupt no further run starts.
             pool.shutdown(wait=False, cancel_futures=True)
@@ -133,8 +174,11 @@ def compare(options: argparse.Namespace) -> int:
                     print(f"unfinished: {name} at iteration {run['iteration']}", flush=True)
     if found:
         results = ordered()
-        plot(results, Path(f"{target}.png"))
-        print(report(results, summarize(results, options.title, scored_on)))
+        if options.methods:
+            plot_methods(results, Path(f"{target}.png"), known_paces())
+        else:
+            plot(results, Path(f"{target}.png"))
+        print(text())
         print(f"written: {target}.json, .md, .png")
         commits = {commit for result in results for commit in result["commits"]}
         if len(commits) > 1:

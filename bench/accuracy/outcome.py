@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     columns = ["setting", "scored on", *heads, "of the headroom", "seeds", ""]
     lines = ["| " + " | ".join(columns).rstrip() + " |", "|---" * len(columns) + "|"]
     for row in rows:
-        cells = [_cell(row[name], row[f"{name}_standard_error"]) for name in names]
+        cells = [cell(row[name], row[f"{name}_standard_error"]) for name in names]
         share = row["share_of_headroom"]
         cells += ["" if share is None else f"{100 * share:.0f} %", str(row["seeds"])]
         says = {True: "", False: "not informative", None: "headroom not known yet"}
@@ -171,10 +172,46 @@ def report(results: list[dict], summary: list[dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
-def _cell(mean: float | None, error: float | None) -> str:
+def cell(mean: float | None, error: float | None) -> str:
+    """A difference with its standard error, as far as they are known."""
     if mean is None:
         return ""
     return f"{mean:+.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+
+def panel_title(share: str) -> str:
+    """What a panel of this setting is called."""
+    if share == "lists":
+        return "labeled by list"
+    return f"{share} labeled" if "/" in share else f"labeled by list: {share}"
+
+
+def draw(
+    axis: Any,
+    results: list[dict],
+    share: str,
+    place: Callable[[str, int], float] = lambda method, step: step,
+    faint: float = 0.3,
+) -> None:
+    """The curves of one setting: a thin line a run, a thick one for each arm's mean.
+
+    axis: matplotlib's. place: where an arm's iteration lies on the x axis. faint: opacity of the
+        thin lines.
+    """
+    for method, arm in ARMS.items():
+        curves = [item["curve"] for item in chosen(results, share, method)]
+        if not curves:
+            continue
+        for curve in curves:
+            steps, values = zip(*curve, strict=True)
+            where = [place(method, step) for step in steps]
+            axis.plot(where, values, color=arm.color, alpha=faint, linewidth=1)
+        # Runs may have been validated at other iterations, or not be over.
+        points = [dict(curve) for curve in curves]
+        iterations = sorted(set.intersection(*map(set, points)))
+        mean = [statistics.mean(run[step] for run in points) for step in iterations]
+        where = [place(method, step) for step in iterations]
+        axis.plot(where, mean, color=arm.color, label=f"{method} (mean of {len(curves)})")
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -191,23 +228,8 @@ def plot(results: list[dict], path: Path) -> None:
         1, len(shares), figsize=(6 * len(shares), 4), squeeze=False, layout="constrained"
     )
     for axis, share in zip(axes[0], shares, strict=True):
-        for method, arm in ARMS.items():
-            curves = [item["curve"] for item in chosen(results, share, method)]
-            if not curves:
-                continue
-            for curve in curves:
-                axis.plot(*zip(*curve, strict=True), color=arm.color, alpha=0.3, linewidth=1)
-            # Runs may have been validated at other iterations, or not be over.
-            points = [dict(curve) for curve in curves]
-            iterations = sorted(set.intersection(*map(set, points)))
-            mean = [statistics.mean(run[step] for run in points) for step in iterations]
-            axis.plot(iterations, mean, color=arm.color, label=f"{method} (mean of {len(curves)})")
-        title = f"{share} labeled" if "/" in share else f"labeled by list: {share}"
-        axis.set(
-            title="labeled by list" if share == "lists" else title,
-            xlabel="iteration",
-            ylabel="val mIoU",
-        )
+        draw(axis, results, share)
+        axis.set(title=panel_title(share), xlabel="iteration", ylabel="val mIoU")
         axis.grid(alpha=0.3)
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from accuracy.arms import ARMS
 from accuracy.runs import Job, data_arguments, is_finished
 from cac_fast.train import config, registry
 from cac_fast.train.config import Config
-from lib.running import run
+from lib.running import RunError, run
 
 
 def is_alone(method: str) -> bool:
@@ -25,16 +25,24 @@ def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, flo
         InputError: a setting cannot be used.
     """
     hours = {}
-    # Those with unlabeled images first: such a measurement knows the steps without them too.
-    arms = sorted({arm for arm, _, _ in jobs}, key=lambda arm: is_alone(ARMS[arm].method))
-    seconds: dict[str, float] = {}
+    there = {arm for arm, _, _ in jobs}
+    # CAC's before those without unlabeled images: its warm-up is their step.
+    arms = sorted((arm for arm in ARMS if arm in there), key=lambda arm: is_alone(ARMS[arm].method))
+    labeled: dict[str, float | None] = {}
     for arm in arms:
-        alone = is_alone(ARMS[arm].method)
+        method = ARMS[arm].method
         job = next(job for job in jobs if job[0] == arm)
-        words = ["--method", ARMS[arm].method, *data_arguments(job, options), *options.data]
+        words = ["--method", method, *data_arguments(job, options), *options.data]
         words += [*options.rest, *ARMS[arm].more]
-        if not (seconds and alone):
-            seconds = step_seconds(words, options)
+        alone = is_alone(method)
+        seconds = labeled
+        if not (labeled and alone):
+            try:
+                seconds = step_seconds(words, options)
+            except RunError as error:
+                raise RunError(f"{arm}: {error}") from error
+            if alone or method == "cac":
+                labeled = seconds
         hours[arm] = hours_of(config.parse(words), seconds, alone)
     return hours
 
@@ -57,6 +65,18 @@ def hours_of(settings: Config, seconds: dict[str, float | None], alone: bool) ->
     first = total if alone else min(settings.num_warmup, total)
     both = (total - first) * (seconds["both"] or 0)
     return (first * seconds["labeled"] + both) / 3600
+
+
+def cheapest_first(jobs: list[Job], hours: dict[str, float]) -> list[Job]:
+    """Jobs by the hours of their arms: all of an arm together, supervised before all others, as
+    some begin with what it has learned."""
+    names = list(ARMS)
+
+    def place(job: Job) -> tuple[bool, float, int]:
+        arm = job[0]
+        return arm != "supervised", hours.get(arm, 0.0), names.index(arm)
+
+    return sorted(jobs, key=place)
 
 
 def plan(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from accuracy.arms import ARMS
+from accuracy.arms import ARMS, needs_teacher
 from cac_fast.train import checkpoint, config
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
@@ -105,20 +107,41 @@ def data_arguments(job: Job, options: argparse.Namespace) -> list[str]:
     return [] if share == "lists" else ["--labeled-share", share, "--data-list", str(seed)]
 
 
-def one_run(job: Job, options: argparse.Namespace) -> dict:
-    """Train one arm once; its last and best state on val and what is asked for of test.
+def teacher_of(job: Job) -> Job | None:
+    """The run that labels the unlabeled images of another one, if it needs that."""
+    arm, share, seed = job
+    return ("supervised", share, seed) if needs_teacher(ARMS[arm].method) else None
+
+
+def wait_for(before: Iterable[Future], name: str) -> None:
+    """Wait until the runs that a run needs are over.
 
     Raises:
-        RunError: training or evaluation failed, or left no validation result.
+        RunError: one failed.
+    """
+    for future in before:
+        if future.exception() is not None:
+            raise RunError(f"{name} not begun, as a run that it needs failed")
+
+
+def one_run(job: Job, options: argparse.Namespace, before: Iterable[Future] = ()) -> dict:
+    """Train one arm once, after the runs `before`; its last and best state on val and what is
+    asked for of test.
+
+    Raises:
+        RunError: training or evaluation failed, or left no validation result, or one `before` did.
         InputError: as `note_call` and `list_folder`.
     """
     arm, share, seed = job
     folder = run_folder(job, options)
     label = f"{arm} {share} seed {seed}"
+    wait_for(before, label)
     data = options.data
     note = note_call(job, options)
     words = ["--method", ARMS[arm].method, *data_arguments(job, options), "--seed", str(seed)]
     words += ["--output", str(folder), *data, *options.rest, *ARMS[arm].more]
+    if (teacher := teacher_of(job)) is not None:
+        words += ["--teacher", str(run_folder(teacher, options))]
     curve = trained(words, folder, options.threads, label)
     scores = val_scores(curve)
     iou = {}

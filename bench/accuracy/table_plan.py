@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accuracy.arms import needs_teacher
 from accuracy.paper_tables import NEGATIVES, Row, Settings, Table
 from accuracy.plan import hours_of, is_alone, step_seconds
 from accuracy.record import content_digests
@@ -233,7 +234,7 @@ def cells(table: Table, options: argparse.Namespace, data: SegmentationData) -> 
             for seed in options.seeds:
                 lists = _list_words(table, table.shares[index], seed, options, data)
                 run, note = training(table, row, lists, seed, options, data)
-                if row.method == "self_training":
+                if needs_teacher(str(row.method)):
                     first = row._replace(method="supervised")
                     teacher, _ = training(table, first, lists, seed, options, data)
                     run = _after(run, data, "--teacher", teacher)

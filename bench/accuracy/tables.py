@@ -126,9 +126,7 @@ def _show_plan(runs: dict[str, Run], names: dict[str, str], options: argparse.Na
 
 def _do(each: Run, name: str, before: list[Future], options: argparse.Namespace) -> None:
     """One run, behind those that it needs."""
-    for future in before:
-        if future.exception() is not None:
-            raise RunError(f"{name} not begun, as a run that it needs failed")
+    folders.wait_for(before, name)
     folder = each.folder(options)
     if is_done(each, options):
         return

@@ -6,10 +6,8 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from cac_fast.train import config
@@ -17,6 +15,9 @@ from cac_fast.train.data.crops import CELL
 from cac_fast.train.data.stream import Step
 from cac_fast.train.distributed import World
 from cac_fast.train.engine import Trainer
+from cac_fast.train.methods import Method
+from cac_fast.train.networks import Segmenter
+from lib.made_up import write_folder
 from lib.train_step_baseline import BaselineStep
 
 CLASSES = 19
@@ -83,12 +84,13 @@ def make_trainer(case: Case, *more: str) -> Trainer:
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
     with tempfile.TemporaryDirectory() as folder:
-        _write_data(Path(folder))
+        write_folder(Path(folder), CLASSES, side=8, count=1)
         where = ["--dataset", "folder", "--data-dir", folder, "--output", f"{folder}/run"]
         settings = config.parse([*where, *flags, *case.more, *more])
         trainer = Trainer(settings, World(0, 1, case.device))
     trainer.use_unlabeled(True)
-    _spread_labels(trainer, make_step(case, trainer.stream.memory_format))
+    step = make_step(case, trainer.stream.memory_format)
+    spread_labels(trainer.method, trainer.network, step.unlabeled["image_1"])
     rng = torch.Generator(case.device).manual_seed(2)
     bank = trainer.method.bank
     for _ in range(steps):
@@ -174,28 +176,16 @@ def plain(case: Case) -> Case:
 
 
 @torch.no_grad()
-def _spread_labels(trainer: Trainer, step: Step) -> None:
-    """Center and scale the logits of the random network: else all pixels would have one label."""
-    method, classifier = trainer.method.train(), trainer.network.classifier[-1]
+def spread_labels(method: Method, network: Segmenter, images: Tensor) -> None:
+    """Center and scale the logits of a random network of `method`: else all pixels would have one
+    label. images: (B, 3, H, W)."""
+    method.train()
+    classifier = network.classifier[-1]
     kept: list[Tensor] = []
     hook = classifier.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    method.unlabeled_view(step.unlabeled["image_1"])
+    network.classify(method.features(images, network))
     hook.remove()
     logits = nn.functional.conv2d(kept[0], classifier.weight)
     scale = 3 / logits.std((0, 2, 3))
     classifier.weight *= scale.view(-1, 1, 1, 1)
     classifier.bias.copy_(-scale * logits.mean((0, 2, 3)))
-
-
-def _write_data(folder: Path) -> None:
-    """The smallest data set that a trainer opens: no image of it is ever used."""
-    lines = [f"{i} class{i} {i} {i} {i}\n" for i in range(CLASSES)]
-    (folder / "classes.txt").write_text("".join(lines))
-    for kind, names in (("images", "ab"), ("masks", "a")):
-        (folder / kind / "train").mkdir(parents=True)
-        for name in names:
-            # Two classes: of one alone there is nothing to learn, which the trainer refuses.
-            picture = np.eye(8, dtype=np.uint8)
-            if kind == "images":
-                picture = np.repeat(picture[..., None], 3, axis=2)
-            Image.fromarray(picture).save(folder / kind / "train" / f"{name}.png")

@@ -1,0 +1,66 @@
+"""How far a run is after so many hours, from the hours that were planned for it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from accuracy.arms import ARMS, needs_teacher
+from accuracy.plan import is_alone
+from cac_fast.train import config
+
+
+class Pace(NamedTuple):
+    """Knots of the line between iterations done and hours used, evaluations left out.
+
+    iterations: the first is 0, the last that of the whole run. hours: begin with those of the run
+        that teaches this one.
+    """
+
+    iterations: tuple[int, ...]
+    hours: tuple[float, ...]
+
+    def hours_at(self, iteration: float) -> float:
+        """Hours used when so many iterations are done."""
+        return float(np.interp(iteration, self.iterations, self.hours))
+
+    def iteration_at(self, hours: float) -> float:
+        """Iterations done when so many hours are used, at most those of a whole run."""
+        return float(np.interp(hours, self.hours, self.iterations))
+
+
+def paces(
+    arms: Sequence[str], hours: dict[str, float], options: argparse.Namespace
+) -> dict[str, Pace]:
+    """The paces of those arms whose hours are known; none before those of supervised are.
+
+    hours: of a whole run of each arm, without its teacher's. In the warm-up a step takes as long as
+        one of supervised.
+    """
+    found: dict[str, Pace] = {}
+    alone = hours.get("supervised")
+    for arm in arms:
+        if alone is None or arm not in hours:
+            continue
+        method = ARMS[arm].method
+        settings = config.parse(["--method", method, *options.data, *options.rest, *ARMS[arm].more])
+        total, first = settings.optim.iterations, 0
+        if not is_alone(method):
+            first = min(settings.num_warmup, total)
+        before = alone if needs_teacher(method) else 0.0
+        steps, times = [0], [before]
+        if 0 < first < total:
+            steps.append(first)
+            times.append(before + min(alone * first / total, hours[arm]))
+        found[arm] = Pace((*steps, total), (*times, before + hours[arm]))
+    return found
+
+
+def val_at(curve: Sequence[Sequence[float]], iteration: float) -> float | None:
+    """Val mIoU between the evaluations of a run, [iteration, mIoU] each, on the line through both
+    neighbors; None before the first."""
+    steps, values = zip(*curve, strict=True)
+    return None if iteration < steps[0] else float(np.interp(iteration, steps, values))
