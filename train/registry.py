@@ -170,7 +170,7 @@ _CPS = {"warmup": 0, "unsupervised_weight": 1.5}
 _CCT = {"warmup": 0, "unsupervised_weight": 30.0}
 # Its teacher has learned already, and by default all that it says is believed.
 _SELF_TRAINING = {"forward": "joint", "warmup": 0, "confidence": 0.0}
-
+# That its discriminator needs of an image; its authors have 0.7 for Cityscapes.
 _S4GAN = {"warmup": 0, "confidence": 0.6}
 # Its weight is that of a mean over classes; its authors have one pass over all images.
 _GCT = {"forward": "joint", "warmup": 0, "unsupervised_weight": 100.0}
