@@ -92,7 +92,7 @@ def by_loops(model: S4GAN) -> tuple[dict[str, Tensor], Tensor]:
         predicted.append(planes(image, on_image, logits[i].softmax(0)))
         one_hot = torch.zeros(CLASSES, SIDE, SIDE)
         for y, x in known[i].nonzero().tolist():
-            one_hot[labeled["label"][i, y, x], y, x] = 1
+            one_hot[int(labeled["label"][i, y, x]), y, x] = 1
         truth.append(planes(labeled["image"][i], labeled["on_image"][i], one_hot))
     features, of_predicted = judged(model, torch.stack(predicted))
     features_of_truth, of_truth = judged(model, torch.stack(truth))
