@@ -17,6 +17,7 @@ from torch import Tensor
 from toy_methods import TOYS
 
 from cac_fast.train import checkpoint, config
+from cac_fast.train.data.stream import on_image
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.methods import base, s4gan
@@ -47,12 +48,13 @@ def batches() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     unlabeled images is bright, the other one dark."""
     labeled, unlabeled = test_step.batches()
     masks = torch.ones(2, IMAGES, SIDE, SIDE, dtype=torch.bool)
-    masks[0, 1, 16:], masks[0, 2, :, 24:] = False, False
+    masks[0, 1, 16:], masks[0, 2, :, 24:], masks[0, 3, :, :8] = False, False, False
     masks[1, 1, 24:], masks[1, 2, :, :8], masks[1, 3, 8:, 24:] = False, False, False
     labels = labeled["label"].masked_fill(~masks[0], 255)
     assert ((labels == 255) & masks[0]).any()
     images = unlabeled["image_1"] + torch.tensor([3, 3, -3, -3]).view(-1, 1, 1, 1)
-    labeled = {"image": labeled["image"], "label": labels, "on_image": masks[0]}
+    valid, flip = torch.tensor([[4, 4], [2, 4], [4, 3], [4, 3]]), torch.arange(IMAGES) == 3
+    labeled = {"image": labeled["image"], "label": labels, "flip": flip, "valid": valid}
     return labeled, {"image_weak": images, "on_image1": masks[1]}
 
 
@@ -87,13 +89,15 @@ def by_loops(model: S4GAN) -> tuple[dict[str, Tensor], Tensor]:
     of_labels = [log[i, int(labeled["label"][i, y, x]), y, x] for i, y, x in places]
     logits = model.network(unlabeled["image_weak"])
     predicted, truth = [], []
+    of_labeled = torch.ones(IMAGES, SIDE, SIDE, dtype=torch.bool)
+    of_labeled[1, 16:], of_labeled[2, :, 24:], of_labeled[3, :, :8] = False, False, False
     for i in range(IMAGES):
         image, on_image = unlabeled["image_weak"][i], unlabeled["on_image1"][i]
         predicted.append(planes(image, on_image, logits[i].softmax(0)))
         one_hot = torch.zeros(CLASSES, SIDE, SIDE)
         for y, x in known[i].nonzero().tolist():
             one_hot[int(labeled["label"][i, y, x]), y, x] = 1
-        truth.append(planes(labeled["image"][i], labeled["on_image"][i], one_hot))
+        truth.append(planes(labeled["image"][i], of_labeled[i], one_hot))
     features, of_predicted = judged(model, torch.stack(predicted))
     features_of_truth, of_truth = judged(model, torch.stack(truth))
     loss_fm = sum(abs(features[:, c].mean() - features_of_truth[:, c].mean()) for c in range(512))
@@ -181,9 +185,10 @@ def test_padding_gets_no_gradient_and_shows_nothing(monkeypatch):
     model.discriminator.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     labeled, unlabeled = batches()
     model(labeled, unlabeled)["loss"].backward()
+    in_labeled = on_image(labeled["flip"], labeled["valid"], SIDE)
     learns = kept[1].grad.abs().amax(1) > 0
     assert torch.equal(learns, unlabeled["on_image1"]) and not learns.all()
-    for shown, batch in ((seen[1], unlabeled["on_image1"]), (seen[2], labeled["on_image"])):
+    for shown, batch in ((seen[1], unlabeled["on_image1"]), (seen[2], in_labeled)):
         assert torch.equal((shown[:, :3] != 0).any(1), batch)
         assert not shown.permute(1, 0, 2, 3)[:, ~batch].any()
     assert torch.equal(seen[2][:, 3:].sum(1) == 1, labeled["label"] != 255)

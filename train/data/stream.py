@@ -157,17 +157,15 @@ class Stream:
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch; images travel as uint8, and change their colors on the device.
 
-        A labeled batch has "image" then, float (B, 3, c, c) and normalized, and "on_image", bool
-        (B, c, c), which is False on the padding. An unlabeled one has "image_NAME" of every view,
-        and of every crop v that they show "on_imagev"; all else keeps its name, such as "labelv".
+        A labeled batch has "image" then, float (B, 3, c, c) and normalized. An unlabeled one has
+        "image_NAME" of every view, and of every crop v that they show "on_imagev", bool
+        (B, c, c), which is False on the padding; all else keeps its name, such as "labelv".
         """
         device = self.world.device
         changes = {name: batch.pop(name) for name in tuple(batch) if name.startswith("changes")}
         moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         if "label" in moved:
             moved["image"] = self._normalized(moved["image"], changes.get("changes"))
-            flip, valid = moved.pop("flip"), moved.pop("valid")
-            moved["on_image"] = on_image(flip, valid, self.config.data.crop_size)
             return moved
         pixels = {number: moved.pop(f"image{number}") for number in crops_of(self.views)}
         for name, view in self.views.items():

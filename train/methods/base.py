@@ -95,8 +95,8 @@ class Method(nn.Module):
         of the global loss. Each further scalar is written to metrics.jsonl by its name.
 
         Args:
-            labeled: `image` float (B, 3, c, c), normalized, `label` uint8 (B, c, c), and `on_image`
-                bool (B, c, c).
+            labeled: `image` float (B, 3, c, c), normalized, `label` uint8 (B, c, c), and `flip` and
+                `valid` of `LabeledTransform`.
             unlabeled: None in the warm-up, and for a method without views; else `image_NAME` as
                 above and `boxes_NAME` of each view, and of the crops v that these show
                 `on_imagev`, `flipv`, `validv`, `offset` and perhaps `labelv` and `rightv`: see

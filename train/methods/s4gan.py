@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from cac_fast.train.config import Config
+from cac_fast.train.data.stream import on_image
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.methods.base import Batch, Method, Networks, View, cross_entropy_sum
@@ -84,20 +85,21 @@ class S4GAN(Method):
         loss_ce = self.supervised_loss(labeled, last=unlabeled is None)
         if unlabeled is None:
             return {"loss": loss_ce, "loss_ce": loss_ce.detach()}
-        images, on_image = unlabeled["image_weak"], unlabeled["on_image1"]
+        images, shown = unlabeled["image_weak"], unlabeled["on_image1"]
         with phase("forward unlabeled"):
             logits = torch.cat(self.sliced(self.logits, images, keep_last=True))
         with phase("discriminator"):
             truth = self.one_hot(labeled["label"])
-            masks = self.planes(labeled["image"], truth, labeled["on_image"])
-            predicted = self.planes(images, logits.softmax(1), on_image)
+            in_labeled = on_image(labeled["flip"], labeled["valid"], images.shape[-1])
+            masks = self.planes(labeled["image"], truth, in_labeled)
+            predicted = self.planes(images, logits.softmax(1), shown)
             features, judged = frozen(self.discriminator)(predicted)
             _, of_predicted = self.discriminator(predicted.detach())
             features_of_masks, of_masks = self.discriminator(masks)
             loss_fm = self.feature_matching(features, features_of_masks.detach())
             loss_d = (truth_is(0, of_predicted) + truth_is(1, of_masks)) / 2
         chosen = judged.detach().sigmoid() > self.confidence
-        loss_u = self.self_training(logits, on_image, chosen)
+        loss_u = self.self_training(logits, shown, chosen)
         loss = loss_ce + FEATURE_MATCHING * loss_fm + self.unsupervised_weight * loss_u
         return {
             "loss": loss + loss_d,
@@ -110,12 +112,12 @@ class S4GAN(Method):
             "confident": chosen.float().mean(),
         }
 
-    def planes(self, images: Tensor, classes: Tensor, on_image: Tensor) -> Tensor:
+    def planes(self, images: Tensor, classes: Tensor, shown: Tensor) -> Tensor:
         """What D sees of normalized images (B, 3, H, W) and class maps (B, K, H, W)."""
         expected = self.network.preprocessing
         colors = zip(images.unbind(1), expected.mean, expected.std, strict=True)
         plain = torch.stack([plane * std + mean for plane, mean, std in colors], 1)
-        return torch.cat((plain, classes.to(plain)), 1).where(on_image.unsqueeze(1), 0)
+        return torch.cat((plain, classes.to(plain)), 1).where(shown.unsqueeze(1), 0)
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Bool (B, K, H, W) of uint8 (B, H, W), False in all classes where it is 255."""
@@ -129,9 +131,9 @@ class S4GAN(Method):
         whole = self.world.all_reduce(mine.detach().clone()) / self.world.size
         return (mine + (whole - mine.detach())).abs().mean()
 
-    def self_training(self, logits: Tensor, on_image: Tensor, chosen: Tensor) -> Tensor:
+    def self_training(self, logits: Tensor, shown: Tensor, chosen: Tensor) -> Tensor:
         """Cross entropy by their own predictions of the images that are True in bool (B,)."""
-        learned = on_image & chosen[:, None, None]
+        learned = shown & chosen[:, None, None]
         if self.iteration <= self.warmup:  # D has not learned anything yet
             learned = torch.zeros_like(learned)
         labels = logits.argmax(1).to(torch.uint8).masked_fill(~learned, 255)
