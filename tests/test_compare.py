@@ -141,6 +141,12 @@ def test_unfinished_runs_are_written_too(
         }
     ]
     assert "unfinished: supervised 1/2 seed 1 at iteration 3" in capsys.readouterr().out
+    # A call that does not ask for it keeps it; it goes when it is finished.
+    monkeypatch.setattr(runs, "run", plain)
+    for seed, kept in (("0", record["unfinished"]), ("1", [])):
+        words = [*trainer.words, "--seeds", seed, "--", "--iterations", "4"]
+        assert compare.compare(compare.parse(words)) == 0
+        assert trainer.record()["unfinished"] == kept
 
 
 def test_a_stop_waits_until_the_trainings_have_saved(tmp_path: Path) -> None:

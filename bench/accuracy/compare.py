@@ -122,8 +122,9 @@ def compare(options: argparse.Namespace) -> int:
 
     def write() -> None:
         results = ordered()
-        others = [unfinished_run(job, options) for job in jobs if job not in found]
-        record["unfinished"] = [run for run in others if run]
+        others = dict(former.unfinished)
+        others |= {job: run for job in jobs if (run := unfinished_run(job, options))}
+        record["unfinished"] = [run for job, run in others.items() if job not in found]
         record["planned_hours_a_run"] = hours
         if results:
             record["summary"] = summarize(results, options.title, scored_on)

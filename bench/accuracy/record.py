@@ -23,12 +23,16 @@ FACTS = ("device", "architecture", "cpu", "cpu_capability", "python", "torch", "
 
 
 class Former(NamedTuple):
-    """What a record holds already; hours: those planned for a run of each arm."""
+    """What a record holds already.
+
+    hours: those planned for a run of each arm. unfinished: the runs that have no result.
+    """
 
     commands: list[str]
     runs: dict[Job, dict]
     digests: dict[str, str]
     hours: dict[str, float]
+    unfinished: dict[Job, dict]
 
 
 def former_record(target: Path, options: Namespace, digests: dict[str, str]) -> Former:
@@ -39,7 +43,7 @@ def former_record(target: Path, options: Namespace, digests: dict[str, str]) -> 
     """
     path = Path(f"{target}.json")
     if not path.is_file():
-        return Former([], {}, {}, {})
+        return Former([], {}, {}, {}, {})
     asked, _ = split_arguments(options.command)
     here = config.parse([*options.data, *options.rest])
     different = []
@@ -56,10 +60,8 @@ def former_record(target: Path, options: Namespace, digests: dict[str, str]) -> 
             f"{key} have changed" for key in digests if key in known and known[key] != digests[key]
         ]
         machine = {name: record[name] for name in FACTS if name in record}
-        runs = {
-            (run["method"], run["share"], run["seed"]): {"machines": [machine], **run}
-            for run in record["runs"]
-        }
+        runs = {_job(run): {"machines": [machine], **run} for run in record["runs"]}
+        unfinished = {_job(run): run for run in record.get("unfinished", [])}
     except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(
             f"the record {path} cannot be compared with this call ({type(error).__name__}: "
@@ -70,7 +72,12 @@ def former_record(target: Path, options: Namespace, digests: dict[str, str]) -> 
             f"the record {path} is of runs with other settings or data "
             f"({'; '.join(dict.fromkeys(different))}): give another --name"
         )
-    return Former(commands, runs, known, record.get("planned_hours_a_run", {}))
+    hours = record.get("planned_hours_a_run", {})
+    return Former(commands, runs, known, hours, unfinished)
+
+
+def _job(run: dict) -> Job:
+    return run["method"], run["share"], run["seed"]
 
 
 def content_digests(data: SegmentationData, files: dict[str, list[Path]]) -> dict[str, str]:
