@@ -98,7 +98,7 @@ def compared(name: str, value: Any) -> Any:
 def _parser() -> Parser:
     parser = Parser(
         prog="train/main.py",
-        description="Train a segmentation network, semi-supervised with CAC or supervised.",
+        description="Train a segmentation network, semi-supervised with CAC or another method.",
         epilog="Presets of methods and data sets, in place of the defaults: " + _preset_text(),
         argument_default=argparse.SUPPRESS,
     )

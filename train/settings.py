@@ -209,7 +209,7 @@ class LossSettings:
     )
     unsupervised_weight: float = setting(
         1.0,
-        "every method but cac and self_training: weight of the loss of the unlabeled images",
+        "weight of the unlabeled images' loss in every method but cac, self_training, supervised",
         NOT_NEGATIVE,
     )
     confidence: float = setting(

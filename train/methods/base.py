@@ -18,10 +18,21 @@ from cac_fast.train.batch import Batch
 from cac_fast.train.config import Config
 from cac_fast.train.data.views import View
 from cac_fast.train.distributed import World
+from cac_fast.train.errors import InputError
 from cac_fast.train.networks import Segmenter, in_slices, upsample_logits
+from cac_fast.train.networks.segmenter import initialize
 from cac_fast.train.profiling import phase
 
-__all__ = ["Batch", "Method", "Networks", "View", "cross_entropy_sum", "label_scalars"]
+__all__ = [
+    "Batch",
+    "Method",
+    "Networks",
+    "View",
+    "check_separate",
+    "cross_entropy_sum",
+    "label_scalars",
+    "second_network",
+]
 
 Networks = Callable[[], Segmenter]
 """Makes a network of the run's settings, with its initial weights. The random ones among these
@@ -192,6 +203,26 @@ class Method(nn.Module):
         """The slices' sums over the pixels of all ranks that are True in the bool `counted`."""
         number = self.world.all_reduce(counted.sum()).clamp(min=1)
         return torch.stack(sums).sum() * self.world.size / number
+
+
+def second_network(networks: Networks) -> Segmenter:
+    """Another network, whose head and classifier differ from those of the first one.
+
+    `--weights RUN` gives both networks all weights of that run; two equal ones would stay equal.
+    """
+    network = networks()
+    initialize(network.head)
+    initialize(network.classifier)
+    return network
+
+
+def check_separate(config: Config) -> None:
+    """Raise InputError where `--forward joint` asks for one pass that a method does not have."""
+    if config.loss.forward == "joint":
+        raise InputError(
+            f"--forward joint: {config.loss.method} has labeled and unlabeled images in passes of "
+            "their own: use --forward separate"
+        )
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cac_fast.train.config import Config
 from cac_fast.train.data.crops import CELL
 from cac_fast.train.distributed import World
-from cac_fast.train.methods.base import Batch, Method, Networks, View
+from cac_fast.train.methods.base import Batch, Method, Networks, View, check_separate
 from cac_fast.train.methods.ramp import sigmoid_ramp
 from cac_fast.train.networks.segmenter import initialize
 from cac_fast.train.profiling import phase
@@ -29,7 +29,8 @@ def channel_dropout(features: Tensor) -> Tensor:
 def feature_drop(features: Tensor) -> Tensor:
     """F-Drop: without the places where the mean of the channels is near its maximum in the image.
 
-    Near is above a share of it that is drawn between 0.7 and 0.9, one for the batch.
+    Near is above a share of it that is drawn between 0.7 and 0.9, one
+    for a rank and slice of the batch.
     """
     mean = features.detach().mean(1, keepdim=True)
     share = mean.new_empty(()).uniform_(0.7, 0.9)
@@ -37,7 +38,7 @@ def feature_drop(features: Tensor) -> Tensor:
 
 
 def feature_noise(features: Tensor) -> Tensor:
-    """F-Noise: each value changes by up to 30 % of itself, in the same way in all images."""
+    """F-Noise: each value changes by up to 30 % of itself, as in the other images of the slice."""
     noise = torch.empty_like(features[0]).uniform_(-0.3, 0.3)
     return features + features * noise
 
@@ -60,6 +61,7 @@ class CCT(Method):
         self, networks: Networks, world: World, config: Config, dtype: torch.dtype
     ) -> None:
         super().__init__(networks, world, config, dtype)
+        check_separate(config)
         self.full_weight, self.warmup = config.loss.unsupervised_weight, config.num_warmup
         self.ramp = RAMP_SHARE * config.optim.iterations
         channels, classes = self.network.feature_channels, self.network.classifier[-1].out_channels
@@ -90,7 +92,8 @@ class CCT(Method):
     def distance(self, images: Tensor, cells: Tensor) -> Tensor:
         """Of images (B, 3, H, W), summed over the cells that are True in bool (B, h, w)."""
         features = self.at_stride_8(self.features(images))
-        target = probabilities(self.network.classify(features)).detach()
+        # C without the network's own dropout, as the auxiliary classifiers have none.
+        target = probabilities(self.network.classifier[-1](features)).detach()
         found = [
             (probabilities(head(perturbed(features))) - target).square().mean(1)
             for perturbed, head in zip(cycle(PERTURBATIONS), self.heads, strict=False)

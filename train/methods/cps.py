@@ -13,8 +13,15 @@ from torch import Tensor
 
 from cac_fast.train.config import Config
 from cac_fast.train.distributed import World
-from cac_fast.train.errors import InputError
-from cac_fast.train.methods.base import Batch, Method, Networks, View, cross_entropy_sum
+from cac_fast.train.methods.base import (
+    Batch,
+    Method,
+    Networks,
+    View,
+    check_separate,
+    cross_entropy_sum,
+    second_network,
+)
 from cac_fast.train.methods.mixing import cutmix, inside
 from cac_fast.train.networks import Segmenter
 from cac_fast.train.profiling import phase
@@ -36,9 +43,9 @@ class CPS(Method):
     """`L = L_ce1 + L_ce2 + w * (L_1 + L_2)`, L_i network i's cross entropy by the other's labels.
 
     Every valid pixel has a label, none has a gradient. L_i is the mean over the labeled and the
-    unlabeled images, of a labeled one over the pixels whose class is known: the loader tells its
-    padding by that alone. With CutMix L_i is of mixed unlabeled images alone; labels are those of
-    the unmixed ones, mixed alike. In the warm-up `L = L_ce1 + L_ce2`. The first network is scored.
+    unlabeled images, of a labeled one over the pixels whose class is known. With CutMix L_i is of
+    mixed unlabeled images alone; labels are those of the unmixed ones, mixed alike. In the warm-up
+    `L = L_ce1 + L_ce2`. The first network is scored.
     """
 
     views: Mapping[str, View] = {"plain": View()}
@@ -47,12 +54,8 @@ class CPS(Method):
         self, networks: Networks, world: World, config: Config, dtype: torch.dtype
     ) -> None:
         super().__init__(networks, world, config, dtype)
-        if config.loss.forward == "joint":
-            raise InputError(
-                "--forward joint: cps has labeled and unlabeled images in passes of their own: use "
-                "--forward separate"
-            )
-        self.second = networks()
+        check_separate(config)
+        self.second = second_network(networks)
         self.unsupervised_weight = config.loss.unsupervised_weight
         self.cutmix = config.loss.cutmix
         if self.cutmix:

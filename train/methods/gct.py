@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cac_fast.train.config import Config
 from cac_fast.train.distributed import World
-from cac_fast.train.methods.base import Batch, Networks, cross_entropy_sum
+from cac_fast.train.methods.base import Batch, Networks, cross_entropy_sum, second_network
 from cac_fast.train.methods.flaws import DETECTOR, FLAWED, found_flaws, true_flaws
 from cac_fast.train.methods.judged import Judge, JudgedMethod
 from cac_fast.train.methods.teacher import frozen
@@ -33,7 +33,7 @@ class GCT(JudgedMethod):
         self, networks: Networks, world: World, config: Config, dtype: torch.dtype
     ) -> None:
         super().__init__(networks, world, config, dtype)
-        self.second = networks()
+        self.second = second_network(networks)
         self.judge = Judge(self.num_classes, self.layers, config.data.crop_size)
 
     def segmenters(self) -> list[Segmenter]:

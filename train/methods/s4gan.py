@@ -14,7 +14,14 @@ from cac_fast.train.config import Config
 from cac_fast.train.data.stream import on_image
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
-from cac_fast.train.methods.base import Batch, Method, Networks, View, cross_entropy_sum
+from cac_fast.train.methods.base import (
+    Batch,
+    Method,
+    Networks,
+    View,
+    check_separate,
+    cross_entropy_sum,
+)
 from cac_fast.train.methods.teacher import frozen
 from cac_fast.train.profiling import phase
 
@@ -63,6 +70,7 @@ class S4GAN(Method):
         self, networks: Networks, world: World, config: Config, dtype: torch.dtype
     ) -> None:
         super().__init__(networks, world, config, dtype)
+        check_separate(config)
         if config.data.crop_size < SMALLEST_CROP:
             raise InputError(
                 f"--crop-size {config.data.crop_size}: s4gan's discriminator needs at least "

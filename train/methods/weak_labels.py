@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from copy import deepcopy
 
 from torch import Tensor, nn
 
 from cac_fast.train.methods.base import cross_entropy_sum
+from cac_fast.train.methods.ramp import sigmoid_ramp
 from cac_fast.train.networks import Segmenter, upsample_logits
 from cac_fast.train.networks.segmenter import initialize
 
@@ -29,7 +29,7 @@ class WeakClassifier(nn.Module):
 
     def weight(self, iteration: int) -> float:
         """lambda_w after so many steps: it rises to 0.4 in the first tenth of the run."""
-        return FULL_WEIGHT * math.exp(-5 * (1 - min(iteration / self.ramp, 1)) ** 2)
+        return FULL_WEIGHT * sigmoid_ramp(iteration, self.ramp)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Summed cross entropy of features (B, C, h, w) by labels (B, H, W) uint8, 255 ignored."""
