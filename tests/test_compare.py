@@ -302,7 +302,7 @@ def test_hours_are_planned_from_measured_steps(
     rest += " --iterations 3600 --warmup 600 --device cpu"
     options = compare.parse([*words.split(), "--runs", str(tmp_path), "--", *rest.split()])
     jobs = [(arm, "full", seed) for seed in (0, 1) for arm in ("supervised", "cac")]
-    hours = plan.plan(jobs, options)
+    hours = plan.plan(jobs, options, {})
     steps = json.loads((tmp_path / "step_time.json").read_text())
     assert 0 < steps["labeled"] < steps["both"]
     assert hours["supervised"] == pytest.approx(steps["labeled"])
@@ -312,7 +312,7 @@ def test_hours_are_planned_from_measured_steps(
         state = {"iteration": 3600, "config": {"iterations": 3600}}
         runs.run_folder(job, options).mkdir()
         checkpoint.write(runs.run_folder(job, options) / "last.pt", state)
-    assert plan.plan(jobs, options) == {}
+    assert plan.plan(jobs, options, {}) == {}
 
 
 def test_scored_splits_must_hold_images(trainer: Trainer, source: Path) -> None:

@@ -32,7 +32,7 @@ HOURS |= {"fixmatch": 2.0, "self_training": 1.5}
 def planned(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A trainer whose hours are HOURS."""
     monkeypatch.setattr(
-        compare, "plan", lambda jobs, options: {arm: HOURS[arm] for arm, _, _ in jobs}
+        compare, "plan", lambda jobs, options, failed: {arm: HOURS[arm] for arm, _, _ in jobs}
     )
     monkeypatch.setattr(compare, "plot_methods", lambda results, path, paces: None)
     return trainer
@@ -150,11 +150,11 @@ def test_hours_of_finished_runs_are_measured_too(
 ) -> None:
     asked = []
 
-    def measured(jobs: list, options: object) -> dict[str, float]:
+    def measured(jobs: list, options: object, failed: dict[str, str]) -> dict[str, float]:
         asked.append(sorted({arm for arm, _, _ in jobs}))
         return {arm: HOURS[arm] for arm in asked[-1]}
 
-    monkeypatch.setattr(compare, "plan", lambda jobs, options: {"fixmatch": 2.0})
+    monkeypatch.setattr(compare, "plan", lambda jobs, options, failed: {"fixmatch": 2.0})
     monkeypatch.setattr(compare, "planned_hours", measured)
     assert call(planned, "--methods", "fixmatch") == 0
     assert asked == [["supervised", "supervised_all"]]
@@ -282,18 +282,41 @@ def test_alone_arms_take_cacs_warm_up_or_their_own(
         asked.clear()
         words = [*trainer.words, "--methods", methods, "--", "--iterations", "3600"]
         options = compare.parse(words)
-        return plan.planned_hours([(arm, "1/2", 0) for arm in options.arms], options)
+        jobs = [(arm, "1/2", 0) for arm in options.arms]
+        return plan.planned_hours(jobs, options, failed)
+
+    failed: dict[str, str] = {}
 
     assert hours("fixmatch")["supervised"] == 1 and asked == ["fixmatch", "supervised"]
     assert hours("self_training,cac")["supervised_all"] == 2
     assert sorted(asked) == ["cac", "cac", "self_training"]
 
-    def fail(words: list[str], options: object) -> dict:
-        raise RunError("ten steps ended with code 2: boom")
+    assert failed == {}
 
-    monkeypatch.setattr(plan, "step_seconds", fail)
-    with pytest.raises(RunError, match="fixmatch: ten steps"):
-        hours("fixmatch")
+
+def test_a_method_that_cannot_run_stops_no_other(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cannot = {"fixmatch"}
+
+    def seconds(words: list[str], options: object) -> dict[str, float]:
+        if words[words.index("--method") + 1] in cannot:
+            raise RunError("ten steps ended with code 2: boom")
+        return {"labeled": 1.0, "both": 2.0}
+
+    monkeypatch.setattr(plan, "step_seconds", seconds)
+    monkeypatch.setattr(compare, "plan", plan.plan)
+    monkeypatch.setattr(compare, "plot_methods", lambda results, path, paces: None)
+    words = [*trainer.words, "--methods", "fixmatch,self_training", "--seeds", "0"]
+    options = compare.parse([*words, "--", "--iterations", "4"])
+    assert compare.compare(options) == 1
+    assert capsys.readouterr().err == "error: fixmatch: ten steps ended with code 2: boom\n"
+    done = ["supervised", "supervised_all", "self_training"]
+    assert [label.split()[0] for label in trainer.trained] == done
+    assert [run["method"] for run in trainer.record()["runs"]] == done
+    cannot.add("supervised")
+    options = compare.parse([*words, "--name", "none", "--", "--iterations", "8"])
+    assert compare.compare(options) == 1 and len(trainer.trained) == len(done)
 
 
 def test_the_steps_of_self_training_are_measured_with_made_up_labels(

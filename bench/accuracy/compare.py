@@ -136,16 +136,16 @@ def compare(options: argparse.Namespace) -> int:
 
     with programs.stopped_by_signals(), ThreadPoolExecutor(options.jobs) as pool:
         try:
-            try:
-                hours = hours | plan(jobs, options)
-                if options.methods:
-                    # Of finished runs too, as the others' cost is told by them.
-                    unknown = [job for job in jobs if job[0] not in hours]
-                    hours = hours | planned_hours(unknown, options)
-                    jobs = cheapest_first(jobs, hours)
-            except RunError as error:  # of settings that no run could use
-                jobs = []
-                failures.append(str(error))
+            failed: dict[str, str] = {}  # arms whose settings no run can use
+            hours = hours | plan(jobs, options, failed)
+            if options.methods:
+                # Of finished runs too, as the others' cost is told by them.
+                unknown = [job for job in jobs if job[0] not in {**hours, **failed}]
+                hours = hours | planned_hours(unknown, options, failed)
+                jobs = cheapest_first(jobs, hours)
+            # What all others are compared with, and what some learn from.
+            jobs = [job for job in jobs if not failed.keys() & {job[0], "supervised"}]
+            failures += failed.values()
             futures: dict[Job, Future] = {}
             for job in jobs:
                 # Begun before this one, as the pool takes them in order: no two wait for another.

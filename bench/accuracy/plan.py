@@ -17,11 +17,14 @@ def is_alone(method: str) -> bool:
     return not registry.METHODS.load(method).views
 
 
-def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:
+def planned_hours(
+    jobs: list[Job], options: argparse.Namespace, failed: dict[str, str]
+) -> dict[str, float]:
     """Hours of a run of each arm, without evaluations, from ten steps of each.
 
+    failed: takes what is wrong with the arms whose steps could not be made.
+
     Raises:
-        RunError: the steps could not be made.
         InputError: a setting cannot be used.
     """
     hours = {}
@@ -40,7 +43,8 @@ def planned_hours(jobs: list[Job], options: argparse.Namespace) -> dict[str, flo
             try:
                 seconds = step_seconds(words, options)
             except RunError as error:
-                raise RunError(f"{arm}: {error}") from error
+                failed[arm] = f"{arm}: {error}"
+                continue
             if alone or method == "cac":
                 labeled = seconds
         hours[arm] = hours_of(config.parse(words), seconds, alone)
@@ -79,13 +83,16 @@ def cheapest_first(jobs: list[Job], hours: dict[str, float]) -> list[Job]:
     return sorted(jobs, key=place)
 
 
-def plan(jobs: list[Job], options: argparse.Namespace) -> dict[str, float]:
-    """Say how many hours the runs that are not finished will take; those of each arm's runs."""
+def plan(jobs: list[Job], options: argparse.Namespace, failed: dict[str, str]) -> dict[str, float]:
+    """Say how many hours the runs that are not finished will take; those of each arm's runs.
+
+    failed: as of `planned_hours`, which it calls.
+    """
     left = [job for job in jobs if not is_finished(job, options)]
     if not left:
         return {}
-    hours = planned_hours(left, options)
-    total = sum(hours[arm] for arm, _, _ in left) / options.jobs
+    hours = planned_hours(left, options, failed)
+    total = sum(hours.get(arm, 0.0) for arm, _, _ in left) / options.jobs
     parts = [
         f"{arm} {sum(job[0] == arm for job in left)} x {hours[arm]:.2f}"
         for arm in ARMS
