@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import threading
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from compared import Trainer
 from data_folders import one_line
+from PIL import Image
 
-from accuracy import compare, methods_outcome, pace, plan, runs
+from accuracy import compare, methods_outcome, methods_sheet, pace, plan, runs
 from accuracy.arms import ARMS
+from accuracy.figure_runs import Drawn
 from accuracy.pace import Pace
 from cac_fast.train.batch import Batch, Step
 from cac_fast.train.errors import InputError
@@ -35,6 +38,7 @@ def planned(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Trainer:
         compare, "plan", lambda jobs, options, failed: {arm: HOURS[arm] for arm, _, _ in jobs}
     )
     monkeypatch.setattr(compare, "plot_methods", lambda results, path, paces: None)
+    monkeypatch.setattr(compare, "draw_sheet", lambda jobs, options, path: None)
     return trainer
 
 
@@ -145,6 +149,35 @@ def test_the_table_is_there_for_further_methods_alone(planned: Trainer) -> None:
     }
 
 
+def test_the_sheet_is_of_the_first_seed_that_has_two_runs(
+    planned: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[argparse.Namespace] = []
+
+    def make(options: argparse.Namespace) -> Drawn:
+        asked.append(options)
+        return Drawn(Image.new("RGB", (4, 4)), {})
+
+    monkeypatch.setattr(compare, "draw_sheet", methods_sheet.draw_sheet)
+    monkeypatch.setattr(methods_sheet.figure_sheet, "make", make)
+    assert call(planned, "--methods", "fixmatch") == 0
+    (first,) = asked
+    arms = ["supervised", "supervised_all", "fixmatch"]
+    folders = [planned.options.runs / f"{arm}-1_2-seed0" for arm in arms]
+    assert (first.captions, first.split) == (arms, "val")
+    assert first.runs == [folder / "last.pt" for folder in folders]
+    assert (planned.output / "results/compare-sheet.png").is_file()
+    for folder in folders[1:]:
+        (folder / "last.pt").unlink()
+    jobs = [(arm, "1/2", seed) for seed in (0, 1) for arm in arms]
+    options = compare.parse([*planned.words, "--methods", "fixmatch", "--test"])
+    methods_sheet.draw_sheet(jobs, options, tmp_path / "sheet.png")
+    assert {path.parent.name[-5:] for path in asked[1].runs} == {"seed1"}
+    assert asked[1].split == "test"
+    methods_sheet.draw_sheet(jobs[:3], options, tmp_path / "sheet.png")
+    assert len(asked) == 2
+
+
 def test_hours_of_finished_runs_are_measured_too(
     planned: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +252,14 @@ def test_methods_are_ranked_by_their_gain(rows: list[dict]) -> None:
     assert found["supervised"]["mean"] == pytest.approx(32)
 
 
+def test_the_other_order_is_that_of_equal_time(source: Path, trainer: Trainer) -> None:
+    compare.parse([*trainer.words, "--methods", "all"])
+    rows = methods_outcome.rank(results(), "camvid", "val", PACES, [], "time")
+    # What was not evaluated by then comes last, in the order of the arms.
+    assert [row["method"] for row in rows] == ["supervised", "fixmatch", "cac", "self_training"]
+    assert "Sorted by the gain after equal time." in methods_outcome.methods_table(rows, "time")
+
+
 def test_cost_and_score_at_equal_time(rows: list[dict]) -> None:
     found = {row["method"]: row for row in rows}
     assert found["supervised"]["cost"] == 1
@@ -245,7 +286,8 @@ def test_the_table_names_what_is_missing(rows: list[dict]) -> None:
     assert "| cac | 33.0 | +3.0 | 30 % | 1 | 4.00 |  |  | 1 run, 4.00 h |" in lines[4]
     assert "| supervised | 32.0 |  |  | 2 | 1.00 | 32.0 |  |  |" in lines[5]
     assert lines[6] == "| camvid dusk | control |  |  |  |  | 2.50 |  |  | 2 runs, 5.00 h |"
-    assert "learning rate has not\ndecayed" in "\n".join(lines[7:])
+    assert "learning rate has not decayed" in "\n".join(lines[7:])
+    assert "Sorted by the gain after equal steps." in lines[8]
 
 
 def test_hours_are_a_line_with_a_knee(trainer: Trainer) -> None:
@@ -307,6 +349,7 @@ def test_a_method_that_cannot_run_stops_no_other(
     monkeypatch.setattr(plan, "step_seconds", seconds)
     monkeypatch.setattr(compare, "plan", plan.plan)
     monkeypatch.setattr(compare, "plot_methods", lambda results, path, paces: None)
+    monkeypatch.setattr(compare, "draw_sheet", lambda jobs, options, path: None)
     words = [*trainer.words, "--methods", "fixmatch,self_training", "--seeds", "0"]
     options = compare.parse([*words, "--", "--iterations", "4"])
     assert compare.compare(options) == 1

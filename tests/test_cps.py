@@ -19,6 +19,7 @@ from torch import Tensor
 from toy_methods import TOYS
 
 from cac_fast.train import checkpoint, config
+from cac_fast.train.data.stream import on_image
 from cac_fast.train.errors import InputError
 from cac_fast.train.methods import Method, base
 from cac_fast.train.methods.cps import CPS
@@ -46,8 +47,15 @@ def method(*options: str, kind: type[Method] = CPS, frozen: bool = False) -> Met
 
 @functools.cache
 def batches() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """With padding, and boxes that meet it and each other."""
+    """With padding, and boxes that meet it and each other; labeled pixels on an image without a
+    class."""
     labeled, unlabeled = test_mean_teacher.batches()
+    flip = torch.tensor([False, True, False, True])
+    valid = torch.tensor([[4, 4], [3, 2], [4, 1], [1, 4]])
+    shown = on_image(flip, valid, SIDE)
+    labeled = labeled | {"flip": flip, "valid": valid}
+    labeled["label"] = labeled["label"].masked_fill(~shown, 255)
+    assert (shown & (labeled["label"] == 255)).any()
     generator = torch.Generator().manual_seed(4)
     corners = torch.randint(0, SIDE + 1, (IMAGES, 3, 2, 2), generator=generator)
     boxes = corners.sort(2).values.flatten(2).to(torch.int16)
@@ -73,7 +81,8 @@ def from_partner(image: int, y: int, x: int) -> bool:
 def by_loops(model: CPS) -> dict[str, Tensor]:
     """Losses pixel by pixel, by labels that are numbers."""
     labeled, unlabeled = batches()
-    images, on_image = unlabeled["image_plain"], unlabeled["on_image1"]
+    images, of_unlabeled = unlabeled["image_plain"], unlabeled["on_image1"]
+    of_labeled = on_image(labeled["flip"], labeled["valid"], SIDE)
 
     def logs(network: Segmenter, images: Tensor) -> Tensor:
         small = network.classifier(network.head(*network.backbone(images)))
@@ -89,7 +98,8 @@ def by_loops(model: CPS) -> dict[str, Tensor]:
                 of = PARTNERS[i] if model.cutmix and from_partner(i, y, x) else i
                 seen[i, :, y, x], source[i, y, x] = images[of, :, y, x], of
     known = (labeled["label"] != 255).nonzero().tolist()
-    valid = [(i, y, x) for (i, y, x), of in source.items() if on_image[of, y, x]]
+    valid = [(i, y, x) for (i, y, x), of in source.items() if of_unlabeled[of, y, x]]
+    shown = of_labeled.nonzero().tolist()
     assert len(known) < len(source) and len(valid) < len(source)
     of_ce, of_cross = [], []
     on_labeled = [logs(network, labeled["image"]) for network in networks]
@@ -99,13 +109,13 @@ def by_loops(model: CPS) -> dict[str, Tensor]:
         of_ce.append(torch.stack(truth))
         cross = []
         if not model.cutmix:
-            cross = [-mine[i, int(other[i, y, x]), y, x] for i, y, x in known]
+            cross = [-mine[i, int(other[i, y, x]), y, x] for i, y, x in shown]
         mine, other = logs(networks[here], seen), told[there]
         for i, y, x in valid:
             cross.append(-mine[i, int(other[source[i, y, x], y, x]), y, x])
         of_cross.append(torch.stack(cross))
     loss_ce, loss_u = (sum(each.mean() for each in both) for both in (of_ce, of_cross))
-    alike = (told[0] == told[1])[on_image].double().mean()
+    alike = (told[0] == told[1])[of_unlabeled].double().mean()
     loss = loss_ce + 0.7 * loss_u
     return {"loss": loss, "loss_ce": loss_ce, "loss_u": loss_u, "agreement": alike}
 
@@ -193,13 +203,14 @@ def test_a_box_of_the_whole_crop_makes_the_partner(monkeypatch):
 
 @variants
 def test_padding_gets_no_gradient(variant, monkeypatch):
-    """Nor do pixels of labeled images whose class is unknown, nor logits that make labels."""
+    """Nor do, with CutMix, labeled pixels whose class is unknown, nor logits that make labels."""
     kept = kept_logits(monkeypatch, base)
     labeled, unlabeled = batches()
     model = method(*variant)
     model(labeled, unlabeled)["loss"].backward()
     known, valid = labeled["label"] != 255, unlabeled["on_image1"]
-    learned = [known, known, valid, valid]
+    shown = on_image(labeled["flip"], labeled["valid"], SIDE)
+    learned = [shown, shown, valid, valid]
     if variant:
         places = torch.ones_like(valid).nonzero().tolist()
         taken = torch.tensor([from_partner(*place) for place in places]).view_as(valid)

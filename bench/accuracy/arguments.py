@@ -85,6 +85,12 @@ def split_arguments(
         "supervised, supervised_all and, for cac, control come with them",
     )
     parser.add_argument(
+        "--sort-by",
+        choices=("steps", "time"),
+        default="steps",
+        help="with --methods: by the gain after equal steps or after equal time (%(default)s)",
+    )
+    parser.add_argument(
         "--variant",
         type=add_variant,
         action="append",

@@ -13,7 +13,8 @@ and `control`, CAC with `--dc-weight 0` (batch statistics of the unlabeled crops
 `--methods` compares methods of the trainer, all or some names between commas. What their gain has
 to be seen against comes with them. The cheapest ones begin, and a method that needs a teacher
 begins when the supervised run of its seed is over. A second table has the score after equal steps
-and after equal time, and the cost of each; the plot has val mIoU against hours too.
+and after equal time, and the cost of each, and is sorted by what `--sort-by` says; the plot has val
+mIoU against hours too, and a sheet shows what the methods say of the same images.
 
 The hours are planned first, from ten steps of each kind. A run that is already finished is not
 repeated, and one that was interrupted goes on where it stopped. The record is written anew after
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy.arguments import parse
 from accuracy.arms import ARMS
 from accuracy.methods_outcome import methods_table, plot_methods, rank
+from accuracy.methods_sheet import draw_sheet
 from accuracy.outcome import plot, report, summarize
 from accuracy.pace import Pace, paces
 from accuracy.plan import cheapest_first, plan, planned_hours
@@ -117,7 +119,7 @@ def compare(options: argparse.Namespace) -> int:
     def text() -> str:
         parts = [report(ordered(), record["summary"])]
         if "methods" in record:
-            parts.append(methods_table(record["methods"]))
+            parts.append(methods_table(record["methods"], options.sort_by))
         return "\n\n".join(parts)
 
     def write() -> None:
@@ -129,7 +131,8 @@ def compare(options: argparse.Namespace) -> int:
         if results:
             record["summary"] = summarize(results, options.title, scored_on)
         missing = [job for job in jobs if job not in found]
-        if rows := rank(results, options.title, scored_on, known_paces(), missing):
+        rows = rank(results, options.title, scored_on, known_paces(), missing, options.sort_by)
+        if rows:
             record["methods"] = rows
         if results or record["unfinished"]:
             write_record(Path(f"{target}.json"), {**record, "runs": results})
@@ -177,6 +180,7 @@ def compare(options: argparse.Namespace) -> int:
         results = ordered()
         if options.methods:
             plot_methods(results, Path(f"{target}.png"), known_paces())
+            draw_sheet(found, options, Path(f"{target}-sheet.png"))
         else:
             plot(results, Path(f"{target}.png"))
         print(text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from lib.measure import can_plot
 
 TWO_METHODS = frozenset(("supervised", "supervised_all", "control", "cac"))
 """Arms that the summary is enough for."""
+SORTED = {"steps": "gain", "time": "gain_at_equal_time"}
+"""What each choice of `--sort-by` sorts the rows by."""
 LEGEND = """\
-Sorted by the gain: mean ± standard error of the paired difference from supervised in points of
-mIoU, last states, after equal steps. mIoU: of the last states. Of the headroom: of what the masks
-of all images gain. Cost: hours of a run over those of supervised, planned from ten measured steps
-of each, without evaluations; that of a method with a teacher includes the teacher's run. At equal
-time: val mIoU when a run has used the hours of a whole supervised run, on a line between
-evaluations, and its paired difference from the end of supervised. The learning rate has not
-decayed by then. It is empty where no evaluation came before, as where the teacher took all of the
-time."""
+Sorted by the gain after equal {of}. Gain: mean ± standard error of the paired difference from
+supervised in points of mIoU, last states, after equal steps. mIoU: of the last states. Of the
+headroom: of what the masks of all images gain. Cost: hours of a run over those of supervised,
+planned from ten measured steps of each, without evaluations; that of a method with a teacher
+includes the teacher's run. At equal time: val mIoU when a run has used the hours of a whole
+supervised run, on a line between evaluations, and its paired difference from the end of supervised.
+The learning rate has not decayed by then. It is empty where no evaluation came before, as where the
+teacher took all of the time."""
 
 
 def rank(
@@ -32,11 +35,12 @@ def rank(
     scored_on: str,
     paces: Mapping[str, Pace],
     missing: Sequence[Job],
+    sort_by: str = "steps",
 ) -> list[dict[str, Any]]:
     """A row for each setting and method, the best gain of a setting first; all in points of mIoU.
 
     Empty where there is no other method than those of the summary. paces: of the arms whose hours
-    are known. missing: runs that are asked for and have no result.
+    are known. missing: runs that are asked for and have no result. sort_by: a key of SORTED.
     """
     there = {run["method"] for run in results} | {arm for arm, _, _ in missing}
     if there <= TWO_METHODS:
@@ -60,12 +64,12 @@ def rank(
             for arm in ARMS
             if arm != "supervised_all" and (runs[arm] or arm in left)
         ]
-        rows += sorted(of_share, key=_place)
+        rows += sorted(of_share, key=partial(_place, by=SORTED[sort_by]))
     return rows
 
 
-def _place(row: dict[str, Any]) -> tuple[bool, float]:
-    gain = 0.0 if row["method"] == "supervised" else row["gain"]
+def _place(row: dict[str, Any], by: str) -> tuple[bool, float]:
+    gain = 0.0 if row["method"] == "supervised" else row[by]
     return gain is None, 0.0 if gain is None else -gain
 
 
@@ -115,8 +119,8 @@ def _equal_time(
     }
 
 
-def methods_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, with the legend."""
+def methods_table(rows: list[dict[str, Any]], sort_by: str = "steps") -> str:
+    """The rows as Markdown, with the legend. sort_by: what they are sorted by, a key of SORTED."""
     heads = ["setting", "method", f"mIoU on {rows[0]['scored_on']}", "gain", "of the headroom"]
     heads += ["seeds", "cost", "val at equal time", "gain then", "to do"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -136,7 +140,7 @@ def methods_table(rows: list[dict[str, Any]]) -> str:
             _to_do(row["missing_seeds"], row["planned_hours"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + f"\n\n{LEGEND}"
+    return "\n".join(lines) + f"\n\n{LEGEND.format(of=sort_by)}"
 
 
 def _number(value: float | None) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cac_fast.train.config import Config
+from cac_fast.train.data.stream import on_image
 from cac_fast.train.distributed import World
 from cac_fast.train.methods.base import (
     Batch,
@@ -42,10 +43,10 @@ class Losses(NamedTuple):
 class CPS(Method):
     """`L = L_ce1 + L_ce2 + w * (L_1 + L_2)`, L_i network i's cross entropy by the other's labels.
 
-    Every valid pixel has a label, none has a gradient. L_i is the mean over the labeled and the
-    unlabeled images, of a labeled one over the pixels whose class is known. With CutMix L_i is of
-    mixed unlabeled images alone; labels are those of the unmixed ones, mixed alike. In the warm-up
-    `L = L_ce1 + L_ce2`. The first network is scored.
+    Every pixel on an image has a label, none has a gradient. L_i is the mean over those of the
+    labeled and the unlabeled images, whether or not the class of a labeled one is known. With
+    CutMix L_i is of mixed unlabeled images alone; labels are those of the unmixed ones, mixed
+    alike. In the warm-up `L = L_ce1 + L_ce2`. The first network is scored.
     """
 
     views: Mapping[str, View] = {"plain": View()}
@@ -82,22 +83,23 @@ class CPS(Method):
     def plain_losses(self, labeled: Batch, unlabeled: Batch) -> Losses:
         """Of labeled and unlabeled images as they are."""
 
-        def of_labeled(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        def of_labeled(images: Tensor, labels: Tensor, shown: Tensor) -> tuple[Tensor, ...]:
             logits = self.both_logits(images)
             of_truth = [cross_entropy_sum(each, labels) for each in logits]
-            return *of_truth, *crossed(logits, labels != 255)[:2]
+            return *of_truth, *crossed(logits, shown)[:2]
 
         def of_unlabeled(images: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
             return crossed(self.both_logits(images), valid)
 
-        labels, valid = labeled["label"], unlabeled["on_image1"]
+        images, labels, valid = labeled["image"], labeled["label"], unlabeled["on_image1"]
+        shown = on_image(labeled["flip"], labeled["valid"], images.shape[-1])
         with phase("forward labeled"):
-            slices = self.sliced(of_labeled, labeled["image"], labels)
+            slices = self.sliced(of_labeled, images, labels, shown)
             ce1, ce2, *cross = zip(*slices, strict=True)
         with phase("forward unlabeled"):
             slices = self.sliced(of_unlabeled, unlabeled["image_plain"], valid, keep_last=True)
             *more, alike = zip(*slices, strict=True)
-        everywhere = torch.cat((labels != 255, valid))
+        everywhere = torch.cat((shown, valid))
         cross1, cross2 = (
             self.mean_over(everywhere, [*of_labeled, *of_unlabeled])
             for of_labeled, of_unlabeled in zip(cross, more, strict=True)
