@@ -71,6 +71,7 @@ def summary_of(cell: Cell, results: dict[str, dict], seeds: list[int]) -> dict[s
         "column": cell.column,
         "paper": cell.paper,
         "seeds": list(there),
+        "folders": [found["folder"] for found in there.values()],
         "missing": [seed for seed in seeds if seed not in there],
         **{
             state: _spread([100 * found["scores"][f"val_{state}"] for found in there.values()])
@@ -140,7 +141,7 @@ def _lists_text(all_cells: list[Cell], options: argparse.Namespace) -> str:
 
 def orderings(table: Table, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of a table of one column: the paper's neighbors in its ranking, and our difference between
-    them, paired by seed, in points of the last state."""
+    them, paired by seed, in points of the last state. Two rows with the same runs are none."""
     if len(table.columns) > 1:
         return []
     ranked = sorted(
@@ -148,6 +149,8 @@ def orderings(table: Table, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
     found = []
     for above, below in pairwise(ranked):
+        if above["folders"] == below["folders"]:
+            continue
         one, other = (
             dict(zip(row["seeds"], row["last"]["values"], strict=True)) if row["last"] else {}
             for row in (below, above)
