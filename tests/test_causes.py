@@ -46,6 +46,11 @@ def test_causes(tmp_path, capsys):
     # An end knows the truth where the other does, or they do not agree.
     assert abs(cac["anchor"] - cac["positive"]) <= 1 - cac["agree"]
     assert "cac: " in capsys.readouterr().out
+    names = tmp_path / "some.txt"
+    names.write_text(f"{next((data / 'images/test').iterdir()).stem}\n")
+    some = causes.causes(tmp_path / "runs/supervised", None, names)
+    assert some.keys() == {"run", "some", "some anew", "classes known"}
+    assert (some["some"], some["some anew"]) == (supervised["test"], supervised["test anew"])
 
 
 def test_taught_is_of_the_steps_as_trained(tmp_path):

@@ -1,12 +1,13 @@
 """What a comparison's networks know that their scores do not tell.
 
-    python bench/accuracy/causes.py --runs runs/camvid [--json FILE]
+    python bench/accuracy/causes.py --runs runs/camvid [--names FILE] [--json FILE]
 
 For every run of `compare.py`: how many classes are known, and val and test again, with batch-norm
 statistics taken anew from the same unlabeled crops for both methods (small batches leave noisy
-ones). For those of CAC also the strength of its loss beside the cross entropy, and, where the
-unlabeled images have masks, how well both ends of the pairs that it learns from know the truth: it
-can gain no more than what the positives know better.
+ones). `--names` scores these images of test in place of both. For those of CAC also the strength of
+its loss beside the cross entropy, and, where the unlabeled images have masks, how well both ends of
+the pairs that it learns from know the truth: it can gain no more than what the positives know
+better.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from cac_fast.train import checkpoint, load
 from cac_fast.train.config import Config
 from cac_fast.train.data.augment import UnlabeledTransform
 from cac_fast.train.data.images import read_image
-from cac_fast.train.data.layouts import Sample, open_data
+from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
+from cac_fast.train.data.lists import named
 from cac_fast.train.data.splits import select
 from cac_fast.train.data.stream import Stream
 from cac_fast.train.distributed import World, run_command
@@ -133,8 +135,19 @@ def _right(method: CAC, logits: list[Tensor], batch: dict[str, Tensor]) -> Tenso
     return torch.stack([mask.sum() for mask in parts])
 
 
-def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
-    """What one run's last state knows."""
+def scored_parts(data: SegmentationData, names: Path | None) -> dict[str, list[Sample]]:
+    """The images that are scored, by part: of val and of test, or of test those in a file.
+
+    Raises:
+        InputError: the file names an image that test does not have.
+    """
+    if names is not None:
+        return {names.stem: named(data.splits["test"], names)}
+    return {split: data.splits[split] for split in ("val", "test") if data.splits.get(split)}
+
+
+def causes(run: Path, data_dir: Path | None, names: Path | None = None) -> dict[str, Any]:
+    """What one run's last state knows; names: as of `scored_parts`, whose errors it raises."""
     state = checkpoint.read(run / "last.pt")
     config = Config.of(**state["config"] | {"workers": 0, "cache": None})
     data = open_data(config.data.dataset, data_dir or Path(config.data.data_dir))
@@ -145,11 +158,11 @@ def causes(run: Path, data_dir: Path | None) -> dict[str, Any]:
     predictor = load(run / "last.pt")
     anew = with_statistics_of(predictor, unlabeled_crops(config, unlabeled))
     found: dict[str, Any] = {"run": run.name}
-    for split in (name for name in ("val", "test") if data.splits.get(name)):
-        for name, network in ((split, predictor.network), (f"{split} anew", anew.network)):
-            result = evaluate(network, data.splits[split], data, ALONE, workers=0)
+    for part, samples in scored_parts(data, names).items():
+        for name, network in ((part, predictor.network), (f"{part} anew", anew.network)):
+            result = evaluate(network, samples, data, ALONE, workers=0)
             found[name] = 100 * result["miou"]
-            if name == "val":
+            if name == "val" or (names is not None and name == names.stem):
                 found["classes known"] = sum((iou or 0) > KNOWN_FROM_IOU for iou in result["iou"])
     if config.loss.method != "cac":
         return found
@@ -170,13 +183,14 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--runs", type=Path, required=True, help="folder of the comparison's runs")
     parser.add_argument("--data-dir", type=Path, help="where the data are now, if they were moved")
+    parser.add_argument("--names", type=Path, help="images of test to score, a NAME a line")
     parser.add_argument("--json", type=Path, help="also write what was found to this file")
     options = parser.parse_args(arguments)
     record = {"command": command_line("bench/accuracy/causes.py", arguments), **facts(ALONE.device)}
     found = []
     for run in sorted(path.parent for path in options.runs.glob("*/last.pt")):
         progress(f"scoring {run.name}")
-        found.append(causes(run, options.data_dir))
+        found.append(causes(run, options.data_dir, options.names))
         numbers = {name: value for name, value in found[-1].items() if name != "run"}
         print(f"{run.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
         write_record(options.json, {**record, "runs": found})
