@@ -48,7 +48,7 @@ def test_rows_are_chosen_by_rule(words: list[str], tmp_path: Path, capsys) -> No
     assert capsys.readouterr().out.split("\n")[:3] == [
         "gain: 1 +40.0",
         "median: 2 +0.0",
-        "loss: 3 -40.0",
+        "least: 3 -40.0",
     ]
     picture = np.asarray(Image.open(tmp_path / "sheet.png"))
     step = sheet.TILE[1] + 32
@@ -108,6 +108,6 @@ def test_choice() -> None:
     assert sheet.choose([0.0, 3.0, 1.0, -2.0, 2.0, 9.0, 1.0], 2) == {
         "gain": [5, 1],
         "median": [4, 6],
-        "loss": [0, 3],
+        "least": [0, 3],
     }
-    assert sheet.choose([1.0, 2.0, 3.0], 5) == {"gain": [2], "median": [1], "loss": [0]}
+    assert sheet.choose([1.0, 2.0, 3.0], 5) == {"gain": [2], "median": [1], "least": [0]}

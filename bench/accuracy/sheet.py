@@ -5,8 +5,8 @@
 
 A row shows an image, the truth, what each network says, and where one of them alone is right. The
 rows are the images of the split on which the second network gains most over the first, on which it
-gains as much as in the median, and on which it loses most, by the mean IoU of the classes that the
-image's mask has.
+gains as much as in the median, and on which it gains least or loses most, by the mean IoU of the
+classes that the image's mask has.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def image_miou(truth: np.ndarray, prediction: np.ndarray) -> float:
 
 
 def choose(gains: Sequence[float], rows: int) -> dict[str, list[int]]:
-    """The places of the largest gains, of those nearest to the median, and of the largest losses.
+    """The places of the largest gains, of those nearest to the median, and of the least ones.
 
     rows: of each kind; fewer where there are not enough images for all to be different.
     """
     order = np.argsort(gains, kind="stable")[::-1].tolist()
     rows = min(rows, max(1, len(order) // 3))
     begin = (len(order) - rows) // 2
-    kinds = {"gain": order[:rows], "median": order[begin : begin + rows], "loss": order[-rows:]}
+    kinds = {"gain": order[:rows], "median": order[begin : begin + rows], "least": order[-rows:]}
     return kinds if len(order) >= 3 else {"gain": order[:1]}
 
 
