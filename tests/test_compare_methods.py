@@ -160,7 +160,7 @@ def test_the_sheet_is_of_the_first_seed_that_has_two_runs(
 
     monkeypatch.setattr(compare, "draw_sheet", methods_sheet.draw_sheet)
     monkeypatch.setattr(methods_sheet.figure_sheet, "make", make)
-    assert call(planned, "--methods", "fixmatch") == 0
+    assert call(planned, "--methods", "fixmatch", "--seeds", "1,0") == 0
     (first,) = asked
     arms = ["supervised", "supervised_all", "fixmatch"]
     folders = [planned.options.runs / f"{arm}-1_2-seed0" for arm in arms]

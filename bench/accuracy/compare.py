@@ -180,7 +180,6 @@ def compare(options: argparse.Namespace) -> int:
         results = ordered()
         if options.methods:
             plot_methods(results, Path(f"{target}.png"), known_paces())
-            draw_sheet(found, options, Path(f"{target}-sheet.png"))
         else:
             plot(results, Path(f"{target}.png"))
         print(text())
@@ -190,6 +189,9 @@ def compare(options: argparse.Namespace) -> int:
             print(f"warning: the runs were trained with several commits: {', '.join(commits)}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr, flush=True)
+    if found and options.methods:  # last, as a network that cannot be read ends it
+        done = [(run["method"], run["share"], run["seed"]) for run in ordered()]
+        draw_sheet(done, options, Path(f"{target}-sheet.png"))
     return 1 if failures else 0
 
 
