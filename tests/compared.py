@@ -38,10 +38,19 @@ class Trainer:
         )
 
     def run(self, command: list[str], threads: int, label: str) -> None:
-        self.trained.append(label)
+        if command[0] == "train/evaluate.py":
+            result = {"miou": 0.5, "iou": [0.5, 0.5]}
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(result))
+            return
         if label == self.fails:
+            self.trained.append(label)
             raise RunError(f"{label} ended with code 1: boom")
         folder = Path(command[command.index("--output") + 1])
+        if command[0] == "train/adapt.py":
+            source = Path(command[command.index("--checkpoint") + 1])
+            folder.write_bytes(source.with_name("last.pt").read_bytes())
+            return
+        self.trained.append(label)
         lines = [{"kind": "val", "iteration": step, "miou": step / 10} for step in (2, 4)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "itera')
@@ -62,15 +71,12 @@ def trainer(monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path) -> Tr
 
 
 def scoring(monkeypatch: pytest.MonkeyPatch, trainer: Trainer) -> list[list[str]]:
-    """Let the trainer's evaluations leave results, and keep the trainings' words."""
+    """Keep the words of the trainer's commands, but for evaluations."""
     train, commands = trainer.run, []
 
     def run(command: list[str], threads: int, label: str) -> None:
-        if command[0] == "train/evaluate.py":
-            result = {"miou": 0.5, "iou": [0.5, 0.5]}
-            Path(command[command.index("--json") + 1]).write_text(json.dumps(result))
-            return
-        commands.append(command)
+        if command[0] != "train/evaluate.py":
+            commands.append(command)
         train(command, threads, label)
 
     monkeypatch.setattr(runs, "run", run)

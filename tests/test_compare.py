@@ -227,8 +227,8 @@ def test_arms_differ_in_masks_and_weight(
     words = ["--lists", tmp_path / "splits/{list}/dusk", "--arms", ",".join(ARMS)]
     arguments = [*trainer.words, *words, "--seeds", "3", "--", "--dc-weight", "0.2"]
     assert compare.compare(compare.parse([str(word) for word in arguments])) == 0
-    supervised, supervised_all, control, cac, fixmatch, both = commands
-    assert [value(command, "--method") for command in commands] == [
+    supervised, supervised_all, control, cac, fixmatch, both = commands[:6]
+    assert [value(command, "--method") for command in commands[:6]] == [
         *["supervised"] * 2,
         *["cac"] * 2,
         *["fixmatch"] * 2,
@@ -242,7 +242,13 @@ def test_arms_differ_in_masks_and_weight(
     assert control[-4:] == ["--dc-weight", "0.2", "--dc-weight", "0"]
     assert cac[-2:] == ["--dc-weight", "0.2"]
     assert fixmatch[-2:] == ["--dc-weight", "0"] and both[-2:] == ["--dc-weight", "0.1"]
-    assert [run["share"] for run in trainer.record()["runs"]] == ["dusk"] * 6
+    for name, state, command in zip(
+        ["supervised"] * 2 + ["cac"] * 2, ["last", "best"] * 2, commands[6:], strict=True
+    ):
+        folders = [trainer.options.runs / f"{arm}-dusk-seed3" for arm in (name, f"{name}_adapted")]
+        source, output = (str(folder / f"{state}.pt") for folder in folders)
+        assert command == ["train/adapt.py", "--checkpoint", source, "--output", output]
+    assert [run["share"] for run in trainer.record()["runs"]] == ["dusk"] * len(ARMS)
     with pytest.raises(InputError) as error:
         compare.compare(compare.parse([*map(str, arguments[:-5]), "--lists", "nowhere"]))
     one_line(error, "--lists", "nowhere", "labeled.txt")

@@ -28,7 +28,7 @@ from lib.running import RunError
 source, trainer = compared.source, compared.trainer
 
 HOURS = {"supervised": 1.0, "supervised_all": 1.0, "control": 2.5, "cac": 3.0}
-HOURS |= {"fixmatch": 2.0, "self_training": 1.5}
+HOURS |= {"fixmatch": 2.0, "self_training": 1.5, "supervised_adapted": 0.0}
 
 
 @pytest.fixture
@@ -51,11 +51,12 @@ def test_a_method_is_an_arm_of_its_name(trainer: Trainer, monkeypatch: pytest.Mo
     entry = Entry(METHODS.entry("supervised").where, "one more")
     monkeypatch.setitem(METHODS.entries, "further", entry)
     arms = compare.parse([*trainer.words, "--methods", "further,fixmatch"]).arms
-    assert arms == ["supervised", "supervised_all", "fixmatch", "further"]
+    with_them = ["supervised", "supervised_all", "supervised_adapted"]
+    assert sorted(arms) == sorted([*with_them, "fixmatch", "further"])
     assert set(ARMS) == {*before, "further"}
     everything = compare.parse([*trainer.words, "--methods", "all"]).arms
-    assert set(everything) == {"supervised_all", "control", *METHODS.entries}
-    assert len(everything) == len(METHODS.entries) + 2
+    assert set(everything) == {*with_them, "control", *METHODS.entries}
+    assert len(everything) == len(METHODS.entries) + 3
     assert {name: ARMS[name] for name in before} == before
     colors = [ARMS[name].color for name in everything]
     assert len(set(colors)) == len(colors)
@@ -63,7 +64,7 @@ def test_a_method_is_an_arm_of_its_name(trainer: Trainer, monkeypatch: pytest.Mo
         assert ARMS[name].method == name
     variant = "--variant", "sure=self_training --confidence 0.9", "--methods", "cac"
     options = compare.parse([*trainer.words, *variant])
-    assert options.arms == ["supervised", "supervised_all", "control", "cac", "sure"]
+    assert sorted(options.arms) == sorted([*with_them, "control", "cac", "sure"])
     assert ARMS["sure"].more == ("--confidence", "0.9")
 
 
@@ -77,6 +78,8 @@ def test_methods_that_cannot_be_compared_are_named(trainer: Trainer) -> None:
     one_line(refused("--methods", "cac", "--arms", "cac"), "--methods", "leave out --arms")
     variant = "--variant", "sure=self_training --confidence 0.9", "--arms", "cac"
     one_line(refused(*variant), "sure", "supervised", "--arms")
+    one_line(refused("--arms", "supervised,cac_adapted"), "cac_adapted", "add cac to --arms")
+    one_line(refused("--variant", "x=cac_adapted --warmup 0"), "NAME=ARM OPTIONS")
 
 
 def test_the_cheapest_arms_begin(planned: Trainer) -> None:
@@ -123,11 +126,12 @@ def test_without_its_teacher_self_training_does_not_begin(
     assert sorted(capsys.readouterr().err.splitlines()) == [
         "error: self_training 1/2 seed 0 not begun, as a run that it needs failed",
         "error: supervised 1/2 seed 0 ended with code 1: boom",
+        "error: supervised_adapted 1/2 seed 0 not begun, as a run that it needs failed",
     ]
     assert "self_training 1/2 seed 0" not in planned.trained
     (row,) = (one for one in planned.record()["methods"] if one["method"] == "self_training")
     assert (row["seeds"], row["missing_seeds"]) == (1, 1)
-    assert len(planned.record()["runs"]) == 6
+    assert len(planned.record()["runs"]) == 7
     text = (planned.output / "results/compare.md").read_text()
     assert "| self_training | 40.0 | +0.0 |" in text and "| 1 run, 1.50 h |" in text
 
@@ -140,7 +144,7 @@ def test_the_table_is_there_for_further_methods_alone(planned: Trainer) -> None:
     summary = planned.record()["summary"]
     assert call(planned, "--methods", "fixmatch") == 0
     assert {row["method"] for row in planned.record()["methods"]} == {
-        *("supervised", "control", "cac", "fixmatch")
+        *("supervised", "supervised_adapted", "control", "cac", "fixmatch")
     }
     assert "| cost |" in path.read_text()
     new = planned.record()["summary"][0]
@@ -162,7 +166,7 @@ def test_the_sheet_is_of_the_first_seed_that_has_two_runs(
     monkeypatch.setattr(methods_sheet.figure_sheet, "make", make)
     assert call(planned, "--methods", "fixmatch", "--seeds", "1,0") == 0
     (first,) = asked
-    arms = ["supervised", "supervised_all", "fixmatch"]
+    arms = ["supervised", "supervised_all", "fixmatch", "supervised_adapted"]
     folders = [planned.options.runs / f"{arm}-1_2-seed0" for arm in arms]
     assert (first.captions, first.split) == (arms, "val")
     assert first.runs == [folder / "last.pt" for folder in folders]
@@ -174,7 +178,7 @@ def test_the_sheet_is_of_the_first_seed_that_has_two_runs(
     methods_sheet.draw_sheet(jobs, options, tmp_path / "sheet.png")
     assert {path.parent.name[-5:] for path in asked[1].runs} == {"seed1"}
     assert asked[1].split == "test"
-    methods_sheet.draw_sheet(jobs[:3], options, tmp_path / "sheet.png")
+    methods_sheet.draw_sheet(jobs[: len(arms)], options, tmp_path / "sheet.png")
     assert len(asked) == 2
 
 
@@ -190,7 +194,7 @@ def test_hours_of_finished_runs_are_measured_too(
     monkeypatch.setattr(compare, "plan", lambda jobs, options, failed: {"fixmatch": 2.0})
     monkeypatch.setattr(compare, "planned_hours", measured)
     assert call(planned, "--methods", "fixmatch") == 0
-    assert asked == [["supervised", "supervised_all"]]
+    assert asked == [["supervised", "supervised_adapted", "supervised_all"]]
     assert planned.record()["planned_hours_a_run"].keys() == {*asked[0], "fixmatch"}
 
 
@@ -356,7 +360,8 @@ def test_a_method_that_cannot_run_stops_no_other(
     assert capsys.readouterr().err == "error: fixmatch: ten steps ended with code 2: boom\n"
     done = ["supervised", "supervised_all", "self_training"]
     assert [label.split()[0] for label in trainer.trained] == done
-    assert [run["method"] for run in trainer.record()["runs"]] == done
+    there = [run["method"] for run in trainer.record()["runs"]]
+    assert sorted(there) == sorted([*done, "supervised_adapted"])
     cannot.add("supervised")
     options = compare.parse([*words, "--name", "none", "--", "--iterations", "8"])
     assert compare.compare(options) == 1 and len(trainer.trained) == len(done)

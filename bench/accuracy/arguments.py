@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from accuracy.arms import ARMS, METHODS, add_methods, add_variant, needs_teacher
+from accuracy.arms import ARMS, METHODS, add_methods, add_variant, needed_arm
 from accuracy.shrink import shrunken
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import Parser, at_least
@@ -82,7 +82,7 @@ def split_arguments(
         type=add_methods,
         metavar="all|LIST",
         help="in place of --arms: methods of train/main.py between commas, or all of them; "
-        "supervised, supervised_all and, for cac, control come with them",
+        "supervised, supervised_all, supervised_adapted and, for cac, control come with them",
     )
     parser.add_argument(
         "--sort-by",
@@ -138,9 +138,10 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
     chosen = options.methods or options.arms or list(METHODS)
     options.arms = [*chosen, *options.variants]
     for arm in options.arms:
-        if needs_teacher(ARMS[arm].method) and "supervised" not in options.arms:
+        needed = needed_arm(arm)
+        if needed is not None and needed not in options.arms:
             raise InputError(
-                f"{arm} learns from the supervised runs: add supervised to --arms, or use --methods"
+                f"{arm} begins with the runs of {needed}: add {needed} to --arms, or use --methods"
             )
     options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
     find_data(options)

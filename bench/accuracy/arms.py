@@ -17,12 +17,17 @@ _PALETTE = "tab:brown tab:pink tab:olive tab:cyan black gold navy lime magenta t
 
 class Arm(NamedTuple):
     """A method of `train/main.py`, the color of its curve, whether it sees the masks of all
-    images or those of the list, and its further options."""
+    images or those of the list, and its further options.
+
+    adapts: another arm, if this one trains nothing but gives that one's networks the batch
+        statistics of the unlabeled images (`train/adapt.py`).
+    """
 
     method: str
     color: str
     all_masks: bool = False
     more: tuple[str, ...] = ()
+    adapts: str | None = None
 
 
 # Cheap ones first: where all masks gain nothing, the others need not run.
@@ -33,6 +38,8 @@ ARMS = {
     "cac": Arm("cac", "tab:blue"),
     "fixmatch": Arm("fixmatch", "tab:red", more=("--dc-weight", "0")),
     "fixmatch_cac": Arm("fixmatch", "tab:purple", more=("--dc-weight", "0.1")),
+    "supervised_adapted": Arm("supervised", "dimgray", adapts="supervised"),
+    "cac_adapted": Arm("cac", "deepskyblue", adapts="cac"),
 }
 
 
@@ -43,6 +50,11 @@ def needs_teacher(method: str) -> bool:
     """Whether a method learns from what a trained network says of the unlabeled images."""
     kind = registry.METHODS.load(method)
     return kind.needs_labels and "teacher" in kind.label_sources
+
+
+def needed_arm(arm: str) -> str | None:
+    """The arm whose run an arm begins with, if there is one."""
+    return ARMS[arm].adapts or ("supervised" if needs_teacher(ARMS[arm].method) else None)
 
 
 def _arm(name: str) -> Arm | None:
@@ -73,7 +85,8 @@ def method_names(text: str) -> list[str]:
 def add_methods(text: str) -> list[str]:
     """Add methods of the registry, as `method_names` has them, to ARMS; the arms to compare.
 
-    These are the methods, what their gain has to be seen against, and CAC's control beside CAC.
+    These are the methods, what their gain has to be seen against (the masks of all images,
+    supervised with new batch statistics), and CAC's control beside CAC.
 
     Raises:
         InputError: a method is not there.
@@ -81,7 +94,8 @@ def add_methods(text: str) -> list[str]:
     names = method_names(text)
     for name in names:
         ARMS.setdefault(name, _arm(name))
-    wanted = {"supervised", "supervised_all", *names, *(("control",) if "cac" in names else ())}
+    wanted = {"supervised", "supervised_all", "supervised_adapted", *names}
+    wanted |= {"control"} if "cac" in names else set()
     return [arm for arm in ARMS if arm in wanted]
 
 
@@ -94,8 +108,9 @@ def add_variant(text: str) -> str:
     name, _, words = text.partition("=")
     base, *more = shlex.split(words) or [""]
     found = _arm(base)
-    if not name.isidentifier() or found is None:
-        names = dict.fromkeys([*ARMS, *registry.METHODS.entries])
+    if not name.isidentifier() or found is None or found.adapts is not None:
+        trained = (other for other, arm in ARMS.items() if arm.adapts is None)
+        names = dict.fromkeys([*trained, *registry.METHODS.entries])
         raise InputError(
             f"--variant {text}: give NAME=ARM OPTIONS, with an arm of {', '.join(names)}"
         )

@@ -3,79 +3,45 @@
     python bench/accuracy/causes.py --runs runs/camvid [--names FILE] [--json FILE]
 
 For every run of `compare.py`: how many classes are known, and val and test again, with batch-norm
-statistics taken anew from the same unlabeled crops for both methods (small batches leave noisy
-ones). `--names` scores these images of test in place of both. For those of CAC also the strength of
-its loss beside the cross entropy, and, where the unlabeled images have masks, how well both ends of
-the pairs that it learns from know the truth: it can gain no more than what the positives know
-better.
+statistics taken anew from the same unlabeled crops for both methods. `--names` scores these images
+of test in place of both. For those of CAC also the strength of its loss beside the cross entropy,
+and, where the unlabeled images have masks, how well both ends of the pairs that it learns from know
+the truth: it can gain no more than what the positives know better.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cac_fast import overlap_from_crops
 from cac_fast.loss import _active, _cells, _confidence, _partner_rows
 from cac_fast.train import checkpoint, load
+from cac_fast.train.adaptation import unlabeled_crops, with_statistics_of
 from cac_fast.train.config import Config
-from cac_fast.train.data.augment import UnlabeledTransform
-from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.data.lists import named
 from cac_fast.train.data.splits import select
 from cac_fast.train.data.stream import Stream
 from cac_fast.train.distributed import World, run_command
 from cac_fast.train.evaluation import evaluate
-from cac_fast.train.inference import Predictor
 from cac_fast.train.methods import build_method
 from cac_fast.train.methods.cac import CAC
 from cac_fast.train.networks import build_network
 from lib.measure import command_line, facts, progress, write_record
 
 ALONE = World(0, 1, torch.device("cpu"))
-CROPS, BATCH = 128, 8
 NUM_BATCHES = 16
 """Batches of pairs."""
 KNOWN_FROM_IOU = 0.1
 """IoU from which on a class counts as known."""
-
-
-def with_statistics_of(predictor: Predictor, crops: list[Tensor]) -> Predictor:
-    """A copy whose batch-norm statistics are the mean of those of `crops`, (B, 3, c, c) uint8."""
-    changed = copy.deepcopy(predictor)
-    update_bn([(batch / 255 - changed.mean) / changed.std for batch in crops], changed.network)
-    return changed.eval()
-
-
-def cut(
-    images: Iterable[Image.Image], transform: UnlabeledTransform, rng: np.random.Generator
-) -> list[Tensor]:
-    """Batches (8, 3, c, c) uint8 of a crop of each image."""
-    crops = [transform(image, None, rng)["image1"] for image in images]
-    return list(torch.stack(crops).split(BATCH))
-
-
-def unlabeled_crops(config: Config, samples: list[Sample]) -> list[Tensor]:
-    """Batches (8, 3, c, c) uint8 as the trainer cuts them, without photometric changes."""
-    transform = UnlabeledTransform(
-        config.data.crop_size, config.data.unlabeled_scale, config.data.base_size, photometric=False
-    )
-    rng = np.random.default_rng(0)
-    chosen = [samples[index] for index in rng.permutation(len(samples))[:CROPS]]
-    return cut((read_image(sample.image) for sample in chosen), transform, rng)
 
 
 def taught(method: CAC, stream: Stream, known: bool) -> dict[str, float]:
@@ -156,7 +122,8 @@ def causes(run: Path, data_dir: Path | None, names: Path | None = None) -> dict[
     truth = all(sample.mask is not None for sample in unlabeled)
     config = config.changed(false_negatives=truth)
     predictor = load(run / "last.pt")
-    anew = with_statistics_of(predictor, unlabeled_crops(config, unlabeled))
+    crops = unlabeled_crops(config, [sample.image for sample in unlabeled])
+    anew = with_statistics_of(predictor, crops)
     found: dict[str, Any] = {"run": run.name}
     for part, samples in scored_parts(data, names).items():
         for name, network in ((part, predictor.network), (f"{part} anew", anew.network)):

@@ -6,7 +6,9 @@ curve, a JSON file.
 
 What follows `--` goes to `train/main.py` as it is. `--arms` adds to the two what a gain has
 to be seen against: `supervised_all`, supervised with the masks of all the images (the headroom),
-and `control`, CAC with `--dc-weight 0` (batch statistics of the unlabeled crops alone).
+`control`, CAC with `--dc-weight 0` (batch statistics of the unlabeled crops alone), and
+`supervised_adapted` and `cac_adapted`, these networks with the batch statistics of the unlabeled
+images taken anew after training (`train/adapt.py`).
 
     python bench/accuracy/compare.py --methods all --name methods --dataset toycity --shares lists
 
@@ -35,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy.arguments import parse
-from accuracy.arms import ARMS
+from accuracy.arms import ARMS, needed_arm
 from accuracy.methods_outcome import methods_table, plot_methods, rank
 from accuracy.methods_sheet import draw_sheet
 from accuracy.outcome import plot, report, summarize
@@ -46,9 +48,9 @@ from accuracy.runs import (
     LISTS,
     Job,
     list_folder,
+    needed_run,
     one_run,
     scored_parts,
-    teacher_of,
     unfinished_run,
 )
 from cac_fast.train.data.layouts import open_data
@@ -90,6 +92,8 @@ def compare(options: argparse.Namespace) -> int:
         for arm in ARMS
         if arm in options.arms
     ]
+    # Behind all others, so that none waits for the run that it adapts.
+    jobs.sort(key=lambda job: ARMS[job[0]].adapts is not None)
     # Taken now: results that are written below a commit's files make the tree differ from it.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = facts(device)
@@ -147,12 +151,16 @@ def compare(options: argparse.Namespace) -> int:
                 hours = hours | planned_hours(unknown, options, failed)
                 jobs = cheapest_first(jobs, hours)
             # What all others are compared with, and what some learn from.
-            jobs = [job for job in jobs if not failed.keys() & {job[0], "supervised"}]
+            jobs = [
+                job
+                for job in jobs
+                if not failed.keys() & {job[0], "supervised", needed_arm(job[0])}
+            ]
             failures += failed.values()
             futures: dict[Job, Future] = {}
             for job in jobs:
                 # Begun before this one, as the pool takes them in order: no two wait for another.
-                before = [futures[teacher]] if (teacher := teacher_of(job)) else []
+                before = [futures[needed]] if (needed := needed_run(job)) else []
                 futures[job] = pool.submit(one_run, job, options, before)
             names = {future: job for job, future in futures.items()}
             for future in as_completed(names):

@@ -14,7 +14,9 @@ from accuracy.pace import Pace, val_at
 from accuracy.runs import Job
 from lib.measure import can_plot
 
-TWO_METHODS = frozenset(("supervised", "supervised_all", "control", "cac"))
+TWO_METHODS = frozenset(
+    ("supervised", "supervised_all", "supervised_adapted", "control", "cac", "cac_adapted")
+)
 """Arms that the summary is enough for."""
 SORTED = {"steps": "gain", "time": "gain_at_equal_time"}
 """What each choice of `--sort-by` sorts the rows by."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,13 +205,19 @@ def draw(
         for curve in curves:
             steps, values = zip(*curve, strict=True)
             where = [place(method, step) for step in steps]
-            axis.plot(where, values, color=arm.color, alpha=faint, linewidth=1)
+            axis.plot(where, values, **line(values), color=arm.color, alpha=faint, linewidth=1)
         # Runs may have been validated at other iterations, or not be over.
         points = [dict(curve) for curve in curves]
         iterations = sorted(set.intersection(*map(set, points)))
         mean = [statistics.mean(run[step] for run in points) for step in iterations]
         where = [place(method, step) for step in iterations]
-        axis.plot(where, mean, color=arm.color, label=f"{method} (mean of {len(curves)})")
+        label = f"{method} (mean of {len(curves)})"
+        axis.plot(where, mean, **line(mean), color=arm.color, label=label)
+
+
+def line(values: Sequence[float]) -> dict[str, str]:
+    """How matplotlib draws a curve: one of a single point would not be seen without a marker."""
+    return {"marker": "o"} if len(values) == 1 else {}
 
 
 def plot(results: list[dict], path: Path) -> None:

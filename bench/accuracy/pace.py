@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from accuracy.arms import ARMS, needs_teacher
+from accuracy.arms import ARMS, needed_arm
 from accuracy.plan import is_alone
 from cac_fast.train import config
 
@@ -17,7 +17,7 @@ class Pace(NamedTuple):
     """Knots of the line between iterations done and hours used, evaluations left out.
 
     iterations: the first is 0, the last that of the whole run. hours: begin with those of the run
-        that teaches this one.
+        that this one needs.
     """
 
     iterations: tuple[int, ...]
@@ -37,20 +37,21 @@ def paces(
 ) -> dict[str, Pace]:
     """The paces of those arms whose hours are known; none before those of supervised are.
 
-    hours: of a whole run of each arm, without its teacher's. In the warm-up a step takes as long as
-        one of supervised.
+    hours: of a whole run of each arm, without those of the run that it begins with. In the warm-up
+        a step takes as long as one of supervised.
     """
     found: dict[str, Pace] = {}
     alone = hours.get("supervised")
     for arm in arms:
-        if alone is None or arm not in hours:
+        needed = needed_arm(arm)
+        if alone is None or not {arm, needed or arm} <= hours.keys():
             continue
         method = ARMS[arm].method
         settings = config.parse(["--method", method, *options.data, *options.rest, *ARMS[arm].more])
         total, first = settings.optim.iterations, 0
         if not is_alone(method):
             first = min(settings.num_warmup, total)
-        before = alone if needs_teacher(method) else 0.0
+        before = 0.0 if needed is None else hours[needed]
         steps, times = [0], [before]
         if 0 < first < total:
             steps.append(first)

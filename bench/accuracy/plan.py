@@ -34,6 +34,9 @@ def planned_hours(
     labeled: dict[str, float | None] = {}
     for arm in arms:
         method = ARMS[arm].method
+        if ARMS[arm].adapts is not None:
+            hours[arm] = 0.0
+            continue
         job = next(job for job in jobs if job[0] == arm)
         words = ["--method", method, *data_arguments(job, options), *options.data]
         words += [*options.rest, *ARMS[arm].more]

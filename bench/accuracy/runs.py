@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from accuracy.arms import ARMS, needs_teacher
+from accuracy.arms import ARMS, needed_arm
 from cac_fast.train import checkpoint, config
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
@@ -17,6 +17,7 @@ from lib.measure import write_record
 from lib.running import RunError, run
 
 LISTS = ("labeled.txt", "unlabeled.txt")
+STATES = ("last", "best")
 
 Job = tuple[str, str, int]
 """Arm, share and seed."""
@@ -107,10 +108,11 @@ def data_arguments(job: Job, options: argparse.Namespace) -> list[str]:
     return [] if share == "lists" else ["--labeled-share", share, "--data-list", str(seed)]
 
 
-def teacher_of(job: Job) -> Job | None:
-    """The run that labels the unlabeled images of another one, if it needs that."""
+def needed_run(job: Job) -> Job | None:
+    """The run that another one begins with, as it learns from it or adapts it."""
     arm, share, seed = job
-    return ("supervised", share, seed) if needs_teacher(ARMS[arm].method) else None
+    needed = needed_arm(arm)
+    return None if needed is None else (needed, share, seed)
 
 
 def wait_for(before: Iterable[Future], name: str) -> None:
@@ -125,8 +127,8 @@ def wait_for(before: Iterable[Future], name: str) -> None:
 
 
 def one_run(job: Job, options: argparse.Namespace, before: Iterable[Future] = ()) -> dict:
-    """Train one arm once, after the runs `before`; its last and best state on val and what is
-    asked for of test.
+    """Train one arm once, after the runs `before`, or adapt one of these; its last and best state
+    on val and what is asked for of test.
 
     Raises:
         RunError: training or evaluation failed, or left no validation result, or one `before` did.
@@ -138,20 +140,30 @@ def one_run(job: Job, options: argparse.Namespace, before: Iterable[Future] = ()
     wait_for(before, label)
     data = options.data
     note = note_call(job, options)
-    words = ["--method", ARMS[arm].method, *data_arguments(job, options), "--seed", str(seed)]
-    words += ["--output", str(folder), *data, *options.rest, *ARMS[arm].more]
-    if (teacher := teacher_of(job)) is not None:
-        words += ["--teacher", str(run_folder(teacher, options))]
-    curve = trained(words, folder, options.threads, label)
-    scores = val_scores(curve)
+    needed = needed_run(job)
+
+    def score(part: str, state: str, *where: str) -> dict:
+        file = folder / f"{state}-{part}.json"
+        words = ["--checkpoint", str(folder / f"{state}.pt"), *where, *data, "--json", str(file)]
+        run(["train/evaluate.py", *words], options.threads, label)
+        return json.loads(file.read_text())
+
+    if ARMS[arm].adapts is not None:
+        iteration = adapted(run_folder(needed, options), folder, options.threads, label)
+        scores = {f"val_{state}": score("val", state)["miou"] for state in STATES}
+        curve = [[iteration, scores["val_last"]]]
+    else:
+        words = ["--method", ARMS[arm].method, *data_arguments(job, options), "--seed", str(seed)]
+        words += ["--output", str(folder), *data, *options.rest, *ARMS[arm].more]
+        if needed is not None:
+            words += ["--teacher", str(run_folder(needed, options))]
+        curve = trained(words, folder, options.threads, label)
+        scores = val_scores(curve)
     iou = {}
-    for name, more in scored_parts(options).items():
-        for state in ("last", "best"):
-            file = folder / f"{state}-{name}.json"
-            where = ["--checkpoint", str(folder / f"{state}.pt"), "--split", "test", *more]
-            run(["train/evaluate.py", *where, *data, "--json", str(file)], options.threads, label)
-            result = json.loads(file.read_text())
-            scores[f"{name}_{state}"], iou[f"{name}_{state}"] = result["miou"], result["iou"]
+    for part, more in scored_parts(options).items():
+        for state in STATES:
+            result = score(part, state, "--split", "test", *more)
+            scores[f"{part}_{state}"], iou[f"{part}_{state}"] = result["miou"], result["iou"]
     names = {"method": arm, "share": share, "seed": seed, **note}
     return {**names, "scores": scores, "iou": iou, "curve": curve}
 
@@ -167,6 +179,19 @@ def trained(words: list[str], folder: Path, threads: int, label: str) -> list[li
     if not curve:
         raise RunError(f"{label} left no validation result in {folder / 'metrics.jsonl'}")
     return curve
+
+
+def adapted(source: Path, folder: Path, threads: int, label: str) -> int:
+    """Write the states of the run `source` with the batch statistics of its unlabeled images into
+    `folder`; the iteration of its last state.
+
+    Raises:
+        RunError: a state is not there, or cannot be adapted.
+    """
+    for state in STATES:
+        words = ["--checkpoint", str(source / f"{state}.pt"), "--output"]
+        run(["train/adapt.py", *words, str(folder / f"{state}.pt")], threads, label)
+    return checkpoint.read(folder / "last.pt")["iteration"]
 
 
 def val_curve(lines: list[dict]) -> list[list]:

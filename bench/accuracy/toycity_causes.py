@@ -22,8 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy.arms import METHODS
-from accuracy.causes import CROPS, cut, with_statistics_of
 from cac_fast.train import load
+from cac_fast.train.adaptation import CROPS, cut, with_statistics_of
 from cac_fast.train.data.augment import UnlabeledTransform
 from cac_fast.train.data.toycity.dataset import SEED, plan
 from cac_fast.train.data.toycity.scene import BEFORE, Scene, draw_scene
@@ -72,7 +72,7 @@ def unlabeled_crops() -> list[Tensor]:
     )
     scenes = [scene for scene in plan() if scene.split == "train" and not scene.misleading]
     images = (Image.fromarray(scene.draw().image) for scene in scenes[:CROPS])
-    return cut(images, transform, np.random.default_rng(0))
+    return list(cut(images, transform, np.random.default_rng(0)))
 
 
 def main(arguments: list[str]) -> None:
