@@ -75,6 +75,12 @@ class ConfusionMatrix:
         return intersection / (counts.sum(0) + counts.sum(1) - intersection)
 
     @property
+    def iou_of_true(self) -> Tensor:
+        """`iou`, NaN for every class that is true nowhere: what to score a single image by."""
+        there = (self.counts.sum(1) > 0).cpu()
+        return torch.where(there, self.iou, torch.nan)
+
+    @property
     def miou(self) -> float:
         """Mean of `iou` over the classes that have one; NaN if nothing was counted."""
         return self.iou.nanmean().item()

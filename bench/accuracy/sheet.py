@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,6 +30,7 @@ from cac_fast.train.data.layouts import Sample, open_data
 from cac_fast.train.data.lists import named
 from cac_fast.train.distributed import run_command
 from cac_fast.train.errors import InputError, writing
+from cac_fast.train.evaluation import ConfusionMatrix
 from cac_fast.train.options import Parser, add_data_options
 from cac_fast.train.pictures import colorize
 from lib.measure import progress
@@ -51,12 +53,9 @@ class Row(NamedTuple):
 
 def image_miou(truth: np.ndarray, prediction: np.ndarray) -> float:
     """Mean IoU of the classes that `truth` has, over its labeled pixels; 0 where it has none."""
-    known = truth != IGNORE
-    ious = []
-    for index in np.unique(truth[known]):
-        here, there = (truth == index) & known, (prediction == index) & known
-        ious.append((here & there).sum() / (here | there).sum())
-    return float(np.mean(ious)) if ious else 0.0
+    confusion = ConfusionMatrix(IGNORE, "cpu")
+    confusion.update(torch.from_numpy(truth), torch.from_numpy(prediction))
+    return confusion.iou_of_true.nanmean().nan_to_num().item()
 
 
 def choose(gains: Sequence[float], rows: int) -> dict[str, list[int]]:

@@ -82,7 +82,7 @@ def _score(run: Run, data_dir: Path | None, world: World) -> None:
         one = ConfusionMatrix(classes, "cpu")
         one.update(torch.from_numpy(truth), torch.from_numpy(prediction))
         total.counts += one.counts
-        iou = torch.where(one.counts.sum(1) > 0, one.iou, torch.nan)
+        iou = one.iou_of_true
         score = iou.nanmean().item()
         scores.append(None if score != score else score)
         ious.append([None if value != value else value for value in iou.tolist()])
