@@ -39,7 +39,10 @@ class Trainer:
 
     def run(self, command: list[str], threads: int, label: str) -> None:
         if command[0] == "train/evaluate.py":
-            result = {"miou": 0.5, "iou": [0.5, 0.5]}
+            checkpoint_path = Path(command[command.index("--checkpoint") + 1])
+            assert checkpoint_path.name == "best.pt" or checkpoint_path.is_file()
+            miou = self.scored(command)
+            result = {"miou": miou, "iou": [miou, miou]}
             Path(command[command.index("--json") + 1]).write_text(json.dumps(result))
             return
         if label == self.fails:
@@ -56,6 +59,10 @@ class Trainer:
         (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "itera')
         config = {"iterations": 4}
         checkpoint.write(folder / "last.pt", {"iteration": self.iteration, "config": config})
+
+    def scored(self, command: list[str]) -> float:
+        """What an evaluation finds; replaced where it matters."""
+        return 0.5
 
     def record(self) -> dict:
         path = self.output / "results/compare.json"

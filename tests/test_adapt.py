@@ -133,11 +133,46 @@ def test_crops_are_of_all_images_alike(tmp_path: Path, capsys: pytest.CaptureFix
     one_line(error, "none of the 1 images", "give others")
 
 
+def predictor_of(network: nn.Module) -> Predictor:
+    return Predictor(network, ("a", "b"), [(0, 0, 0)] * 2).eval()
+
+
+class Own(nn.Module):
+    """As from outside the project: dropout of its own, batch norm that stays in eval mode, and
+    batch norm that no image reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.still, self.dropout = nn.BatchNorm2d(3, momentum=0.3), nn.Dropout(0.5)
+        self.behind, self.unused = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.unused.running_mean.fill_(5)
+
+    def train(self, mode: bool = True) -> Own:
+        super().train(mode)
+        self.still.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self.dropout(self.still(x)))
+
+
+def test_batch_norm_alone_is_in_training() -> None:
+    crops = [torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8) for _ in range(3)]
+    predictor = predictor_of(Own())
+    network = adaptation.with_statistics_of(predictor, crops).network
+    x = torch.stack([normalized(predictor, batch) for batch in crops])
+    mean, variance = x.mean((0, 1, 3, 4)), x.transpose(1, 2).flatten(2).var(2).mean(0)
+    torch.testing.assert_close(network.still.running_mean, mean)
+    torch.testing.assert_close(network.still.running_var, variance)
+    torch.testing.assert_close(network.behind.running_var, torch.ones(3), rtol=1e-3, atol=1e-3)
+    assert network.unused.running_mean.tolist() == [5] * 3 and network.still.momentum == 0.3
+
+
 def test_a_network_without_batch_norm_is_refused() -> None:
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2, track_running_stats=False))
-    for one in (network, network[0]):
+    for one in (network, network[0], nn.Sequential()):
         with pytest.raises(InputError) as error:
-            adaptation.with_statistics_of(Predictor(one, ("a", "b"), [(0, 0, 0)] * 2), [])
+            adaptation.with_statistics_of(predictor_of(one), [torch.zeros(8, 3, 4, 4)])
         one_line(error, "no batch norm", "use it as it is")
 
 
@@ -151,13 +186,18 @@ def test_the_copy_takes_the_place_of_the_checkpoint(
     images = [str(data / f"images/train/{index:02d}.png") for index in (6, 4, 5)]  # without masks
     assert adapt.main([*words, str(given), "--images", *images]) == 0
     one, other, source = (checkpoint.read(path) for path in (own, given, trained / "best.pt"))
-    assert one.keys() == source.keys()
+    assert one.keys() == source.keys() - {"best"}  # that is another network's score
     assert one["iteration"] == 40 and one["config"] == source["config"]
     expected = adaptation.with_statistics_of(
         load(trained / "last.pt"), adaptation.unlabeled_crops(config(), [Path(p) for p in images])
     )
     for name, value in expected.network.state_dict().items():
         assert one["network"][name].equal(value) and other["network"][name].equal(value)
+    # An older copy may be written anew; a setting of a newer version is passed over.
+    newer = source | {"config": source["config"] | {"of_a_newer_version": 1}}
+    checkpoint.write(there := tmp_path / "newer.pt", newer)
+    again = ["--checkpoint", str(there), "--device", "cpu", "--output", str(given)]
+    assert adapt.main([*again, "--images", *images]) == 0
     photo = data / "images/val/00.png"
     assert (load(own).predict(photo) == expected.predict(photo)).all()
 
@@ -191,11 +231,23 @@ def test_bad_input_is_one_line(
             raise torch.OutOfMemoryError
 
         patch.setattr(adapt, "with_statistics_of", full)
-        assert "32 x 32 does not fit in memory" in error(trained, new)
+        assert "32 x 32 do not fit in memory" in error(trained, new)
     state = checkpoint.read(trained / "best.pt")
     moved = tmp_path / "moved.pt"
     checkpoint.write(moved, state | {"config": state["config"] | {"data_dir": "gone"}})
-    assert "gone" in error(moved, new)
+    message = error(moved, new)
+    assert "unlabeled images" in message and "gone" in message and "give --images" in message
+    # A name in a file is not to choose among all functions that Python finds.
+    checkpoint.write(moved, state | {"config": state["config"] | {"dataset": "os:getcwd"}})
+    assert "os:getcwd" in (message := error(moved, new)) and "give --images" in message
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (40, 40)).save(photo)
+    content = photo.read_bytes()
+    assert "is no checkpoint and would be overwritten" in error(trained, photo, "--images", photo)
+    assert photo.read_bytes() == content
+    (other := tmp_path / "other.pt").write_bytes(before[1])
+    assert "goes on from" in error(trained, other)
+    assert other.read_bytes() == before[1]
     assert not new.exists()
     assert before == [(trained / name).read_bytes() for name in ("best.pt", "last.pt")]
 

@@ -9,7 +9,7 @@ import torch
 from tiny_scenes import write_scenes
 
 from accuracy import causes
-from cac_fast.train import config, engine
+from cac_fast.train import adapt, config, engine
 from cac_fast.train.distributed import World
 
 OPTIONS = (
@@ -25,6 +25,11 @@ def test_causes(tmp_path, capsys):
         settings = config.parse([*run.split(), "--method", method])
         trained = engine.train(settings, World(0, 1, torch.device("cpu")))
     file = tmp_path / "causes.json"
+    copy = tmp_path / "runs/cac_adapted/last.pt"  # is not scored
+    copy.parent.mkdir()
+    source = tmp_path / "runs/cac/last.pt"
+    words = ["--checkpoint", str(source), "--images", str(data / "images/val"), "--device", "cpu"]
+    assert adapt.main([*words, "--output", str(copy)]) == 0
     causes.main(["--runs", str(tmp_path / "runs"), "--json", str(file)])
     cac, supervised = json.loads(file.read_text())["runs"]
     assert cac["run"] == "cac" and supervised.keys() == {

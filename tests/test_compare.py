@@ -254,6 +254,32 @@ def test_arms_differ_in_masks_and_weight(
     one_line(error, "--lists", "nowhere", "labeled.txt")
 
 
+def test_adapted_networks_are_scored_and_noted_anew(
+    trainer: Trainer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(source / "images/test/x.png")
+    write_mask(source / "masks/test/x.png")
+    found = {"last.pt": 0.1, "best.pt": 0.2}
+
+    def scored(command: list[str]) -> float:
+        path = Path(value(command, "--checkpoint"))
+        of_test = 0.05 if "test" in command else 0.0
+        return found[path.name] + of_test + 0.5 * path.parent.name.startswith("supervised_adapted")
+
+    monkeypatch.setattr(trainer, "scored", scored)
+    words = [*trainer.words, "--test", "--arms", "supervised,supervised_adapted", "--seeds", "0"]
+    for commit in ("first", "second"):
+        trainer.commit = commit
+        assert compare.compare(compare.parse([*words, "--", "--iterations", "4"])) == 0
+        base, adapted = trainer.record()["runs"]
+        assert base["commits"] == ["first"] and adapted["commits"] == [commit]
+    expected = {"val_last": 0.6, "val_best": 0.7, "test_last": 0.65, "test_best": 0.75}
+    assert adapted["scores"] == pytest.approx(expected)
+    assert base["scores"]["test_last"] == pytest.approx(0.15)
+    assert adapted["curve"] == [[4, adapted["scores"]["val_last"]]]
+    assert trainer.record()["summary"][0]["supervised_adapted_gain"] == pytest.approx(50)
+
+
 def test_named_images_are_scored_by_themselves(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path
 ) -> None:

@@ -78,7 +78,10 @@ def test_methods_that_cannot_be_compared_are_named(trainer: Trainer) -> None:
     one_line(refused("--methods", "cac", "--arms", "cac"), "--methods", "leave out --arms")
     variant = "--variant", "sure=self_training --confidence 0.9", "--arms", "cac"
     one_line(refused(*variant), "sure", "supervised", "--arms")
-    one_line(refused("--arms", "supervised,cac_adapted"), "cac_adapted", "add cac to --arms")
+    only = refused("--arms", "supervised,cac_adapted")
+    one_line(only, "cac_adapted", "add cac to --arms")
+    assert "--methods" not in str(only.value)
+    one_line(refused("--variant", "supervised_adapted=supervised"), "another arm")
     one_line(refused("--variant", "x=cac_adapted --warmup 0"), "NAME=ARM OPTIONS")
 
 
@@ -91,6 +94,23 @@ def test_the_cheapest_arms_begin(planned: Trainer) -> None:
     assert planned.trained[:2] == ["supervised 1/2 seed 0", "supervised 1/2 seed 1"]
     jobs = [("cac", "full", 0), ("supervised", "full", 0)]
     assert plan.cheapest_first(jobs, {"supervised": 2.0, "cac": 1.0}) == jobs[::-1]
+    jobs = [("supervised_adapted", "full", 0), ("cac", "full", 0)]
+    assert plan.cheapest_first(jobs, {"supervised_adapted": 0.0, "cac": 1.0}) == jobs[::-1]
+
+
+def test_an_adapted_arm_costs_what_its_run_does(trainer: Trainer) -> None:
+    arms = "supervised,cac,supervised_adapted,cac_adapted"
+    words = [*trainer.words, "--arms", arms, "--", "--iterations", "8", "--warmup", "2"]
+    options, failed = compare.parse(words), {}
+    jobs = [(arm, "1/2", 0) for arm in ("supervised_adapted", "cac_adapted")]
+    hours = plan.planned_hours(jobs, options, failed)
+    assert hours == {"supervised_adapted": 0.0, "cac_adapted": 0.0} and not failed
+    hours |= {"supervised": 1.0, "cac": 3.0}
+    found = pace.paces(list(hours), hours, options)
+    assert {arm: found[arm].hours[-1] for arm in hours} == {
+        **{"supervised": 1.0, "supervised_adapted": 1.0, "cac": 3.0, "cac_adapted": 3.0}
+    }
+    assert pace.paces(["cac_adapted"], {"supervised": 1.0, "cac_adapted": 0.0}, options) == {}
 
 
 def test_self_training_begins_behind_its_teacher(

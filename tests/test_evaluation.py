@@ -115,6 +115,8 @@ def test_absent_classes_are_nan_and_left_out_of_the_mean() -> None:
     matrix.update(torch.tensor([[0, 0, 1, 255]]), torch.tensor([[0, 2, 1, 3]]))
     assert matrix.iou.tolist()[:3] == [0.5, 1.0, 0.0] and math.isnan(matrix.iou[3])
     assert matrix.miou == 0.5
+    assert matrix.iou_of_true[:2].tolist() == [0.5, 1.0]
+    assert matrix.iou_of_true[2:].isnan().all()  # predicted but true nowhere; neither
     assert matrix.pixel_accuracy == pytest.approx(2 / 3)
 
 

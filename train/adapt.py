@@ -16,9 +16,11 @@ from cac_fast.train.inference import load
 from cac_fast.train.options import Parser
 from cac_fast.train.predict import find_images
 from cac_fast.train.progress import show_progress
+from cac_fast.train.registry import LAYOUTS
+from cac_fast.train.settings import FIELDS
 
-_KEPT = ("backbone", "config", "classes", "palette", "iteration", "best")
-"""Of the checkpoint: all but the network's state and what a training goes on from."""
+_KEPT = ("backbone", "config", "classes", "palette", "iteration")
+"""Of the checkpoint: all but the network's state, its score and what a training goes on from."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_network_options()
     text = (
         "folder of images, image files, or a pattern as 'photos/**/*.jpg' [the unlabeled images "
-        "that the run was given]"
+        "that the run was given, or without any the labeled ones]"
     )
     parser.add_path("--images", "PATH", text, nargs="+")
     parser.add_path("--output", "FILE", "checkpoint to write", required=True, writable=True)
@@ -47,26 +49,47 @@ def _adapt(options: argparse.Namespace) -> None:
     _check_output(options.output, source)
     predictor = load(source, distributed.pick_device(options.device))
     state = checkpoint.read(source)
-    config = Config.of(**state["config"])
+    # A newer version may have more settings; those that say how to crop are old.
+    config = Config.of(**{key: state["config"][key] for key in FIELDS if key in state["config"]})
     if options.images is None:
-        _, _, samples = open_lists(config)
-        paths = [sample.image for sample in samples]
+        paths = _images_of_run(config)
     else:
         found, _ = find_images(options.images, options.output)
         paths = [path for path, _ in found]
     crops = unlabeled_crops(config, paths, show_progress("crops"))
-    side = config.data.crop_size
-    with fitting(f"a batch of crops of {side} x {side} does not fit in memory: use --device cpu"):
+    size = f"{config.data.crop_size} x {config.data.crop_size}"
+    with fitting(f"8 crops of {size} do not fit in memory: use --device cpu, or more memory"):
         adapted = with_statistics_of(predictor, crops)
     kept = {name: state[name] for name in _KEPT if name in state}
     checkpoint.write(options.output, kept | {"network": adapted.network.state_dict()})
     print(f"{options.output}: batch statistics of {CROPS} crops drawn from {len(paths)} images")
 
 
+def _images_of_run(config: Config) -> list[Path]:
+    try:
+        LAYOUTS.check_own(config.data.dataset)
+        _, _, samples = open_lists(config)
+    except InputError as error:
+        raise InputError(
+            f"the run's unlabeled images cannot be opened ({error}): give --images"
+        ) from error
+    return [sample.image for sample in samples]
+
+
 def _check_output(output: Path, source: Path) -> None:
     of_a_run = output.name in ("best.pt", "last.pt") and (output.parent / "config.json").exists()
     if of_a_run or output.resolve() == source.resolve():
         raise InputError(f"--output {output} would overwrite a run's own state: give another file")
+    if not output.exists():
+        return
+    try:
+        former = checkpoint.read(output)
+    except InputError as error:
+        raise InputError(
+            f"--output {output} is no checkpoint and would be overwritten: give another file"
+        ) from error
+    if "optimizer" in former:
+        raise InputError(f"--output {output} is what a run goes on from: give another file")
 
 
 if __name__ == "__main__":

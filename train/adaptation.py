@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 from cac_fast.train.config import Config
 from cac_fast.train.data.augment import UnlabeledTransform
@@ -35,20 +34,35 @@ def with_statistics_of(predictor: Predictor, crops: Iterable[Tensor]) -> Predict
     """A copy whose batch-norm statistics are the means of those of `crops`, in eval mode.
 
     Args:
-        predictor: a network whose dropout is off.
+        predictor: any network; batch norm that `crops` do not reach keeps its statistics.
         crops: batches (B, 3, c, c) uint8, RGB, on any device.
 
     Raises:
         InputError: the network has no batch-norm statistics.
     """
-    changed = copy.deepcopy(predictor)
-    layers = [part for part in changed.network.modules() if isinstance(part, _BatchNorm)]
-    if not any(part.track_running_stats for part in layers):
+    changed = copy.deepcopy(predictor).eval()
+    parts = changed.network.modules()
+    layers = [part for part in parts if isinstance(part, _BatchNorm) and part.track_running_stats]
+    before = [copy.deepcopy(layer.state_dict()) for layer in layers]
+    momenta = [layer.momentum for layer in layers]
+    # Not PyTorch's update_bn: it puts all of the network into training, dropout included, and
+    # leaves batch norm that it does not reach without statistics.
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean of all batches
+        layer.train()
+    with torch.no_grad():
+        for batch in crops if layers else ():
+            changed.network((batch.to(changed.mean) / 255 - changed.mean) / changed.std)
+    reached = [int(layer.num_batches_tracked) > 0 for layer in layers]
+    if not any(reached):
         raise InputError(
             "the network has no batch norm, so it holds no statistics to take anew: use it as it is"
         )
-    normalized = ((batch.to(changed.mean) / 255 - changed.mean) / changed.std for batch in crops)
-    update_bn(normalized, changed.network)
+    for layer, state, momentum, is_new in zip(layers, before, momenta, reached, strict=True):
+        layer.momentum = momentum
+        if not is_new:
+            layer.load_state_dict(state)
     return changed.eval()
 
 

@@ -140,8 +140,9 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
     for arm in options.arms:
         needed = needed_arm(arm)
         if needed is not None and needed not in options.arms:
+            or_else = ", or use --methods" if needed == "supervised" else ""
             raise InputError(
-                f"{arm} begins with the runs of {needed}: add {needed} to --arms, or use --methods"
+                f"{arm} begins with the runs of {needed}: add {needed} to --arms{or_else}"
             )
     options.runs = (options.runs or ROOT / "runs" / options.name).resolve()
     find_data(options)

@@ -116,6 +116,6 @@ def add_variant(text: str) -> str:
         )
     arm = found._replace(color=f"C{len(ARMS) % 10}", more=(*found.more, *more))
     kept = ARMS.setdefault(name, arm)
-    if (kept.method, kept.more) != (arm.method, arm.more):
+    if kept._replace(color=arm.color) != arm:
         raise InputError(f"--variant {text}: there is another arm {name}: give another name")
     return name

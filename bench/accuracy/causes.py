@@ -155,7 +155,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     record = {"command": command_line("bench/accuracy/causes.py", arguments), **facts(ALONE.device)}
     found = []
-    for run in sorted(path.parent for path in options.runs.glob("*/last.pt")):
+    # What `adapt.py` has written has no settings of its own, and new statistics already.
+    folders = sorted(path.parent for path in options.runs.glob("*/config.json"))
+    for run in (folder for folder in folders if (folder / "last.pt").is_file()):
         progress(f"scoring {run.name}")
         found.append(causes(run, options.data_dir, options.names))
         numbers = {name: value for name, value in found[-1].items() if name != "run"}

@@ -26,12 +26,15 @@ Job = tuple[str, str, int]
 def note_call(job: Job, options: argparse.Namespace) -> dict[str, list]:
     """The commits and machines that a run was trained with, oldest first, from `read_note`.
 
-    Those of this call, `options.note`, are among them unless the run is finished.
+    Those of this call, `options.note`, are among them unless the run is finished. Of a network that
+    is adapted they are the only ones, as every call does that anew.
 
     Raises:
         InputError: as `is_finished`.
     """
     folder = run_folder(job, options)
+    if ARMS[job[0]].adapts is not None:
+        return note_run(folder, options.note, begun=False)
     begun = (folder / "last.pt").is_file() and "--restart" not in options.rest
     if begun and is_finished(job, options):
         return read_note(folder)
