@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from data_folders import one_line
 from tiny_scenes import write_scenes
 
 from accuracy import causes
-from cac_fast.train import adapt, config, engine
+from cac_fast.train import adapt, checkpoint, config, engine
 from cac_fast.train.distributed import World
+from cac_fast.train.errors import InputError
 
 OPTIONS = (
     "--backbone mobilenet_v2 --batch-size 2 --crop-size 32 --iterations 1 --warmup 0 --workers 0 "
@@ -76,3 +79,11 @@ def test_taught_is_of_the_steps_as_trained(tmp_path):
     step = next(iter(trainer.stream.steps(0, 1, with_unlabeled=True)))
     losses = trainer.method.train()(step.labeled, step.unlabeled)
     assert once["pairs"] >= losses["pairs"] > 0
+
+
+def test_a_run_names_a_layout_of_the_working_folder_alone(working_folder: Path) -> None:
+    state = {"config": {"dataset": "json:loads", "data_dir": "."}}
+    checkpoint.write(working_folder / "last.pt", state)
+    with pytest.raises(InputError) as error:
+        causes.causes(working_folder, None)
+    one_line(error, "--dataset json:loads", "working folder alone", "json.py")

@@ -94,8 +94,25 @@ def test_the_cheapest_arms_begin(planned: Trainer) -> None:
     assert planned.trained[:2] == ["supervised 1/2 seed 0", "supervised 1/2 seed 1"]
     jobs = [("cac", "full", 0), ("supervised", "full", 0)]
     assert plan.cheapest_first(jobs, {"supervised": 2.0, "cac": 1.0}) == jobs[::-1]
-    jobs = [("supervised_adapted", "full", 0), ("cac", "full", 0)]
-    assert plan.cheapest_first(jobs, {"supervised_adapted": 0.0, "cac": 1.0}) == jobs[::-1]
+
+
+@pytest.mark.parametrize(
+    "asked", [("--methods", "cac"), ("--arms", "supervised_adapted,supervised,cac")]
+)
+def test_what_adapts_a_run_comes_last(
+    planned: Trainer, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, str]
+) -> None:
+    begun = []
+
+    def noted(job: runs.Job, *others: object) -> dict:
+        begun.append(job[0])
+        return runs.one_run(job, *others)
+
+    monkeypatch.setattr(compare, "one_run", noted)
+    monkeypatch.setattr(compare, "plot", lambda results, path: None)
+    assert call(planned, *asked, "--jobs", "1") == 0
+    assert begun.index("supervised_adapted") > begun.index("cac")
+    assert begun[-2:] == ["supervised_adapted"] * 2
 
 
 def test_an_adapted_arm_costs_what_its_run_does(trainer: Trainer) -> None:

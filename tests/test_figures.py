@@ -206,6 +206,13 @@ def test_precision_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 NAMES = ["b", "a", "d", "c", "e"]
 
 
+def test_a_run_names_a_layout_of_the_working_folder_alone(working_folder: Path) -> None:
+    config = Config.of(dataset="json:loads", data_dir=str(working_folder))
+    with pytest.raises(InputError) as error:
+        figure_runs.data_of(config, None)
+    one_line(error, "--dataset json:loads", "working folder alone", "json.py")
+
+
 def test_images_that_differ_most_come_first() -> None:
     scores = [[0.1, 0.5, 0.3], [0.5, 0.2, 0.5], [0.0, 0.9, 0.9], [0.4, 0.4, 0.0], [1.0, 1.0, 1.0]]
     # Apart by 0.4, 0.3, 0.9, 0.4, 0: d, then b before c, whose order in the list is another.

@@ -26,15 +26,16 @@ from cac_fast.loss import _active, _cells, _confidence, _partner_rows
 from cac_fast.train import checkpoint, load
 from cac_fast.train.adaptation import unlabeled_crops, with_statistics_of
 from cac_fast.train.config import Config
-from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
+from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.lists import named
-from cac_fast.train.data.splits import select
+from cac_fast.train.data.opening import open_lists
 from cac_fast.train.data.stream import Stream
 from cac_fast.train.distributed import World, run_command
 from cac_fast.train.evaluation import evaluate
 from cac_fast.train.methods import build_method
 from cac_fast.train.methods.cac import CAC
 from cac_fast.train.networks import build_network
+from cac_fast.train.registry import LAYOUTS
 from lib.measure import command_line, facts, progress, write_record
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -115,10 +116,10 @@ def scored_parts(data: SegmentationData, names: Path | None) -> dict[str, list[S
 def causes(run: Path, data_dir: Path | None, names: Path | None = None) -> dict[str, Any]:
     """What one run's last state knows; names: as of `scored_parts`, whose errors it raises."""
     state = checkpoint.read(run / "last.pt")
-    config = Config.of(**state["config"] | {"workers": 0, "cache": None})
-    data = open_data(config.data.dataset, data_dir or Path(config.data.data_dir))
-    lists = (path and Path(path) for path in (config.data.labeled, config.data.unlabeled))
-    labeled, unlabeled = select(data, *lists, config.data.labeled_share, config.data.data_list)
+    moved = {} if data_dir is None else {"data_dir": str(data_dir)}
+    config = Config.of(**state["config"] | {"workers": 0, "cache": None} | moved)
+    LAYOUTS.check_own(config.data.dataset)
+    data, labeled, unlabeled = open_lists(config)
     truth = all(sample.mask is not None for sample in unlabeled)
     config = config.changed(false_negatives=truth)
     predictor = load(run / "last.pt")

@@ -92,8 +92,6 @@ def compare(options: argparse.Namespace) -> int:
         for arm in ARMS
         if arm in options.arms
     ]
-    # Behind all others, so that none waits for the run that it adapts.
-    jobs.sort(key=lambda job: ARMS[job[0]].adapts is not None)
     # Taken now: results that are written below a commit's files make the tree differ from it.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = facts(device)
@@ -150,6 +148,8 @@ def compare(options: argparse.Namespace) -> int:
                 unknown = [job for job in jobs if job[0] not in {**hours, **failed}]
                 hours = hours | planned_hours(unknown, options, failed)
                 jobs = cheapest_first(jobs, hours)
+            # Behind all others, so that none waits for the run that it adapts.
+            jobs.sort(key=lambda job: ARMS[job[0]].adapts is not None)
             # What all others are compared with, and what some learn from.
             jobs = [
                 job

@@ -19,6 +19,7 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.inference import Predictor
 from cac_fast.train.log import read_metrics
 from cac_fast.train.pictures import shortened
+from cac_fast.train.registry import LAYOUTS
 
 REPEATED = frozenset(
     "seed data_list data_dir labeled unlabeled output cache workers weights device".split()
@@ -121,7 +122,12 @@ def by_name(logs: Sequence[Log]) -> dict[str, list[Log]]:
 
 
 def data_of(config: Config, data_dir: Path | None) -> SegmentationData:
-    """The data that a run saw, at `data_dir` if they were moved there; raises as `open_data`."""
+    """The data that a run saw, at `data_dir` if they were moved there.
+
+    Raises:
+        InputError: as of `open_data`, or the run's layout is code outside the working folder.
+    """
+    LAYOUTS.check_own(config.data.dataset)
     return open_data(config.data.dataset, data_dir or config.data.data_dir)
 
 

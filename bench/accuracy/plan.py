@@ -76,13 +76,12 @@ def hours_of(settings: Config, seconds: dict[str, float | None], alone: bool) ->
 
 def cheapest_first(jobs: list[Job], hours: dict[str, float]) -> list[Job]:
     """Jobs by the hours of their arms: all of an arm together, supervised before all others, as
-    some begin with what it has learned, and what adapts a run behind all others."""
+    some begin with what it has learned."""
     names = list(ARMS)
 
-    def place(job: Job) -> tuple[bool, bool, float, int]:
+    def place(job: Job) -> tuple[bool, float, int]:
         arm = job[0]
-        last = ARMS[arm].adapts is not None
-        return last, arm != "supervised", hours.get(arm, 0.0), names.index(arm)
+        return arm != "supervised", hours.get(arm, 0.0), names.index(arm)
 
     return sorted(jobs, key=place)
 
