@@ -302,6 +302,14 @@ def test_named_images_are_scored_by_themselves(
     one_line(error, "dusk.txt line 2", "y")
 
 
+@pytest.mark.parametrize(
+    ("words", "title"), [([], "set"), (["--title", "set, random weights"], "set, random weights")]
+)
+def test_a_title_tells_experiments_apart(trainer: Trainer, words: list[str], title: str) -> None:
+    assert compare.compare(compare.parse([*trainer.words, *words, "--", "--iterations", "4"])) == 0
+    assert [row["setting"] for row in trainer.record()["summary"]] == [f"{title} 1/2"]
+
+
 @pytest.mark.parametrize("name", ["day", "val", "test"])
 def test_results_of_one_name_are_refused(trainer: Trainer, tmp_path: Path, name: str) -> None:
     files = [tmp_path / "a/day.txt", tmp_path / f"b/{name}.txt"]

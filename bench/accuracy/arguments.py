@@ -36,6 +36,8 @@ def add_shared(parser: Parser) -> None:
     """Add what a program that plans runs asks for: data, seeds, folders, how many at once."""
     parser.add_argument("--dataset", required=True, help="as train/main.py's")
     parser.add_argument("--data-dir", help="as train/main.py's")
+    text = "of the data in tables (default: its folder's name); tells two experiments on it apart"
+    parser.add_argument("--title", help=text)
     parser.add_argument("--seeds", type=numbers, default="0,1,2", help="of the runs (%(default)s)")
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: below runs)")
     parser.add_argument(
@@ -50,9 +52,9 @@ def add_shared(parser: Parser) -> None:
 
 
 def find_data(options: argparse.Namespace) -> None:
-    """Note the data's `folder`, and its `title` in tables."""
+    """Note the data's `folder`, and its `title` in tables if none is given."""
     options.folder = Path(options.data_dir).resolve() if options.data_dir else None
-    options.title = options.folder.name if options.folder else options.dataset
+    options.title = options.title or (options.folder.name if options.folder else options.dataset)
     if options.folder is None and (made_in := LAYOUTS.entry(options.dataset).made_in):
         options.folder = ROOT / made_in
 

@@ -158,7 +158,8 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
         cells = [cell(row[name], row[f"{name}_standard_error"]) for name in names]
         share = row["share_of_headroom"]
         cells += ["" if share is None else f"{100 * share:.0f} %", str(row["seeds"])]
-        says = {True: "", False: "not informative", None: "headroom not known yet"}
+        unknown = "no headroom yet" if row["headroom"] is None else "one seed: not judged"
+        says = {True: "", False: "not informative", None: unknown}
         cells = [row["setting"], row["scored_on"], *cells, says[row["informative"]]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
