@@ -232,13 +232,13 @@ def plot(results: list[dict], path: Path) -> None:
 
     shares = list(dict.fromkeys(result["share"] for result in results))
     figure, axes = pyplot.subplots(
-        1, len(shares), figsize=(6 * len(shares), 4), squeeze=False, layout="constrained"
+        1, len(shares), figsize=(8 * len(shares), 4), squeeze=False, layout="constrained"
     )
     for axis, share in zip(axes[0], shares, strict=True):
         draw(axis, results, share)
         axis.set(title=panel_title(share), xlabel="iteration", ylabel="val mIoU")
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside what it would hide
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
