@@ -207,6 +207,7 @@ def test_a_variant_is_an_arm_with_more_options(
         assert compare.compare(compare.parse([*words, "--", "--iterations", "4"])) == 0
     assert [run["method"] for run in trainer.record()["runs"]] == ["supervised", "light", "lighter"]
     assert trainer.record()["summary"][0]["lighter_gain"] == 0
+    assert len({ARMS[arm].color for arm in ("control", "cac", "light", "lighter")}) == 4
     ends = [command[command.index("4") + 1 :] for command in commands[:3]]
     assert ends == [[], ["--dc-weight", "0.01"], ["--dc-weight", "0.01", "--warmup", "0"]]
     assert commands[2][commands[2].index("--method") + 1] == "cac"

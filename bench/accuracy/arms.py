@@ -11,7 +11,7 @@ from cac_fast.train.errors import InputError, did_you_mean
 METHODS = ("supervised", "cac")
 """The arms of a comparison that asks for no others."""
 
-# Of methods without a line in ARMS, in the registry's order.
+# Of variants, and of methods without a line in ARMS, in the registry's order.
 _PALETTE = "tab:brown tab:pink tab:olive tab:cyan black gold navy lime magenta teal".split()
 
 
@@ -114,7 +114,8 @@ def add_variant(text: str) -> str:
         raise InputError(
             f"--variant {text}: give NAME=ARM OPTIONS, with an arm of {', '.join(names)}"
         )
-    arm = found._replace(color=f"C{len(ARMS) % 10}", more=(*found.more, *more))
+    taken = [arm.color for arm in ARMS.values()]
+    arm = found._replace(color=min(_PALETTE, key=taken.count), more=(*found.more, *more))
     kept = ARMS.setdefault(name, arm)
     if kept._replace(color=arm.color) != arm:
         raise InputError(f"--variant {text}: there is another arm {name}: give another name")
