@@ -25,7 +25,7 @@ from cac_fast.train.options import Parser
 from cac_fast.train.registry import LAYOUTS, METHODS, Registry
 from cac_fast.train.settings import FIELDS, TYPES, Config
 
-__all__ = ["Config", "compared", "differences", "parse"]
+__all__ = ["Config", "compared", "differences", "parse", "unused"]
 
 # Settings that a resumed run may change: they do not alter what is computed. (The lists may move;
 # what they name may not change.)
@@ -83,6 +83,22 @@ def differences(config: Config, former: dict[str, Any]) -> list[str]:
         for there in [former.get(name, FIELDS[name].default)]
         if name not in FREE and compared(name, there) != compared(name, here)
         if name != "iterations" or there > here  # a run may be made longer
+    ]
+
+
+def unused(config: Config) -> list[str]:
+    """The flags of the loss that were given and that the chosen method does not read.
+
+    None of them for supervised training and for a method from outside the project.
+    """
+    method, layout = METHODS.entry(config.loss.method), LAYOUTS.entry(config.data.dataset)
+    if method.uses is None:
+        return []
+    return [
+        _as_flag(name, value, " ")
+        for name, value in vars(config.loss).items()
+        if name not in {"method", *method.uses.split()}
+        and value not in (FIELDS[name].default, layout.preset.get(name))
     ]
 
 

@@ -29,6 +29,8 @@ class Entry:
     preset: of a data layout or method: settings in place of the defaults, by their flat names; the
         layout's win.
     made_in: of a data layout that the program makes itself: in this folder if no other is given.
+    uses: of a method: the settings of the loss that it reads, between spaces. None where a run need
+        not hear of the others.
     """
 
     where: str
@@ -36,6 +38,7 @@ class Entry:
     arguments: tuple[str, ...] = ()
     preset: Mapping[str, Any] = field(default_factory=dict)
     made_in: str | None = None
+    uses: str | None = None
 
 
 class Registry:
@@ -177,6 +180,13 @@ _GCT = {"forward": "joint", "warmup": 0, "unsupervised_weight": 100.0}
 # Nothing of it is published: what GCT has.
 _ECS = {"forward": "joint", "warmup": 0}
 
+_UNLABELED = "forward warmup unsupervised_weight"
+_CONTRASTIVE = (
+    "forward warmup dc_weight dc_ramp temperature threshold normalization negatives_per_view "
+    "max_negatives bank_past_steps projector context contrastive directional negative_sampling "
+    "positive_filtering dc_backend false_negatives"
+)
+
 # A layout is a function of its folder that returns `data.layouts.SegmentationData`.
 LAYOUTS = Registry(
     "--dataset",
@@ -224,25 +234,60 @@ BACKBONES = Registry(
 METHODS = Registry(
     "--method",
     {
-        "cac": Entry(f"{_METHODS}.cac:CAC", "context-aware consistency"),
-        "cct": Entry(f"{_METHODS}.cct:CCT", "consistency of perturbed features", preset=_CCT),
-        "cps": Entry(f"{_METHODS}.cps:CPS", "two networks label for each other", preset=_CPS),
-        "ecs": Entry(f"{_METHODS}.ecs:ECS", "our reading of error correction", preset=_ECS),
-        "fixmatch": Entry(
-            f"{_METHODS}.fixmatch:FixMatch", "weak to strong, UniMatch too", preset=_FIXMATCH
+        "cac": Entry(
+            f"{_METHODS}.cac:CAC",
+            "context-aware consistency",
+            uses=f"{_CONTRASTIVE} averaged_labels ema_decay",
         ),
-        "gct": Entry(f"{_METHODS}.gct:GCT", "two networks and a flaw detector", preset=_GCT),
+        "cct": Entry(
+            f"{_METHODS}.cct:CCT",
+            "consistency of perturbed features",
+            preset=_CCT,
+            uses=f"{_UNLABELED} auxiliary_heads",
+        ),
+        "cps": Entry(
+            f"{_METHODS}.cps:CPS",
+            "two networks label for each other",
+            preset=_CPS,
+            uses=f"{_UNLABELED} cutmix",
+        ),
+        "ecs": Entry(
+            f"{_METHODS}.ecs:ECS",
+            "our reading of error correction",
+            preset=_ECS,
+            uses=f"{_UNLABELED} discriminator_learning_rate",
+        ),
+        "fixmatch": Entry(
+            f"{_METHODS}.fixmatch:FixMatch",
+            "weak to strong, UniMatch too",
+            preset=_FIXMATCH,
+            uses=f"{_CONTRASTIVE} {_UNLABELED} confidence ema_decay strong_views feature_dropout",
+        ),
+        "gct": Entry(
+            f"{_METHODS}.gct:GCT",
+            "two networks and a flaw detector",
+            preset=_GCT,
+            uses=f"{_UNLABELED} discriminator_learning_rate",
+        ),
         "mean_teacher": Entry(
             f"{_METHODS}.mean_teacher:MeanTeacher",
             "probabilities of an averaged teacher",
             preset=_MEAN_TEACHER,
+            uses=f"{_UNLABELED} ema_decay strong_views",
         ),
-        "s4gan": Entry(f"{_METHODS}.s4gan:S4GAN", "by a discriminator", preset=_S4GAN),
+        "s4gan": Entry(
+            f"{_METHODS}.s4gan:S4GAN",
+            "by a discriminator",
+            preset=_S4GAN,
+            uses=f"{_UNLABELED} confidence discriminator_learning_rate",
+        ),
         "self_training": Entry(
             f"{_METHODS}.self_training:SelfTraining",
             "by the masks of a trained teacher",
             preset=_SELF_TRAINING,
+            uses="forward warmup confidence pseudo_loss_weight normalize_pseudo_loss",
         ),
+        # The baseline is trained with the flags of what it is compared with.
         "supervised": Entry(f"{_METHODS}.supervised:Supervised", "the labeled images alone"),
     },
 )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cac_fast.train import checkpoint
-from cac_fast.train.config import Config
+from cac_fast.train.config import Config, unused
 from cac_fast.train.data.opening import open_inputs
 from cac_fast.train.data.stream import Stream, fill_cache
 from cac_fast.train.distributed import World
@@ -177,6 +177,8 @@ class RunState:
         say(self.weights_report)
         if self.method.report is not None:
             say(self.method.report)
+        if self.world.is_main and (flags := unused(config)):
+            warn(f"{config.loss.method} does not use {', '.join(flags)}")
         say(
             f"{self.iterations} iterations on {self.world.size} x {self.world.device.type}, "
             f"{self.precision}, into {self.folder.path}"
