@@ -216,6 +216,25 @@ def test_a_variant_is_an_arm_with_more_options(
             compare.parse([*words, "--variant", wrong])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--", "--seed", "7"], "--seed: compare.py itself gives"),
+        (["--", "--method=cac"], "--method=cac: compare.py itself gives"),
+        (["--", "--output", "x"], "--output: compare.py itself gives"),
+        (["--", "--labeled-share", "full"], "--labeled-share: compare.py itself gives"),
+        (["--variant", "same_seed=cac --seed 7"], "--seed: compare.py itself gives"),
+        (["--seeds", "0,0"], "--seeds"),
+        (["--seeds", "x"], "--seeds"),
+    ],
+)
+def test_no_option_makes_a_run_another_than_it_is_called(
+    words: list[str], message: str, trainer: Trainer
+) -> None:
+    with pytest.raises(InputError, match=message):
+        compare.parse([*trainer.words, *words])
+
+
 def test_arms_differ_in_masks_and_weight(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

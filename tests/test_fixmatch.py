@@ -292,10 +292,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     test_methods.use("fixmatch", monkeypatch)
 
 
-@pytest.mark.parametrize("variant", [[], V1, V2], ids=" ".join)
-def test_interrupted_run_ends_with_the_same_bits(variant, tiny, folder_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("variant", "precision"),
+    [([], "fp32"), ([], "fp16"), (V1, "fp32"), (V2, "fp32")],
+    ids=str,
+)
+def test_interrupted_run_ends_with_the_same_bits(
+    variant, precision, tiny, folder_data, tmp_path, monkeypatch
+):
     monkeypatch.setattr(test_methods, "OPTIONS", [*test_methods.OPTIONS, *variant])
-    given = "fixmatch", "fp32", folder_data, tmp_path, monkeypatch
+    given = "fixmatch", precision, folder_data, tmp_path, monkeypatch
     test_methods.test_interrupted_run_ends_with_the_same_bits(*given)
 
 
@@ -307,6 +313,17 @@ def test_two_processes_give_the_course_of_one(tiny, folder_data, tmp_path, monke
 def test_slices_and_recomputation_change_no_run(tiny, folder_data, tmp_path, monkeypatch):
     given = "fixmatch", folder_data, tmp_path, monkeypatch
     test_methods.test_slices_and_recomputation_change_nothing(*given)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_methods.test_autocast_starts_where_fp32_does,
+        test_methods.test_a_step_that_overflows_changes_no_weight,
+    ],
+)
+def test_as_all_methods(test, tiny, folder_data, tmp_path, monkeypatch):
+    test("fixmatch", folder_data, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("contrastive", [False, True])

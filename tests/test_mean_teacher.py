@@ -229,9 +229,15 @@ def test_slices_and_recomputation_change_no_run(tiny, folder_data, tmp_path, mon
     test_methods.test_slices_and_recomputation_change_nothing(*given)
 
 
-def test_autocast_starts_where_fp32_does(tiny, folder_data, tmp_path, monkeypatch):
-    given = "mean", folder_data, tmp_path, monkeypatch
-    test_methods.test_autocast_starts_where_fp32_does(*given)
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_methods.test_autocast_starts_where_fp32_does,
+        test_methods.test_a_step_that_overflows_changes_no_weight,
+    ],
+)
+def test_as_all_methods(test, tiny, folder_data, tmp_path, monkeypatch):
+    test("mean", folder_data, tmp_path, monkeypatch)
 
 
 def test_a_step_changes_what_it_may(tiny, folder_data, tmp_path):

@@ -12,6 +12,7 @@ from test_step import Backbone, Head
 from torch import nn
 
 from cac_fast.train import config
+from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.methods import Method, cct, method_class
 from cac_fast.train.methods.mixing import cutmix, inside
@@ -50,6 +51,25 @@ def test_pairs_give_each_other_their_rectangles():
     mixed = cutmix(values, boxes)
     assert mixed[:, 0, 1].tolist() == [1, 0, 3, 2]
     assert torch.equal(mixed[~boxes], values[~boxes])
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "processes", "unmixed"),
+    [
+        ("cps --cutmix", 8, 8, "of 1 one stays as it is; use a --batch-size that 16 divides"),
+        ("fixmatch", 3, 1, "of 3 one stays as it is; use a --batch-size that 2 divides"),
+        ("fixmatch", 8, 4, None),
+        ("cps", 3, 1, None),
+    ],
+)
+def test_images_without_a_partner_are_told_of(name, batch, processes, unmixed, capsys):
+    words = ["--dataset", "toycity", "--method", *name.split(), "--batch-size", str(batch)]
+    settings = config.parse(words)
+    world = World(0, processes, torch.device("cpu"))
+    network = Segmenter(Backbone(), Head(), 3, dropout=0.5)
+    method_class(settings)(lambda: copy.deepcopy(network), world, settings, torch.float32)
+    told = capsys.readouterr().err
+    assert told == "" if unmixed is None else unmixed in told
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, math.exp(-5)), (5, math.exp(-1.25)), (10, 1.0)])

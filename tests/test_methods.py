@@ -223,7 +223,8 @@ def test_a_step_that_overflows_changes_no_weight(name, folder_data, tmp_path, mo
     changed = one_step(trained, unlabeled=True)
     assert trained.scaler.get_scale() == 2.0**119
     assert {item for item in changed & before.keys() if not item.startswith("teacher")} == set()
-    assert (name == "teacher") == any(item.startswith("teacher") for item in changed)
+    averages = hasattr(trained.method, "teacher")  # it follows whatever the student did
+    assert averages == any(item.startswith("teacher") for item in changed)
 
 
 def as_rank(rank: int, kind: type[Method], options: list[str], data: Path, folder: Path) -> None:

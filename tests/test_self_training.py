@@ -360,6 +360,19 @@ def test_slices_and_recomputation_change_no_run(tiny, teacher, folder_data, tmp_
     )
 
 
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_methods.test_autocast_starts_where_fp32_does,
+        test_methods.test_a_step_that_overflows_changes_no_weight,
+    ],
+)
+def test_as_all_methods(test, tiny, teacher, folder_data, tmp_path, monkeypatch):
+    options = [*test_methods.OPTIONS, "--teacher", str(teacher)]
+    monkeypatch.setattr(test_methods, "OPTIONS", options)
+    test("self", folder_data, tmp_path, monkeypatch)
+
+
 def as_rank(rank: int, *arguments) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "build_network", tiny_network)

@@ -65,6 +65,15 @@ def test_what_an_entry_names_is_what_its_method_reads(name, folder_data, tmp_pat
         ),
         (["--method", "cps", "--cutmix", "--warmup", "3"], []),
         (["--method", "cps", "--ema-decay", "0.996"], []),  # the default
+        (["--method", "fixmatch", "--threshold", "0.9"], ["--threshold 0.9"]),
+        (["--method", "fixmatch", "--threshold", "0.9", "--dc-weight", "0.1"], []),
+        (["--method", "cac", "--ema-decay", "0.9"], ["--ema-decay 0.9"]),
+        (["--method", "cac", "--ema-decay", "0.9", "--averaged-labels"], []),
+        (
+            ["--method", "self_training", "--pseudo-labels", "d", "--confidence", "0.9"],
+            ["--confidence 0.9"],
+        ),
+        (["--method", "self_training", "--teacher", "r", "--confidence", "0.9"], []),
         (["--method", "supervised", "--dc-weight", "1"], []),
         (["--method", "mine:Own", "--confidence", "0.5"], []),
     ],
@@ -82,6 +91,5 @@ def test_presets_are_no_flags():
 
 def test_a_run_warns_of_them(folder_data, tmp_path, monkeypatch, capfd):
     read_by("cps", folder_data, tmp_path, ["--ema-decay", "0.9", "--temperature", "1"], monkeypatch)
-    assert (
-        "warning: cps does not use --temperature 1.0, --ema-decay 0.9\n" in capfd.readouterr().err
-    )
+    message = "warning: cps with these settings does not use --temperature 1.0, --ema-decay 0.9\n"
+    assert message in capfd.readouterr().err

@@ -22,7 +22,7 @@ from typing import Any
 from cac_fast.checks import check_temperature
 from cac_fast.train.errors import InputError, check_crop, did_you_mean
 from cac_fast.train.options import Parser
-from cac_fast.train.registry import LAYOUTS, METHODS, Registry
+from cac_fast.train.registry import CONTRASTIVE, LAYOUTS, METHODS, Registry
 from cac_fast.train.settings import FIELDS, TYPES, Config
 
 __all__ = ["Config", "compared", "differences", "parse", "unused"]
@@ -87,18 +87,30 @@ def differences(config: Config, former: dict[str, Any]) -> list[str]:
 
 
 def unused(config: Config) -> list[str]:
-    """The flags of the loss that were given and that the chosen method does not read.
+    """The flags of the loss that were given and that the method does not read beside the others.
 
     None of them for supervised training and for a method from outside the project.
     """
-    method, layout = METHODS.entry(config.loss.method), LAYOUTS.entry(config.data.dataset)
+    loss, layout = config.loss, LAYOUTS.entry(config.data.dataset)
+    method = METHODS.entry(loss.method)
     if method.uses is None:
         return []
+    read = {"method", *method.uses.split()}
+    if loss.method == "fixmatch" and loss.dc_weight == 0:
+        read -= {*CONTRASTIVE.split()} - {"forward", "warmup"}
+    if loss.method == "cac" and not loss.averaged_labels:
+        read.remove("ema_decay")
+    if loss.method == "self_training" and config.data.teacher is None:
+        read.remove("confidence")
+    defaults = [
+        {name: field.default for name, field in FIELDS.items()},
+        method.preset,
+        layout.preset,
+    ]
     return [
         _as_flag(name, value, " ")
-        for name, value in vars(config.loss).items()
-        if name not in {"method", *method.uses.split()}
-        and value not in (FIELDS[name].default, layout.preset.get(name))
+        for name, value in vars(loss).items()
+        if name not in read and all(value != values.get(name) for values in defaults)
     ]
 
 

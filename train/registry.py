@@ -181,7 +181,7 @@ _GCT = {"forward": "joint", "warmup": 0, "unsupervised_weight": 100.0}
 _ECS = {"forward": "joint", "warmup": 0}
 
 _UNLABELED = "forward warmup unsupervised_weight"
-_CONTRASTIVE = (
+CONTRASTIVE = (
     "forward warmup dc_weight dc_ramp temperature threshold normalization negatives_per_view "
     "max_negatives bank_past_steps projector context contrastive directional negative_sampling "
     "positive_filtering dc_backend false_negatives"
@@ -237,7 +237,7 @@ METHODS = Registry(
         "cac": Entry(
             f"{_METHODS}.cac:CAC",
             "context-aware consistency",
-            uses=f"{_CONTRASTIVE} averaged_labels ema_decay",
+            uses=f"{CONTRASTIVE} averaged_labels ema_decay",
         ),
         "cct": Entry(
             f"{_METHODS}.cct:CCT",
@@ -261,7 +261,7 @@ METHODS = Registry(
             f"{_METHODS}.fixmatch:FixMatch",
             "weak to strong, UniMatch too",
             preset=_FIXMATCH,
-            uses=f"{_CONTRASTIVE} {_UNLABELED} confidence ema_decay strong_views feature_dropout",
+            uses=f"{CONTRASTIVE} {_UNLABELED} confidence ema_decay strong_views feature_dropout",
         ),
         "gct": Entry(
             f"{_METHODS}.gct:GCT",

@@ -178,7 +178,7 @@ class RunState:
         if self.method.report is not None:
             say(self.method.report)
         if self.world.is_main and (flags := unused(config)):
-            warn(f"{config.loss.method} does not use {', '.join(flags)}")
+            warn(f"{config.loss.method} with these settings does not use {', '.join(flags)}")
         say(
             f"{self.iterations} iterations on {self.world.size} x {self.world.device.type}, "
             f"{self.precision}, into {self.folder.path}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from accuracy.arms import ARMS, METHODS, add_methods, add_variant, needed_arm
@@ -13,10 +14,27 @@ from cac_fast.train.options import Parser, at_least
 from cac_fast.train.registry import LAYOUTS
 from lib.measure import ROOT
 
+OWN = "--dataset --data-dir --method --output --seed --labeled-share --data-list --teacher".split()
+"""Options of `train/main.py` that `compare.py` gives itself: behind `--` they would win."""
+
 
 def numbers(text: str) -> list[int]:
-    """Integers between commas."""
-    return [int(word) for word in text.split(",")]
+    """Integers between commas, none of them twice.
+
+    Raises:
+        ValueError: they are not.
+    """
+    found = [int(word) for word in text.split(",")]
+    if len(set(found)) < len(found):
+        raise ValueError
+    return found
+
+
+def refuse(words: Sequence[str], own: Collection[str], program: str) -> None:
+    """Raise InputError for options of `train/main.py` that the program gives itself."""
+    for word in words:
+        if word.partition("=")[0] in own:
+            raise InputError(f"{word}: {program} itself gives train/main.py this one, leave it out")
 
 
 def arms(text: str) -> list[str]:
@@ -130,10 +148,13 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
     """What a call asks for; a smaller copy of the data is made.
 
     Raises:
-        InputError: as `split_arguments` and `shrunken`, of a copy that cannot be made, or of two
-            results that would have one name.
+        InputError: as `split_arguments`, `refuse` and `shrunken`, of a copy that cannot be made, or
+            of two results that would have one name.
     """
     options, rest = split_arguments(arguments, description)
+    refuse(rest, OWN, "compare.py")
+    for name in options.variants:
+        refuse(ARMS[name].more, {*OWN} - {"--method"}, "compare.py")
     options.command, options.rest = arguments, rest
     if options.arms and options.methods:
         raise InputError("--methods names the arms itself: leave out --arms")

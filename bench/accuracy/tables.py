@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy import runs as folders
-from accuracy.arguments import add_shared, data_options, find_data
+from accuracy.arguments import add_shared, data_options, find_data, refuse
 from accuracy.paper_tables import TABLES, Table
 from accuracy.table_outcome import differences, markdown, orderings, plot, result_of, summary_of
 from accuracy.table_plan import (
@@ -76,9 +76,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.command, options.rest = arguments, arguments[cut + 1 :]
     if options.iterations is not None:
         options.rest = [*options.rest, "--iterations", options.iterations]
-    for word in options.rest:
-        if word.partition("=")[0] in FIXED:
-            raise InputError(f"{word} is the table's own: leave it out")
+    refuse(options.rest, FIXED, "tables.py")
     find_data(options)
     options.data = data_options(options)
     options.name = options.name or f"table{options.table}-{options.title}"

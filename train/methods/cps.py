@@ -23,7 +23,7 @@ from cac_fast.train.methods.base import (
     cross_entropy_sum,
     second_network,
 )
-from cac_fast.train.methods.mixing import cutmix, inside
+from cac_fast.train.methods.mixing import cutmix, inside, warn_of_unmixed
 from cac_fast.train.networks import Segmenter
 from cac_fast.train.profiling import phase
 
@@ -60,6 +60,7 @@ class CPS(Method):
         self.unsupervised_weight = config.loss.unsupervised_weight
         self.cutmix = config.loss.cutmix
         if self.cutmix:
+            warn_of_unmixed(config, world)
             self.views = {"plain": View(boxes=3)}
 
     def segmenters(self) -> list[Segmenter]:

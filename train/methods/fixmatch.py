@@ -18,7 +18,7 @@ from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.methods.base import Batch, Networks, View, cross_entropy_sum
 from cac_fast.train.methods.contrastive import ContrastiveMethod, Projected, join
-from cac_fast.train.methods.mixing import cutmix, inside
+from cac_fast.train.methods.mixing import cutmix, inside, warn_of_unmixed
 from cac_fast.train.methods.teacher import Teacher
 from cac_fast.train.networks import Segmenter, upsample_logits
 from cac_fast.train.profiling import phase
@@ -64,6 +64,7 @@ class FixMatch(ContrastiveMethod):
             raise InputError(
                 "--feature-dropout complementary needs a pair of strong views: use --strong-views 2"
             )
+        warn_of_unmixed(config, world)
         self.unsupervised_weight, self.confidence = loss.unsupervised_weight, loss.confidence
         self.dropout = loss.feature_dropout
         self.strong = [f"strong{number}" for number in range(1, loss.strong_views + 1)]

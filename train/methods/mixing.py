@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cac_fast.train.config import Config
+from cac_fast.train.distributed import World
+from cac_fast.train.progress import warn
+
 
 def inside(boxes: Tensor, size: torch.Size) -> Tensor:
     """Which pixels come from the partner: bool (B, H, W) of int (B, boxes, 4).
@@ -27,3 +31,13 @@ def cutmix(values: Tensor, boxes: Tensor) -> Tensor:
     partners = places ^ 1
     partners = partners.where(partners < len(values), places)
     return torch.where(boxes, values[partners], values)
+
+
+def warn_of_unmixed(config: Config, world: World) -> None:
+    """Warn of an odd number of images on a process, as one of them has no partner."""
+    count = config.optim.batch_size // world.size
+    if count % 2 and world.is_main:
+        warn(
+            f"CutMix takes the images of a process in pairs: of {count} one stays as it is; use a "
+            f"--batch-size that {2 * world.size} divides"
+        )
