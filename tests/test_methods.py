@@ -154,7 +154,7 @@ def test_a_discriminator_has_an_optimizer_and_gradients_of_its_own(
 def test_interrupted_run_ends_with_the_same_bits(
     name, precision, folder_data, tmp_path, monkeypatch
 ):
-    """And every scalar is in the lines of metrics."""
+    """And every scalar is in the lines of metrics, and the network that is scored in best.pt."""
     use(name, monkeypatch)
     options = "--precision", precision
     whole = run(folder_data, tmp_path / "whole", *options)
@@ -168,6 +168,9 @@ def test_interrupted_run_ends_with_the_same_bits(
     one, other = (checkpoint.read(tmp_path / at / "last.pt") for at in ("whole", "run"))
     assert_same_bits(one["method"], other["method"])
     assert_same_bits(one["network"], other["network"])
+    part = "teacher.copy." if "teacher.copy.classifier.1.weight" in other["method"] else "network."
+    scored = {n.removeprefix(part): x for n, x in other["method"].items() if n.startswith(part)}
+    assert_same_bits(checkpoint.read(tmp_path / "run" / "best.pt")["network"], scored)
     assert one["scaler"] == other["scaler"] and (one["scaler"] != {}) == (precision == "fp16")
     states = ([kept["optimizer"], *kept["optimizers"]] for kept in (one, other))
     for here, there in zip(*states, strict=True):
