@@ -15,7 +15,7 @@ from data_folders import write_folder
 from PIL import Image, PngImagePlugin
 from red_network import red_network
 
-from cac_fast.train import checkpoint, classify
+from cac_fast.train import checkpoint, classify, main
 from cac_fast.train.config import Config
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.data.toycity import dataset
@@ -258,6 +258,21 @@ def test_bad_input_is_one_line(
     error = capfd.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert all(word in error for word in words), error
+
+
+def test_a_folder_of_the_other_program_is_refused(
+    city: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--dataset toycity --data-dir {city} --method supervised --iterations 2 --batch-size 2"
+    words += " --backbone mobilenet_v2 --crop-size 32 --workers 0 --device cpu --output"
+    assert main.main([*words.split(), str(tmp_path / "run")]) == 0
+    run(city, tmp_path / "run", code=2)
+    assert main.main([*words.split(), str(finished)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [
+        f"{folder} holds a run with other settings" in line
+        for folder, line in zip((tmp_path / "run", finished), lines, strict=True)
+    ] == [True, True], lines
 
 
 def test_torchrun_is_refused(

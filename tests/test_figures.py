@@ -236,6 +236,8 @@ def test_identical_runs_are_shown_by_name() -> None:
 class Network:
     """Right in the left part of every image, in as much of it as the file name says."""
 
+    classes = ("road", "sky", "car")
+
     def __init__(self, better: bool) -> None:
         self.better = better
 
@@ -273,6 +275,60 @@ def test_sheet_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) 
     with pytest.raises(InputError) as error:
         draw("--figure", 8, "--runs", "x", "--output", png)
     one_line(error, "two or more")
+
+    # Masks without a class are left out; without any other nothing is drawn.
+    words = "--figure", 8, "--runs", "x", "y", "--rows", 4, "--output", png, "--json", numbers
+    write_mask(root / "masks/val/a b.png", 60, 50, value=255)
+    draw(*words)
+    shown = {row["image"] for row in json.loads(numbers.read_text())["rows"]}
+    assert shown == heights.keys() - {"a b"}
+    for name, height in heights.items():
+        write_mask(root / f"masks/val/{name}.png", height, 50, value=255)
+    with pytest.raises(InputError) as error:
+        draw(*words)
+    one_line(error, root, "255 all over")
+
+
+def test_a_drawn_image_has_truth(tmp_path: Path) -> None:
+    for name, value in (("a", 255), ("b", 0), ("c", 255), ("d", 1)):
+        write_image(tmp_path / f"images/val/{name}.png")
+        write_mask(tmp_path / f"masks/val/{name}.png", value=value)
+    write_image(tmp_path / "images/train/0.png")
+    write_mask(tmp_path / "masks/train/0.png")
+    (tmp_path / "classes.txt").write_text("0 a 0 0 0\n1 b 9 9 9\n")
+    data = figure_runs.data_of(Config.of(dataset="folder", data_dir=str(tmp_path)), None)
+    samples = figure_runs.with_masks(data, "val")
+    assert [one.name for one in figure_runs.with_truth(samples, data)] == ["b", "d"]
+    assert [one.name for one in figure_runs.with_truth(samples, data, 1)] == ["b"]
+
+
+@pytest.mark.parametrize("classes", ["0 car 1 1 1\n1 road 2 2 2\n2 sky 3 3 3\n", "0 road 1 1 1\n"])
+def test_a_network_of_other_classes_is_refused(classes: str, tmp_path: Path) -> None:
+    write_image(tmp_path / "images/train/0.png")
+    write_mask(tmp_path / "masks/train/0.png", value=0)
+    (tmp_path / "classes.txt").write_text(classes)
+    config = Config.of(dataset="folder", data_dir=str(tmp_path))
+    run = figure_runs.Run("x", tmp_path / "best.pt", config, Network(True))
+    with pytest.raises(InputError) as error:
+        figure_runs.data_of_run(run, None)
+    one_line(error, "best.pt", "class", "--data-dir")
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", '{"x": 1}'])
+def test_a_config_of_another_kind_is_one_line(settings: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "cac", {5: 0.25})
+    (run / "config.json").write_text(settings)
+    with pytest.raises(InputError) as error:
+        draw("--figure", 7, "--runs", run)
+    one_line(error, run / "config.json", "train/main.py")
+
+
+def test_a_classification_has_no_curve(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "classify", {})
+    (run / "metrics.jsonl").write_text('{"kind": "val", "iteration": 5, "map": 0.5}\n')
+    with pytest.raises(InputError) as error:
+        draw("--figure", 7, "--runs", run)
+    one_line(error, run, "holds no mIoU", "train/main.py")
 
 
 def test_texts_fit() -> None:

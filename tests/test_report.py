@@ -281,7 +281,7 @@ def test_names_of_classes_runs_and_settings_stay_text(run: Path, tmp_path: Path)
     hostile = run.rename(tmp_path / "<b onload=alert(1)>'\"&")
     settings = json.loads((hostile / "config.json").read_text())
     (hostile / "config.json").write_text(json.dumps(settings | {EVIL: EVIL, "network": EVIL}))
-    (hostile / "compare.json").write_text(json.dumps({"commits": [EVIL]}))
+    (hostile / "trained_with.json").write_text(json.dumps({"commits": [EVIL]}))
     page = written(tmp_path / "a.html", hostile)
     assert len(page.all("script")) == 1 and not page.all("b")
     assert {image.attributes["src"][:5] for image in page.all("img")} == {"data:"}

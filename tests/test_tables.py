@@ -9,71 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from data_folders import one_line, write_folder
 from PIL import Image
+from tabled import REST, SMALL, Programs, val
 from tiny_scenes import write_scenes
 
-from accuracy import runs, table_outcome, table_plan, tables
+from accuracy import table_outcome, table_plan, tables
 from accuracy.paper_tables import TABLES
 from cac_fast.train import config
 from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
 from cac_fast.train.registry import METHODS, Entry
 from lib.measure import ROOT
-from lib.running import RunError
-
-SMALL = "--network lraspp --backbone mobilenet_v2 --batch-size 2 --crop-size 32 --workers 0"
-REST = [*SMALL.split(), "--device", "cpu", "--iterations", "4", "--warmup", "2"]
-
-
-def val(iteration: int, miou: float) -> dict[str, Any]:
-    return {"kind": "val", "iteration": iteration, "miou": miou}
-
-
-class Programs:
-    """In place of the programs: notes the calls and leaves what they leave."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        self.folder, self.calls, self.fails = folder, [], ""
-        data = write_folder(folder / "set", labeled=16, unlabeled=0)
-        self.words = ["--dataset", "folder", "--data-dir", str(data), "--threads", "1"]
-        self.words += ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
-        monkeypatch.setattr(runs, "run", self.run)
-        self.plot = tables.plot
-        monkeypatch.setattr(tables, "plot", lambda number, record, path: None)
-        monkeypatch.setattr(tables, "facts", lambda device: {"device": "here", "commit": "first"})
-
-    def run(self, command: list[str], threads: int, label: str) -> None:
-        self.calls.append((label, command))
-        if self.fails and self.fails in label:
-            raise RunError(f"{label} ended with code 1: boom")
-        if command[0] == "train/classify.py":
-            return
-        settings = config.parse(command[1:])
-        out = Path(str(settings.run.output))
-        score = (100 + 10 * settings.run.seed + len(label)) / 1000
-        lines = [val(2, score + 0.02), val(settings.optim.iterations, score)]
-        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (out / "config.json").write_text(json.dumps(settings.flat()))
-        (out / "last.pt").touch()
-
-    def fill(self, table: int, *words: str, rest: list[str] = REST) -> int:
-        arguments = ["--table", str(table), *self.words, *words, "--", *rest]
-        return tables.fill(tables.parse(arguments))
-
-    def plan(self, table: int, *words: str, rest: list[str] = REST) -> list[table_plan.Cell]:
-        options = tables.parse(["--table", str(table), *self.words, *words, "--", *rest])
-        data = tables.open_data(options.dataset, options.folder)
-        return table_plan.cells(TABLES[table], options, data)
-
-    def record(self, table: int) -> dict[str, Any]:
-        return json.loads((self.folder / f"results/table{table}-set.json").read_text())
-
-    def text(self, table: int) -> str:
-        return (self.folder / f"results/table{table}-set.md").read_text()
 
 
 @pytest.fixture
@@ -139,6 +88,18 @@ def test_the_papers_data_get_the_papers_settings(tmp_path: Path) -> None:
     assert (flat["negatives_per_view"], flat["bank_past_steps"]) == (16_200, 0)
 
 
+def test_what_is_no_default_is_told(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = [*REST, "--base-size", "400", "--ema-decay", "0.5", "--averaged-labels"]
+    programs.fill(3, "--rows", "SupOnly", "--seeds", "0", rest=rest)
+    found = programs.record(3)["differences"]
+    assert "base_size: 400, the default is None" in found
+    assert "ema_decay: 0.5, the default is 0.996" in found
+    assert not any(text.startswith("precision") for text in found)
+    monkeypatch.setattr(table_outcome, "pick_precision", lambda settings, world: "bf16")
+    programs.fill(3, "--rows", "SupOnly", "--seeds", "0", rest=rest)
+    assert "precision: bf16, the paper states none" in programs.record(3)["differences"]
+
+
 def test_numbers_are_the_papers() -> None:
     """Differences that the paper's text names, and sums over each table."""
     values = {
@@ -154,37 +115,6 @@ def test_numbers_are_the_papers() -> None:
     assert values[5]["CAC R50", "weakly"] - values[1][
         "SupOnly PSPNet R50", "full"
     ] == pytest.approx(1)
-
-
-def test_a_dry_run_starts_nothing(
-    programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(
-        table_plan, "step_seconds", lambda words, options: {"labeled": 360.0, "both": 720.0}
-    )
-    assert programs.fill(3, "--dry-run", "--rows", "SupOnly,VIII", "--seeds", "0,1") == 0
-    assert programs.calls == []
-    assert sorted(path.name for path in programs.folder.iterdir()) == ["set"]
-    out = capsys.readouterr().out
-    # Four steps of 360 s; two of them and two of 720 s, after a warm-up of two.
-    assert out.count(": new, 0.40 h") == 2 and out.count(": new, 0.60 h") == 2
-    assert "planned: 2.0 hours without evaluations, 4 of 4 runs left" in out
-    assert programs.fill(3, "--rows", "SupOnly", "--seeds", "0") == 0
-    programs.fill(3, "--dry-run", "--rows", "SupOnly,VIII", "--seeds", "0,1", "--jobs", "2")
-    out = capsys.readouterr().out
-    assert "SupOnly mIoU seed 0: finished" in out
-    assert "planned: 0.8 hours without evaluations, 3 of 4 runs left" in out
-
-
-def test_a_dry_run_that_cannot_measure_says_why(
-    programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(words: list[str], options: object) -> dict[str, float]:
-        raise RunError("ten steps ended with code 2: boom")
-
-    monkeypatch.setattr(table_plan, "step_seconds", fail)
-    assert programs.fill(3, "--dry-run", "--rows", "SupOnly", "--seeds", "0") == 1
-    assert capsys.readouterr().err == "error: ten steps ended with code 2: boom\n"
 
 
 def test_image_labels_that_cannot_be_read(programs: Programs) -> None:
@@ -217,7 +147,7 @@ def test_values_are_those_of_metrics(programs: Programs) -> None:
     assert "| row | column | paper (voc, other data) | ours, last | ours, best | n | note |" in text
     assert "| VIII | mIoU | 72.4 | 12.6 ± 1.4 | 14.6 ± 1.4 | 2, lacks 1 |  |" in text
     assert "| I | mIoU | 64.2 | - | - | - |  |" in text
-    assert "| ST | mIoU | 66.3 | - | - | - |  |" in text
+    assert "| ST | mIoU | 66.3 | - | - | - | behind 4 steps of its teacher |" in text
     assert "| VIII - IV | +0.8 | +0.2 ± 0.0 | 2 |" in text
     assert "- crop_size: 32, the paper's 320\n" in text
     # The paper states a warm-up of its own method alone.
@@ -428,6 +358,8 @@ def test_step_times_are_of_settled_steps_with_unlabeled_images() -> None:
         ([], ["--output=x"], "--output"),
         ([], ["--pseudo-labels", "x"], "--pseudo-labels"),
         (["--jobs", "0"], [], "--jobs"),
+        (["--runs", __file__], [], "--runs"),
+        (["--results", __file__], [], "--results"),
         (["--threads", "0"], [], "--threads"),
     ],
 )

@@ -7,7 +7,6 @@ import importlib
 import json
 import logging
 import os
-import subprocess
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import cac_fast
-from cac_fast.train import checkpoint
+from cac_fast.train import checkpoint, provenance
 from cac_fast.train.data.images import IGNORE
 from cac_fast.train.errors import InputError, is_full, writing
 from cac_fast.train.exportable import Exportable, pool_by_products
@@ -34,7 +33,6 @@ METADATA = "cac_fast"
 
 _OPSET = 18
 _NEEDED = "onnx", "onnxscript", "onnxruntime"
-_ROOT = Path(__file__).resolve().parents[1]
 # Batch, height and width: whole cells, none, and less than a network takes.
 _CHECKED = (2, 64, 96), (1, 205, 331), (1, 20, 27)
 
@@ -90,7 +88,7 @@ def describe(path: Path, predictor: Predictor, result: str) -> dict[str, Any]:
         "network": config["network"],
         "backbone": config["backbone"],
         "version": cac_fast.__version__,
-        "commit": _commit(),
+        "commit": provenance.commit(),
     }
 
 
@@ -251,14 +249,3 @@ def _refusal(error: Exception) -> InputError:
         f"the network cannot be exported for every size ({type(error).__name__}: {reason}): "
         "PyTorch's exporter does not take one of its operators; try the other --format"
     )
-
-
-def _commit() -> str | None:
-    """The commit of this program, where it lies in a repository of its own."""
-    if not (_ROOT / ".git").exists():
-        return None
-    command = ["git", "-C", str(_ROOT), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -9,7 +9,7 @@ import os
 import platform
 from typing import Any, TextIO
 
-from cac_fast.train import checkpoint
+from cac_fast.train import checkpoint, provenance
 from cac_fast.train.config import Config, differences
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError, writing
@@ -65,7 +65,7 @@ class RunFolder:
             )
         changed = differences(self.config, former["config"])
         changed += [
-            f"other {name} images" for name in inputs if inputs[name] != former["inputs"][name]
+            f"other {name} images" for name in inputs if inputs[name] != former["inputs"].get(name)
         ]
         if changed:
             raise InputError(
@@ -105,6 +105,7 @@ class RunFolder:
                         path.unlink()
             settings = json.dumps(self.config.flat(), indent=2)
             (self.path / "config.json").write_text(settings + "\n")
+            provenance.note(self.path, self.world.device, new)
 
     def _take_lock(self) -> None:
         """Keep other processes out of the folder for as long as this one lives.

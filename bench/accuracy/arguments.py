@@ -70,7 +70,15 @@ def add_shared(parser: Parser) -> None:
 
 
 def find_data(options: argparse.Namespace) -> None:
-    """Note the data's `folder`, and its `title` in tables if none is given."""
+    """Note the data's `folder`, and its `title` in tables if none is given.
+
+    Raises:
+        InputError: a folder that is to be written to is a file.
+    """
+    for name in ("runs", "results"):
+        path = getattr(options, name)
+        if path is not None and path.exists() and not path.is_dir():
+            raise InputError(f"--{name} {path} is no folder: give another one")
     options.folder = Path(options.data_dir).resolve() if options.data_dir else None
     options.title = options.title or (options.folder.name if options.folder else options.dataset)
     if options.folder is None and (made_in := LAYOUTS.entry(options.dataset).made_in):

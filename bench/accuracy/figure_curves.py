@@ -30,9 +30,12 @@ def validation(log: Log) -> Curve:
     Raises:
         InputError: the run was never validated.
     """
-    found = {line["iteration"]: line["miou"] for line in log.lines if line["kind"] == "val"}
+    lines = (line for line in log.lines if line["kind"] == "val" and "miou" in line)
+    found = {line["iteration"]: line["miou"] for line in lines}
     if not found:
-        raise InputError(f"{log.folder} was never validated: use a run whose data have a val split")
+        raise InputError(
+            f"{log.folder} holds no mIoU: use a run of train/main.py whose data have a val split"
+        )
     return found
 
 

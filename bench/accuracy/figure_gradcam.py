@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from accuracy.figure_runs import (
     Drawn,
-    data_of,
+    data_of_run,
     drawn_by_seed,
     open_runs,
     sample_called,
     with_masks,
+    with_truth,
 )
 from accuracy.sheet import TILE, grid
 from cac_fast.train.data.images import IGNORE, read_image
@@ -152,7 +153,7 @@ def make(options: argparse.Namespace) -> Drawn:
         InputError: a run, its data, the image, the pixel or the class cannot be used.
     """
     runs = open_runs(options.runs, options.captions)
-    data = data_of(runs[0].config, options.data_dir)
+    data = data_of_run(runs[0], options.data_dir)
     samples = with_masks(data, options.split)
     if (options.image is None) != (options.at is None):
         raise InputError("--image and --at go together: give both, or none to draw by --seed")
@@ -162,7 +163,8 @@ def make(options: argparse.Namespace) -> Drawn:
             raise InputError(f"--class {options.class_name}: use one of {', '.join(data.classes)}")
         index = data.classes.index(options.class_name)
     if options.image is None:
-        chosen = drawn_by_seed(samples, options.rows, options.seed)
+        drawn = drawn_by_seed(samples, len(samples), options.seed)
+        chosen = with_truth(drawn, data, options.rows)
     else:
         chosen = [sample_called(samples, options.image)]
     rng = np.random.default_rng(options.seed)

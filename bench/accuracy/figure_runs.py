@@ -6,6 +6,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ from PIL import Image, ImageFont
 
 from cac_fast.train import checkpoint, load
 from cac_fast.train.config import Config
+from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.errors import InputError
-from cac_fast.train.inference import Predictor
+from cac_fast.train.inference import Predictor, check_classes
 from cac_fast.train.log import read_metrics
 from cac_fast.train.pictures import shortened
 from cac_fast.train.registry import LAYOUTS
@@ -98,7 +100,13 @@ def open_logs(paths: Sequence[Path], captions: Sequence[str] | None) -> list[Log
             raise InputError(f"{folder} holds no run that has trained: give its folder")
         if captions is None:
             name = re.sub(r"[-_]?seed\d+$", "", name) or name
-        config = Config.of(**json.loads(settings.read_text()))
+        try:
+            config = Config.of(**json.loads(settings.read_text()))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{settings} holds no settings of this program ({type(error).__name__}: {error}): "
+                "give a run of train/main.py"
+            ) from error
         for other in (log for log in logs if log.name == name):
             check_seeds_alone(other, folder, config)
         logs.append(Log(name, folder, config, lines))
@@ -131,6 +139,17 @@ def data_of(config: Config, data_dir: Path | None) -> SegmentationData:
     return open_data(config.data.dataset, data_dir or config.data.data_dir)
 
 
+def data_of_run(run: Run, data_dir: Path | None) -> SegmentationData:
+    """The data that a network is shown, as `data_of`.
+
+    Raises:
+        InputError: as `data_of`, or their classes are not the network's.
+    """
+    data = data_of(run.config, data_dir)
+    check_classes(run.predictor.classes, data.classes, run.path)
+    return data
+
+
 def with_masks(data: SegmentationData, split: str) -> list[Sample]:
     """The images of a split that have a mask.
 
@@ -152,6 +171,21 @@ def sample_called(samples: Sequence[Sample], name: str) -> Sample:
     found = next((sample for sample in samples if sample.name == name), None)
     if found is None:
         raise InputError(f"--image {name}: the split holds no such image with a mask")
+    return found
+
+
+def with_truth(
+    samples: Sequence[Sample], data: SegmentationData, count: int | None = None
+) -> list[Sample]:
+    """The first `count` samples, or all, whose mask has a pixel of a class.
+
+    Raises:
+        InputError: there is none.
+    """
+    known = (sample for sample in samples if (data.read_mask(sample.mask) != IGNORE).any())
+    found = list(islice(known, count))
+    if not found:
+        raise InputError(f"the masks of {data.root} that are to be shown are {IGNORE} all over")
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from accuracy.figure_runs import Drawn, data_of, open_runs, with_masks
+from accuracy.figure_runs import Drawn, data_of_run, open_runs, with_masks, with_truth
 from accuracy.sheet import grid, image_miou
 from cac_fast.train.data.images import read_image
 from cac_fast.train.data.layouts import SegmentationData
@@ -51,8 +51,8 @@ def make(options: argparse.Namespace) -> Drawn:
     if len(options.runs) < 2:
         raise InputError("--figure 8 compares runs: give two or more")
     runs = open_runs(options.runs, options.captions)
-    data = data_of(runs[0].config, options.data_dir)
-    samples = with_masks(data, options.split)
+    data = data_of_run(runs[0], options.data_dir)
+    samples = with_truth(with_masks(data, options.split), data)
     scores = []
     for number, sample in enumerate(samples, start=1):
         image, truth = read_image(sample.image), data.read_mask(sample.mask)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from accuracy.figure_runs import (
     Drawn,
     Run,
-    data_of,
+    data_of_run,
     drawn_by_seed,
     open_runs,
     picture_of,
@@ -214,7 +214,7 @@ def make(options: argparse.Namespace) -> Drawn:
         InputError: a run, its data or its features cannot be used.
     """
     runs = open_runs(options.runs, options.captions)
-    data = data_of(runs[0].config, options.data_dir)
+    data = data_of_run(runs[0], options.data_dir)
     samples = drawn_by_seed(with_masks(data, options.split), options.rows, options.seed)
     views = views_of(samples, data, runs[0], options.seed)
     all_classes = np.concatenate([one.classes for one in views])

@@ -8,18 +8,29 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from accuracy.outcome import paired
 from accuracy.paper_tables import CAC, GPUS, NEGATIVES, PAPER, Row, Table
 from accuracy.plan import is_alone
 from accuracy.runs import val_curve, val_scores
 from accuracy.table_plan import Cell, Run, all_rows, is_done
-from cac_fast.train.config import Config
+from cac_fast.train.config import FREE, Config
+from cac_fast.train.distributed import World
 from cac_fast.train.log import read_metrics
+from cac_fast.train.registry import METHODS
+from cac_fast.train.run_state import pick_precision
+from cac_fast.train.settings import FIELDS
 from cac_fast.train.weak.labels import FROM_MASKS
 from lib.measure import can_plot
 
 SETTLED = 20
 """Steps after which steps are timed."""
+_NO_DIFFERENCE = frozenset(
+    "dataset labeled_share data_list network backbone weights method warmup precision "
+    "false_negatives seed deterministic".split()
+)
+"""Settings that are compared elsewhere, or change no score."""
 
 
 def median_step_seconds(lines: list[dict], settings: Config) -> float | None:
@@ -97,6 +108,10 @@ def differences(table: Table, all_cells: list[Cell], options: argparse.Namespace
     for text, names in found.items():
         where = "" if set(names) == trained else f" (rows {', '.join(dict.fromkeys(names))})"
         lines.append(text + where)
+    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    runs = [run.settings for cell in all_cells for run in cell.runs.values() if run.settings]
+    if wrong := {pick_precision(settings, world) for settings in runs} - {"fp32"}:
+        lines.append(f"precision: {', '.join(sorted(wrong))}, the paper states none")
     gpus = GPUS[table.dataset]
     lines.append(f"processes: 1, the paper's {gpus} GPUs, each with as many negatives")
     if table.weakly and options.image_labels == FROM_MASKS:
@@ -114,6 +129,13 @@ def _unlike(row: Row, ours: Config, dataset: str) -> list[str]:
         f"{name}: {_text(flat[name])}, the paper's {_text(value)}"
         for name, value in wanted.items()
         if flat[name] != value
+    ]
+    preset = METHODS.entry(ours.loss.method).preset
+    lines += [
+        f"{name}: {_text(value)}, the default is {FIELDS[name].default}"
+        for name, value in flat.items()
+        if name not in {*wanted, *_NO_DIFFERENCE, *FREE}
+        and value not in (FIELDS[name].default, preset.get(name))
     ]
     if row.method == "cac" and ours.num_warmup != ours.optim.iterations // 16:
         lines.append(f"warmup: {ours.num_warmup}, the paper's 1/16 of the iterations")

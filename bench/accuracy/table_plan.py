@@ -34,8 +34,6 @@ SEEN = (
     "device",
 )
 """Settings that a classification for pseudo masks has of the training that learns them."""
-TEACHER_COST = 2
-"""Steps of supervised training that one of self-training costs, if it cannot be measured yet."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +236,9 @@ def cells(table: Table, options: argparse.Namespace, data: SegmentationData) -> 
                     first = row._replace(method="supervised")
                     teacher, _ = training(table, first, lists, seed, options, data)
                     run = _after(run, data, "--teacher", teacher)
+                    assert teacher.settings is not None
+                    steps = teacher.settings.optim.iterations
+                    note = "; ".join(filter(None, [note, f"behind {steps} steps of its teacher"]))
                 if column in table.weakly:
                     assert run.settings is not None
                     masks = _classification(run.settings, options, data)
@@ -322,8 +323,8 @@ def is_done(run: Run, options: argparse.Namespace) -> bool:
 def training_hours(runs: Mapping[str, Run], options: argparse.Namespace) -> dict[str, float]:
     """Hours of each training without evaluations, from ten steps of each kind of them.
 
-    What needs another run that is not over is measured without it; self-training then counts as
-    TEACHER_COST of its teacher's steps.
+    What needs another run that is not over is measured without it, self-training with labels that
+    are made up.
 
     Raises:
         RunError: the steps could not be made.
@@ -345,10 +346,5 @@ def training_hours(runs: Mapping[str, Run], options: argparse.Namespace) -> dict
     for key, run in runs.items():
         if run.settings is None:
             continue
-        method = run.settings.loss.method
-        teacher = next((first for option, first, _ in run.needs if option == "--teacher"), None)
-        if teacher is not None and not is_done(teacher, options):
-            hours[key] = TEACHER_COST * hours_of(run.settings, of_kind(teacher), alone=True)
-        else:
-            hours[key] = hours_of(run.settings, of_kind(run), is_alone(method))
+        hours[key] = hours_of(run.settings, of_kind(run), is_alone(run.settings.loss.method))
     return hours

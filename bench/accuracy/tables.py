@@ -119,7 +119,12 @@ def _show_plan(runs: dict[str, Run], names: dict[str, str], options: argparse.Na
             state += f", {hours[key]:.2f} h" if key in hours else ", not estimated"
         print(f"{names[key]}: {state} ({run.folder(options).name})")
     total = sum(hours.values()) / options.jobs
-    print(f"planned: {total:.1f} hours without evaluations, {len(left)} of {len(runs)} runs left")
+    others = len(left) - len(hours)
+    more = f" and without {others} of train/classify.py" if others else ""
+    print(
+        f"planned: {total:.1f} hours without evaluations{more}, {len(left)} of {len(runs)} runs "
+        "left"
+    )
 
 
 def _do(each: Run, name: str, before: list[Future], options: argparse.Namespace) -> None:

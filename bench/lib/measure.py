@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from cac_fast.proven import architecture
+from cac_fast.train.provenance import device_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PROC = Path("/proc")
@@ -174,9 +175,9 @@ def facts(device: torch.device) -> dict[str, Any]:
     if shutil.which("git"):
         found = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
         commit = found.stdout.strip()
-    cpu = _cpu_name()
+    cpu = device_name(torch.device("cpu"))
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": device_name(device),
         **({"architecture": architecture(device)} if device.type == "cuda" else {}),
         "cpu": cpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -185,15 +186,6 @@ def facts(device: torch.device) -> dict[str, Any]:
         "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
         "commit": commit,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = (PROC / "cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else f"{platform.machine()} CPU"
 
 
 def can_plot() -> bool:

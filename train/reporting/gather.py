@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cac_fast.train import provenance
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.errors import InputError
 from cac_fast.train.inference import Predictor
@@ -55,7 +56,7 @@ class Run:
     """One run.
 
     settings: by name; empty if there is no `config.json`. train, val: the lines of
-    `metrics.jsonl`. commits, devices: what `compare.json` says, which bench's commands write.
+    `metrics.jsonl`. commits, devices: of all starts, as `trained_with.json` says.
     classes: names of the classes; () if nothing says them. gaps: one sentence for each thing that
     is missing. scored: what the network does on val, None if it could not be run.
     """
@@ -158,10 +159,9 @@ def _read_run(path: Path, name: str) -> Run:
         run.gaps.append("metrics.jsonl holds no evaluation: scores on val are missing.")
     if run.val and not run.train:
         run.gaps.append("metrics.jsonl holds no line of the training: losses are missing.")
-    note = _read_json(path / "compare.json", run.gaps)
+    note = _read_json(path / provenance.FILE, run.gaps)
     run.commits = [str(commit) for commit in _list(note.get("commits"))]
-    machines = [item for item in _list(note.get("machines")) if isinstance(item, dict)]
-    run.devices = [str(item["device"]) for item in machines if item.get("device")]
+    run.devices = [str(device) for device in _list(note.get("devices"))]
     return run
 
 
