@@ -34,14 +34,14 @@ CASES = {
         ("logits", "pspnet", "timm/test_resnet"),
     ],
     "torch": [
-        ("labels", "lraspp", "vgg16_bn"),
+        ("labels", "deeplabv3plus", "vgg16_bn"),
         ("logits", "pspnet", "mobilenet_v2"),
         ("logits", "deeplabv3plus", "timm/resnet18"),
         ("logits", "lraspp", "resnet18"),
     ],
 }
 SIZES = [(3, 97, 61), (1, 9, 9), (2, 40, 72), (1, 20, 170)]
-ONLY_IN_TRAINING = "projector", "weak_classifier", "teacher"
+ONLY_IN_TRAINING = "projector", "weak.classifier.1", "teacher"
 
 
 class Exported(NamedTuple):
