@@ -44,7 +44,8 @@ def test_golden_losses(folder_data, tmp_path, backend):
 def test_run_folder(folder_data, tmp_path):
     lines = run(folder_data, tmp_path / "run", "--eval-every", "5", "--false-negatives")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json", "metrics.jsonl", "last.pt", "best.pt", "tensorboard", "samples", "lock"
+        "config.json", "metrics.jsonl", "last.pt", "best.pt", "tensorboard", "samples", "lock",
+        "trained_with.json",
     }  # fmt: skip
     train = [line for line in lines if line["kind"] == "train"]
     val = [line for line in lines if line["kind"] == "val"]

@@ -33,7 +33,9 @@ class Cells(nn.Module):
 
 
 def run(network: nn.Module | None = None, name: str = "a", **settings: object) -> figure_runs.Run:
-    predictor = Predictor(network or Cells(), ("a", "b"), ((0, 0, 0), (255, 0, 0)))
+    predictor = Predictor(
+        network or Cells(), ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0))
+    )
     config = Config.of(dataset="folder", crop_size=CROP, **settings)
     return figure_runs.Run(name, Path("last.pt"), config, predictor)
 

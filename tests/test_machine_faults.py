@@ -34,10 +34,11 @@ from cac_fast.train.run_folder import RunFolder
 
 HOLD_LOCK = """
 import sys
+import torch
 from cac_fast.train import config
 from cac_fast.train.distributed import World
 from cac_fast.train.run_folder import RunFolder
-folder = RunFolder(config.parse(sys.argv[1:]), World(0, 1, "cpu"))
+folder = RunFolder(config.parse(sys.argv[1:]), World(0, 1, torch.device("cpu")))
 folder.prepare(new=True)
 print("locked", flush=True)
 sys.stdin.read()
