@@ -365,9 +365,13 @@ def test_hours_are_planned_from_measured_steps(
     hours = plan.plan(jobs, options, {})
     steps = json.loads((tmp_path / "step_time.json").read_text())
     assert 0 < steps["labeled"] < steps["both"]
-    assert hours["supervised"] == pytest.approx(steps["labeled"])
-    assert hours["cac"] == pytest.approx((steps["labeled"] + 5 * steps["both"]) / 6)
-    assert f"planned: {2 * sum(hours.values()):.1f} hours" in capsys.readouterr().out
+    assert hours["supervised"] == pytest.approx((steps["labeled"], 0))
+    whole = (steps["labeled"] + 5 * steps["both"]) / 6
+    assert hours["cac"] == pytest.approx((whole, steps["labeled"] / 6))
+    assert (
+        f"planned: {2 * sum(each.whole for each in hours.values()):.1f} hours"
+        in capsys.readouterr().out
+    )
     for job in jobs:
         state = {"iteration": 3600, "config": {"iterations": 3600}}
         runs.run_folder(job, options).mkdir()

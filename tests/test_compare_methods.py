@@ -19,6 +19,8 @@ from accuracy import compare, methods_outcome, methods_sheet, pace, plan, runs
 from accuracy.arms import ARMS
 from accuracy.figure_runs import Drawn
 from accuracy.pace import Pace
+from accuracy.plan import Hours
+from accuracy.record import former_record
 from cac_fast.train.batch import Batch, Step
 from cac_fast.train.errors import InputError
 from cac_fast.train.registry import METHODS, Entry
@@ -29,6 +31,8 @@ source, trainer = compared.source, compared.trainer
 
 HOURS = {"supervised": 1.0, "supervised_all": 1.0, "control": 2.5, "cac": 3.0}
 HOURS |= {"fixmatch": 2.0, "self_training": 1.5, "supervised_adapted": 0.0}
+WARM_UP = {"control": 0.25, "cac": 0.25, "fixmatch": 0.25, "self_training": 0.25}
+HOURS = {arm: Hours(hours, WARM_UP.get(arm, 0.0)) for arm, hours in HOURS.items()}
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def test_the_cheapest_arms_begin(planned: Trainer) -> None:
     ]
     assert planned.trained[:2] == ["supervised 1/2 seed 0", "supervised 1/2 seed 1"]
     jobs = [("cac", "full", 0), ("supervised", "full", 0)]
-    assert plan.cheapest_first(jobs, {"supervised": 2.0, "cac": 1.0}) == jobs[::-1]
+    assert plan.cheapest_first(jobs, {"supervised": Hours(2.0), "cac": Hours(1.0)}) == jobs[::-1]
 
 
 @pytest.mark.parametrize(
@@ -121,13 +125,14 @@ def test_an_adapted_arm_costs_what_its_run_does(trainer: Trainer) -> None:
     options, failed = compare.parse(words), {}
     jobs = [(arm, "1/2", 0) for arm in ("supervised_adapted", "cac_adapted")]
     hours = plan.planned_hours(jobs, options, failed)
-    assert hours == {"supervised_adapted": 0.0, "cac_adapted": 0.0} and not failed
-    hours |= {"supervised": 1.0, "cac": 3.0}
+    assert hours == {"supervised_adapted": Hours(0.0), "cac_adapted": Hours(0.0)} and not failed
+    hours |= {"supervised": Hours(1.0), "cac": Hours(3.0)}
     found = pace.paces(list(hours), hours, options)
     assert {arm: found[arm].hours[-1] for arm in hours} == {
         **{"supervised": 1.0, "supervised_adapted": 1.0, "cac": 3.0, "cac_adapted": 3.0}
     }
-    assert pace.paces(["cac_adapted"], {"supervised": 1.0, "cac_adapted": 0.0}, options) == {}
+    del hours["cac"]
+    assert pace.paces(["cac_adapted"], hours, options) == {}
 
 
 def test_self_training_begins_behind_its_teacher(
@@ -224,15 +229,18 @@ def test_hours_of_finished_runs_are_measured_too(
 ) -> None:
     asked = []
 
-    def measured(jobs: list, options: object, failed: dict[str, str]) -> dict[str, float]:
+    def measured(jobs: list, options: object, failed: dict[str, str]) -> dict[str, Hours]:
         asked.append(sorted({arm for arm, _, _ in jobs}))
         return {arm: HOURS[arm] for arm in asked[-1]}
 
-    monkeypatch.setattr(compare, "plan", lambda jobs, options, failed: {"fixmatch": 2.0})
+    monkeypatch.setattr(compare, "plan", lambda *words: {"fixmatch": HOURS["fixmatch"]})
     monkeypatch.setattr(compare, "planned_hours", measured)
     assert call(planned, "--methods", "fixmatch") == 0
     assert asked == [["supervised", "supervised_adapted", "supervised_all"]]
-    assert planned.record()["planned_hours_a_run"].keys() == {*asked[0], "fixmatch"}
+    arms = [*asked[0], "fixmatch"]
+    planned.options.rest += ["--warmup", "2"]
+    known = former_record(planned.output / "results/compare", planned.options, {}).hours
+    assert known == {arm: HOURS[arm] for arm in arms}
 
 
 # ---- numbers
@@ -334,17 +342,19 @@ def test_the_table_names_what_is_missing(rows: list[dict]) -> None:
 def test_hours_are_a_line_with_a_knee(trainer: Trainer) -> None:
     words = [*trainer.words, "--methods", "all", "--", "--iterations", "8", "--warmup", "2"]
     options = compare.parse(words)
-    found = pace.paces(options.arms, HOURS | {"cac": 4.0}, options)
+    hours = HOURS | {"cac": Hours(4.0, 0.5), "control": Hours(2.5, None)}
+    found = pace.paces(options.arms, hours, options)
     assert found["supervised"] == Pace((0, 8), (0, 1))
-    cac = found["cac"]  # the warm-up at the speed of supervised
-    assert cac.hours_at(2) == pytest.approx(0.25) and cac.hours_at(8) == pytest.approx(4)
-    assert cac.hours_at(5) == pytest.approx(0.25 + 3.75 / 2)
-    assert cac.iteration_at(0.25 + 3.75 / 2) == pytest.approx(5)
+    cac = found["cac"]
+    assert cac.hours_at(2) == pytest.approx(0.5) and cac.hours_at(8) == pytest.approx(4)
+    assert cac.hours_at(5) == pytest.approx(0.5 + 3.5 / 2)
+    assert cac.iteration_at(0.5 + 3.5 / 2) == pytest.approx(5)
+    assert found["control"].hours_at(2) == pytest.approx(0.25)  # at the speed of supervised
     assert cac.iteration_at(9) == 8
     student = found["self_training"]
     assert student.hours_at(0) == 1 and student.hours_at(8) == pytest.approx(2.5)
     assert student.iteration_at(0.5) == 0
-    assert pace.paces(options.arms, {"cac": 4.0}, options) == {}
+    assert pace.paces(options.arms, {"cac": Hours(4.0)}, options) == {}
 
 
 def test_alone_arms_take_cacs_warm_up_or_their_own(
@@ -361,7 +371,7 @@ def test_alone_arms_take_cacs_warm_up_or_their_own(
 
     monkeypatch.setattr(plan, "step_seconds", seconds)
 
-    def hours(methods: str) -> dict[str, float]:
+    def hours(methods: str) -> dict[str, Hours]:
         asked.clear()
         words = [*trainer.words, "--methods", methods, "--", "--iterations", "3600"]
         options = compare.parse(words)
@@ -370,8 +380,8 @@ def test_alone_arms_take_cacs_warm_up_or_their_own(
 
     failed: dict[str, str] = {}
 
-    assert hours("fixmatch")["supervised"] == 1 and asked == ["fixmatch", "supervised"]
-    assert hours("self_training,cac")["supervised_all"] == 2
+    assert hours("fixmatch")["supervised"] == Hours(1) and asked == ["fixmatch", "supervised"]
+    assert hours("self_training,cac")["supervised_all"] == Hours(2)
     assert sorted(asked) == ["cac", "cac", "self_training"]
 
     assert failed == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import compared
@@ -116,6 +117,46 @@ def test_a_record_takes_runs_of_its_experiment_alone(
     (tmp_path / "a/0/day.txt").write_text("x\n")
     write_image(source / "images/train/further.png")
     refused([*base, *lists, *names, *rest], "names of images and classes")
+
+
+def test_runs_of_the_record_are_kept_without_their_folders(
+    trainer: Trainer, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.words += ["--arms", "supervised,supervised_adapted,cac"]
+    rest = ["--", "--iterations", "4"]
+    compare.compare(compare.parse([*trainer.words, *rest]))
+    first = trainer.record()["runs"]
+    table = trainer.output / "results/compare.md"
+    text = table.read_text()
+
+    def again(*words: str, gone: str = "*") -> list[str]:
+        for folder in trainer.options.runs.glob(gone):
+            shutil.rmtree(folder)
+        trainer.trained.clear()
+        capsys.readouterr()
+        assert compare.compare(compare.parse([*trainer.words, *words])) == 0
+        return trainer.trained
+
+    table.unlink()
+    assert again(*rest) == []
+    assert capsys.readouterr().out.count("its scores stay in the record\n") == 6
+    assert trainer.record()["runs"] == first and table.read_text() == text
+    # What the record does not have is trained, and so is what that begins with.
+    trainer.commit = "second"
+    both = ["supervised 1/2 seed 2", "cac 1/2 seed 2"]
+    assert again("--seeds", "0,1,2", *rest) == both
+    assert trainer.record()["runs"][:6] == first
+    record = trainer.record()
+    record["runs"] = [run for run in record["runs"] if "adapted" not in run["method"]]
+    (trainer.output / "results/compare.json").write_text(json.dumps(record))
+    assert again(*rest) == ["supervised 1/2 seed 0", "supervised 1/2 seed 1"]
+    # What goes on in its folder does so, and a score that is new has to be measured.
+    assert again(*rest, gone="*seed0") == ["supervised 1/2 seed 1"]
+    write_image(source / "images/test/x.png")
+    write_mask(source / "masks/test/x.png")
+    (trainer.output / "results/compare.json").write_text(json.dumps({**record, "digests": {}}))
+    assert len(again("--test", *rest)) == 4
+    assert len(again(*rest, "--restart")) == 4
 
 
 @pytest.mark.parametrize(

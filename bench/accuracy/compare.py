@@ -19,9 +19,9 @@ and after equal time, and the cost of each, and is sorted by what `--sort-by` sa
 mIoU against hours too, and a sheet shows what the methods say of the same images.
 
 The hours are planned first, from ten steps of each kind. A run that is already finished is not
-repeated, and one that was interrupted goes on where it stopped. The record is written anew after
-each run, with the commits and machines that each was trained with; a later call adds its seeds and
-arms to it.
+repeated, also when its folder is gone and the record has its scores; one that was interrupted goes
+on where it stopped. The record is written anew after each run, with the commits and machines that
+each was trained with; a later call adds its seeds and arms to it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from accuracy.methods_sheet import draw_sheet
 from accuracy.outcome import plot, report, summarize
 from accuracy.pace import Pace, paces
 from accuracy.plan import cheapest_first, plan, planned_hours
-from accuracy.record import content_digests, former_record
+from accuracy.record import content_digests, former_record, kept_runs
 from accuracy.runs import (
     LISTS,
     Job,
@@ -104,6 +104,10 @@ def compare(options: argparse.Namespace) -> int:
     commands = [*former.commands, command_line("bench/accuracy/compare.py", options.command)]
     record = {"command": " ; ".join(dict.fromkeys(commands)), "digests": former.digests | digests}
     found, hours = dict(former.runs), former.hours
+    asked, kept = jobs, kept_runs(jobs, former, options)
+    for arm, share, seed in kept:
+        print(f"{arm} {share} seed {seed}: no folder is left, its scores stay in the record")
+    jobs = [job for job in jobs if job not in kept]
     failures = []
     scored_on = options.names[0].stem if options.names else "test" if options.test else "val"
 
@@ -129,7 +133,9 @@ def compare(options: argparse.Namespace) -> int:
         others = dict(former.unfinished)
         others |= {job: run for job in jobs if (run := unfinished_run(job, options))}
         record["unfinished"] = [run for job, run in others.items() if job not in found]
-        record["planned_hours_a_run"] = hours
+        record["planned_hours_a_run"] = {arm: each.whole for arm, each in hours.items()}
+        known = {arm: each.warm_up for arm, each in hours.items() if each.warm_up is not None}
+        record["planned_warm_up_hours_a_run"] = known
         if results:
             record["summary"] = summarize(results, options.title, scored_on)
         missing = [job for job in jobs if job not in found]
@@ -139,13 +145,18 @@ def compare(options: argparse.Namespace) -> int:
         if results or record["unfinished"]:
             write_record(Path(f"{target}.json"), {**record, "runs": results})
 
+    def write_table() -> str:
+        table = text()
+        Path(f"{target}.md").write_text(table + "\n")
+        return table
+
     with programs.stopped_by_signals(), ThreadPoolExecutor(options.jobs) as pool:
         try:
             failed: dict[str, str] = {}  # arms whose settings no run can use
             hours = hours | plan(jobs, options, failed)
             if options.methods:
                 # Of finished runs too, as the others' cost is told by them.
-                unknown = [job for job in jobs if job[0] not in {**hours, **failed}]
+                unknown = [job for job in asked if job[0] not in {**hours, **failed}]
                 hours = hours | planned_hours(unknown, options, failed)
                 jobs = cheapest_first(jobs, hours)
             # Behind all others, so that none waits for the run that it adapts.
@@ -174,7 +185,7 @@ def compare(options: argparse.Namespace) -> int:
                 known = former.runs.get(job, {}).get("machines", [])
                 found[job] = result | {"machines": result["machines"] or known}
                 write()
-                Path(f"{target}.md").write_text(text() + "\n")
+                write_table()
         finally:
             # After an interrupt no further run starts.
             pool.shutdown(wait=False, cancel_futures=True)
@@ -190,7 +201,7 @@ def compare(options: argparse.Namespace) -> int:
             plot_methods(results, Path(f"{target}.png"), known_paces())
         else:
             plot(results, Path(f"{target}.png"))
-        print(text())
+        print(write_table())
         print(f"written: {target}.json, .md, .png")
         commits = {commit for result in results for commit in result["commits"]}
         if len(commits) > 1:

@@ -27,9 +27,8 @@ headroom: of what the masks of all images gain. Cost: hours of a run over those 
 planned from ten measured steps of each, without evaluations; that of a method with a teacher
 includes the teacher's run, and an adapted arm costs what its run does. At equal time: val mIoU
 when a run has used the hours of a whole supervised run, on a line between evaluations, and its
-paired difference from the end of supervised. A step of a warm-up counts as one of supervised there,
-which is too little for cps and gct. The learning rate has not decayed by then. It is empty where no
-evaluation came before, as where the teacher took all of the time."""
+paired difference from the end of supervised. The learning rate has not decayed by then. It is empty
+where no evaluation came before, as where the teacher took all of the time."""
 
 
 def rank(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from accuracy.arms import ARMS, needed_arm
-from accuracy.plan import is_alone
+from accuracy.plan import Hours, is_alone
 from cac_fast.train import config
 
 
@@ -33,30 +33,31 @@ class Pace(NamedTuple):
 
 
 def paces(
-    arms: Sequence[str], hours: dict[str, float], options: argparse.Namespace
+    arms: Sequence[str], hours: dict[str, Hours], options: argparse.Namespace
 ) -> dict[str, Pace]:
     """The paces of those arms whose hours are known; none before those of supervised are.
 
-    hours: of a whole run of each arm, without those of the run that it begins with. In the warm-up
-        a step takes as long as one of supervised.
+    hours: of a run of each arm, without those of the run that it begins with. Where those of the
+        warm-up are not known, its steps take as long as supervised's.
     """
     found: dict[str, Pace] = {}
-    alone = hours.get("supervised")
     for arm in arms:
         needed = needed_arm(arm)
-        if alone is None or not {arm, needed or arm} <= hours.keys():
+        if not {"supervised", arm, needed or arm} <= hours.keys():
             continue
-        method = ARMS[arm].method
-        settings = config.parse(["--method", method, *options.data, *options.rest, *ARMS[arm].more])
-        total, first = settings.optim.iterations, 0
-        if not is_alone(method):
-            first = min(settings.num_warmup, total)
-        before = 0.0 if needed is None else hours[needed]
+        words = ["--method", ARMS[arm].method, *options.data, *options.rest, *ARMS[arm].more]
+        settings = config.parse(words)
+        total = settings.optim.iterations
+        first = 0 if is_alone(ARMS[arm].method) else min(settings.num_warmup, total)
+        whole, warm_up = hours[arm]
+        if warm_up is None:
+            warm_up = min(hours["supervised"].whole * first / total, whole)
+        before = 0.0 if needed is None else hours[needed].whole
         steps, times = [0], [before]
         if 0 < first < total:
             steps.append(first)
-            times.append(before + min(alone * first / total, hours[arm]))
-        found[arm] = Pace((*steps, total), (*times, before + hours[arm]))
+            times.append(before + warm_up)
+        found[arm] = Pace((*steps, total), (*times, before + whole))
     return found
 
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import NamedTuple
 
 from accuracy.arms import ARMS
 from accuracy.runs import Job, data_arguments, is_finished
 from cac_fast.train import config, registry
 from cac_fast.train.config import Config
 from lib.running import RunError, run
+
+
+class Hours(NamedTuple):
+    """Of a run without evaluations; warm_up: those of it before the unlabeled images take part,
+    None where they were not measured."""
+
+    whole: float
+    warm_up: float | None = 0.0
 
 
 def is_alone(method: str) -> bool:
@@ -19,8 +28,8 @@ def is_alone(method: str) -> bool:
 
 def planned_hours(
     jobs: list[Job], options: argparse.Namespace, failed: dict[str, str]
-) -> dict[str, float]:
-    """Hours of a run of each arm, without evaluations, from ten steps of each.
+) -> dict[str, Hours]:
+    """Hours of a run of each arm, from ten steps of each.
 
     failed: takes what is wrong with the arms whose steps could not be made.
 
@@ -35,7 +44,7 @@ def planned_hours(
     for arm in arms:
         method = ARMS[arm].method
         if ARMS[arm].adapts is not None:
-            hours[arm] = 0.0
+            hours[arm] = Hours(0.0)
             continue
         job = next(job for job in jobs if job[0] == arm)
         words = ["--method", method, *data_arguments(job, options), *options.data]
@@ -66,27 +75,29 @@ def step_seconds(words: list[str], options: argparse.Namespace) -> dict[str, flo
     return json.loads(file.read_text())
 
 
-def hours_of(settings: Config, seconds: dict[str, float | None], alone: bool) -> float:
-    """Hours of a run without evaluations; alone: its method sees no unlabeled images."""
+def hours_of(settings: Config, seconds: dict[str, float | None], alone: bool) -> Hours:
+    """Hours of a run; alone: its method sees no unlabeled images."""
     total = settings.optim.iterations
-    first = total if alone else min(settings.num_warmup, total)
-    both = (total - first) * (seconds["both"] or 0)
-    return (first * seconds["labeled"] + both) / 3600
+    if alone:
+        return Hours(total * seconds["labeled"] / 3600)
+    first = min(settings.num_warmup, total)
+    warm_up = first * seconds["labeled"] / 3600
+    return Hours(warm_up + (total - first) * (seconds["both"] or 0) / 3600, warm_up)
 
 
-def cheapest_first(jobs: list[Job], hours: dict[str, float]) -> list[Job]:
+def cheapest_first(jobs: list[Job], hours: dict[str, Hours]) -> list[Job]:
     """Jobs by the hours of their arms: all of an arm together, supervised before all others, as
     some begin with what it has learned."""
     names = list(ARMS)
 
     def place(job: Job) -> tuple[bool, float, int]:
         arm = job[0]
-        return arm != "supervised", hours.get(arm, 0.0), names.index(arm)
+        return arm != "supervised", hours.get(arm, Hours(0.0)).whole, names.index(arm)
 
     return sorted(jobs, key=place)
 
 
-def plan(jobs: list[Job], options: argparse.Namespace, failed: dict[str, str]) -> dict[str, float]:
+def plan(jobs: list[Job], options: argparse.Namespace, failed: dict[str, str]) -> dict[str, Hours]:
     """Say how many hours the runs that are not finished will take; those of each arm's runs.
 
     failed: as of `planned_hours`, which it calls.
@@ -95,9 +106,9 @@ def plan(jobs: list[Job], options: argparse.Namespace, failed: dict[str, str]) -
     if not left:
         return {}
     hours = planned_hours(left, options, failed)
-    total = sum(hours.get(arm, 0.0) for arm, _, _ in left) / options.jobs
+    total = sum(hours[arm].whole for arm, _, _ in left if arm in hours) / options.jobs
     parts = [
-        f"{arm} {sum(job[0] == arm for job in left)} x {hours[arm]:.2f}"
+        f"{arm} {sum(job[0] == arm for job in left)} x {hours[arm].whole:.2f}"
         for arm in ARMS
         if arm in hours
     ]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accuracy.arguments import split_arguments
-from accuracy.runs import Job
+from accuracy.plan import Hours
+from accuracy.runs import STATES, Job, needed_run, run_folder, scored_parts
 from cac_fast.train import config
 from cac_fast.train.config import Config
 from cac_fast.train.data.layouts import SegmentationData
@@ -31,7 +32,7 @@ class Former(NamedTuple):
     commands: list[str]
     runs: dict[Job, dict]
     digests: dict[str, str]
-    hours: dict[str, float]
+    hours: dict[str, Hours]
     unfinished: dict[Job, dict]
 
 
@@ -72,8 +73,31 @@ def former_record(target: Path, options: Namespace, digests: dict[str, str]) -> 
             f"the record {path} is of runs with other settings or data "
             f"({'; '.join(dict.fromkeys(different))}): give another --name"
         )
-    hours = record.get("planned_hours_a_run", {})
+    warm_up = record.get("planned_warm_up_hours_a_run", {})  # older records have none
+    planned = record.get("planned_hours_a_run", {})
+    hours = {arm: Hours(whole, warm_up.get(arm)) for arm, whole in planned.items()}
     return Former(commands, runs, known, hours, unfinished)
+
+
+def kept_runs(jobs: list[Job], former: Former, options: Namespace) -> list[Job]:
+    """Those of `jobs` that need no training: the record has their scores, and no folder is left
+    that could go on.
+
+    Not among them: what lacks a score that is asked for, what begins a run that has to be trained,
+    and with `--restart` any.
+    """
+    if "--restart" in options.rest:
+        return []
+    scores = {f"{part}_{state}" for part in ("val", *scored_parts(options)) for state in STATES}
+    kept = [
+        job
+        for job in jobs
+        if job in former.runs
+        and scores <= former.runs[job]["scores"].keys()
+        and not (run_folder(job, options) / "last.pt").is_file()
+    ]
+    needed = {needed_run(job) for job in jobs if job not in kept}
+    return [job for job in kept if job not in needed]
 
 
 def _job(run: dict) -> Job:

@@ -346,5 +346,6 @@ def training_hours(runs: Mapping[str, Run], options: argparse.Namespace) -> dict
     for key, run in runs.items():
         if run.settings is None:
             continue
-        hours[key] = hours_of(run.settings, of_kind(run), is_alone(run.settings.loss.method))
+        found = hours_of(run.settings, of_kind(run), is_alone(run.settings.loss.method))
+        hours[key] = found.whole
     return hours
