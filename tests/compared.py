@@ -32,7 +32,7 @@ class Trainer:
         self.options = compare.parse([*self.words, "--", "--iterations", "4"])
         monkeypatch.setattr(runs, "run", self.run)
         monkeypatch.setattr(compare, "plot", lambda results, path: None)
-        monkeypatch.setattr(compare, "plan", lambda jobs, options, failed: {})
+        monkeypatch.setattr(compare, "plan", lambda jobs, asked, options, failed: {})
         monkeypatch.setattr(
             compare, "facts", lambda device: {"device": self.device, "commit": self.commit}
         )

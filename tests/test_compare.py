@@ -141,6 +141,14 @@ def test_unfinished_runs_are_written_too(
         }
     ]
     assert "unfinished: supervised 1/2 seed 1 at iteration 3" in capsys.readouterr().out
+    begun = runs.run_folder(("cac", "1/2", 1), trainer.options)
+    assert runs.unfinished_run(("cac", "1/2", 1), trainer.options) is None
+    begun.mkdir(exist_ok=True)
+    (begun / "config.json").touch()
+    assert runs.unfinished_run(("cac", "1/2", 1), trainer.options)["iteration"] == 0
+    (begun / "config.json").unlink()
+    text = (trainer.output / "results/compare.md").read_text()
+    assert text.endswith("\n\nTo do: supervised 1 run; cac 1 run.\n")
     # A call that does not ask for it keeps it; it goes when it is finished.
     monkeypatch.setattr(runs, "run", plain)
     for seed, kept in (("0", record["unfinished"]), ("1", [])):
@@ -362,12 +370,13 @@ def test_hours_are_planned_from_measured_steps(
     rest += " --iterations 3600 --warmup 600 --device cpu"
     options = compare.parse([*words.split(), "--runs", str(tmp_path), "--", *rest.split()])
     jobs = [(arm, "full", seed) for seed in (0, 1) for arm in ("supervised", "cac")]
-    hours = plan.plan(jobs, options, {})
+    hours = plan.plan(jobs, jobs, options, {})
     steps = json.loads((tmp_path / "step_time.json").read_text())
     assert 0 < steps["labeled"] < steps["both"]
-    assert hours["supervised"] == pytest.approx((steps["labeled"], 0))
+    base = steps["labeled"]
+    assert hours["supervised"] == pytest.approx((base, 0, base))
     whole = (steps["labeled"] + 5 * steps["both"]) / 6
-    assert hours["cac"] == pytest.approx((whole, steps["labeled"] / 6))
+    assert hours["cac"] == pytest.approx((whole, base / 6, base))
     assert (
         f"planned: {2 * sum(each.whole for each in hours.values()):.1f} hours"
         in capsys.readouterr().out
@@ -376,7 +385,7 @@ def test_hours_are_planned_from_measured_steps(
         state = {"iteration": 3600, "config": {"iterations": 3600}}
         runs.run_folder(job, options).mkdir()
         checkpoint.write(runs.run_folder(job, options) / "last.pt", state)
-    assert plan.plan(jobs, options, {}) == {}
+    assert plan.plan(jobs, jobs, options, {}) == {}
 
 
 def test_scored_splits_must_hold_images(trainer: Trainer, source: Path) -> None:

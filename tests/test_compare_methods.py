@@ -39,7 +39,7 @@ HOURS = {arm: Hours(hours, WARM_UP.get(arm, 0.0)) for arm, hours in HOURS.items(
 def planned(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A trainer whose hours are HOURS."""
     monkeypatch.setattr(
-        compare, "plan", lambda jobs, options, failed: {arm: HOURS[arm] for arm, _, _ in jobs}
+        compare, "plan", lambda jobs, asked, *rest: {arm: HOURS[arm] for arm, _, _ in asked}
     )
     monkeypatch.setattr(compare, "plot_methods", lambda results, path, paces: None)
     monkeypatch.setattr(compare, "draw_sheet", lambda jobs, options, path: None)
@@ -196,7 +196,10 @@ def test_the_table_is_there_for_further_methods_alone(planned: Trainer) -> None:
 
 
 def test_the_sheet_is_of_the_first_seed_that_has_two_runs(
-    planned: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    planned: Trainer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked: list[argparse.Namespace] = []
 
@@ -215,11 +218,16 @@ def test_the_sheet_is_of_the_first_seed_that_has_two_runs(
     assert (planned.output / "results/compare-sheet.png").is_file()
     for folder in folders[1:]:
         (folder / "last.pt").unlink()
+    capsys.readouterr()
     jobs = [(arm, "1/2", seed) for seed in (0, 1) for arm in arms]
     options = compare.parse([*planned.words, "--methods", "fixmatch", "--test"])
     methods_sheet.draw_sheet(jobs, options, tmp_path / "sheet.png")
     assert {path.parent.name[-5:] for path in asked[1].runs} == {"seed1"}
     assert asked[1].split == "test"
+    (runs.run_folder(("fixmatch", "1/2", 1), planned.options) / "last.pt").unlink()
+    methods_sheet.draw_sheet(jobs, options, tmp_path / "sheet.png")
+    assert "sheet.png stays as it is: fixmatch of it are not in" in capsys.readouterr().out
+    assert len(asked) == 2
     methods_sheet.draw_sheet(jobs[: len(arms)], options, tmp_path / "sheet.png")
     assert len(asked) == 2
 
@@ -236,11 +244,10 @@ def test_hours_of_finished_runs_are_measured_too(
     monkeypatch.setattr(compare, "plan", lambda *words: {"fixmatch": HOURS["fixmatch"]})
     monkeypatch.setattr(compare, "planned_hours", measured)
     assert call(planned, "--methods", "fixmatch") == 0
-    assert asked == [["supervised", "supervised_adapted", "supervised_all"]]
-    arms = [*asked[0], "fixmatch"]
+    assert asked == [["fixmatch", "supervised", "supervised_adapted", "supervised_all"]]
     planned.options.rest += ["--warmup", "2"]
     known = former_record(planned.output / "results/compare", planned.options, {}).hours
-    assert known == {arm: HOURS[arm] for arm in arms}
+    assert known == {arm: HOURS[arm] for arm in asked[0]}
 
 
 # ---- numbers
@@ -350,6 +357,12 @@ def test_hours_are_a_line_with_a_knee(trainer: Trainer) -> None:
     assert cac.hours_at(5) == pytest.approx(0.5 + 3.5 / 2)
     assert cac.iteration_at(0.5 + 3.5 / 2) == pytest.approx(5)
     assert found["control"].hours_at(2) == pytest.approx(0.25)  # at the speed of supervised
+    # Measured when the machine took twice as long.
+    busy = Hours(6.0, 0.5, supervised=2.0)
+    slow = pace.paces(
+        options.arms, HOURS | {"supervised": busy._replace(whole=1), "cac": busy}, options
+    )
+    assert slow["cac"].hours == pytest.approx((0, 0.25, 3))
     assert cac.iteration_at(9) == 8
     student = found["self_training"]
     assert student.hours_at(0) == 1 and student.hours_at(8) == pytest.approx(2.5)
@@ -380,8 +393,8 @@ def test_alone_arms_take_cacs_warm_up_or_their_own(
 
     failed: dict[str, str] = {}
 
-    assert hours("fixmatch")["supervised"] == Hours(1) and asked == ["fixmatch", "supervised"]
-    assert hours("self_training,cac")["supervised_all"] == Hours(2)
+    assert hours("fixmatch")["supervised"] == Hours(1, 0, 1) and asked == ["fixmatch", "supervised"]
+    assert hours("self_training,cac")["supervised_all"] == Hours(2, 0, 2)
     assert sorted(asked) == ["cac", "cac", "self_training"]
 
     assert failed == {}

@@ -141,22 +141,64 @@ def test_runs_of_the_record_are_kept_without_their_folders(
     assert again(*rest) == []
     assert capsys.readouterr().out.count("its scores stay in the record\n") == 6
     assert trainer.record()["runs"] == first and table.read_text() == text
-    # What the record does not have is trained, and so is what that begins with.
+    # What the record does not have is trained.
     trainer.commit = "second"
     both = ["supervised 1/2 seed 2", "cac 1/2 seed 2"]
     assert again("--seeds", "0,1,2", *rest) == both
     assert trainer.record()["runs"][:6] == first
-    record = trainer.record()
-    record["runs"] = [run for run in record["runs"] if "adapted" not in run["method"]]
-    (trainer.output / "results/compare.json").write_text(json.dumps(record))
+    # So is what that begins with, and what has a folder goes on.
+    path, record = trainer.output / "results/compare.json", trainer.record()
+    without = [run for run in record["runs"] if "adapted" not in run["method"]]
+    path.write_text(json.dumps({**record, "runs": without}))
     assert again(*rest) == ["supervised 1/2 seed 0", "supervised 1/2 seed 1"]
-    # What goes on in its folder does so, and a score that is new has to be measured.
-    assert again(*rest, gone="*seed0") == ["supervised 1/2 seed 1"]
+    assert "supervised 1/2 0: trained anew" in capsys.readouterr().out
+    trainer.commit = "third"
+    assert again(*rest, gone="supervised-*seed0") == ["supervised 1/2 seed 1"]
+    commits = {(run["method"], run["seed"]): run["commits"] for run in trainer.record()["runs"]}
+    # An adapted network is made anew where its source is.
+    assert [commits["supervised_adapted", seed] for seed in (0, 1)] == [["second"], ["third"]]
+    # A score that is new has to be measured, also where the record does not tell of which lists.
     write_image(source / "images/test/x.png")
     write_mask(source / "masks/test/x.png")
-    (trainer.output / "results/compare.json").write_text(json.dumps({**record, "digests": {}}))
+    path.write_text(json.dumps({**record, "digests": {}}))
+    assert len(again(*rest)) == 4
     assert len(again("--test", *rest)) == 4
-    assert len(again(*rest, "--restart")) == 4
+    assert len(again("--test", *rest)) == 0
+    assert len(again("--test", *rest, "--restart")) == 4
+
+
+def test_a_student_needs_its_teacher_but_once(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "planned_hours", lambda *_: {})
+    monkeypatch.setattr(compare, "plot_methods", lambda *_: None)
+    monkeypatch.setattr(compare, "draw_sheet", lambda *_: None)
+    words = [
+        *trainer.words,
+        "--seeds",
+        "0",
+        "--methods",
+        "self_training",
+        "--",
+        "--iterations",
+        "4",
+    ]
+
+    def again(*gone: str) -> list[str]:
+        for name in gone:
+            shutil.rmtree(trainer.options.runs / f"{name}-1_2-seed0")
+        trainer.trained.clear()
+        assert compare.compare(compare.parse(words)) == 0
+        return [label.split()[0] for label in trainer.trained]
+
+    every = ["supervised", "supervised_all", "supervised_adapted", "self_training"]
+    assert again() == ["supervised", "supervised_all", "self_training"]
+    assert again(*every) == []
+    path, record = trainer.output / "results/compare.json", trainer.record()
+    others = [run for run in record["runs"] if run["method"] != "self_training"]
+    path.write_text(json.dumps({**record, "runs": others}))
+    assert again() == ["supervised", "self_training"]
+    assert again("self_training") == ["supervised"]  # which only reads what is there
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ def test_differences_are_paired_by_seed() -> None:
     assert found["seeds"] == 2 and found["headroom_seeds"] == found["control_seeds"] == 3
     assert found["gain"] == pytest.approx(4.5)
     assert found["gain_standard_error"] == pytest.approx(0.5)
-    assert found["share_of_headroom"] == pytest.approx(0.45)
+    assert found["share_of_headroom"] == pytest.approx(9 / 22)  # of the seeds that all have
+    line = outcome.summary_table([found]).splitlines()[-1]
+    assert "| +10.0 ± 1.2 | +1.0 ± 0.0 | +4.5 ± 0.5 | 41 % | 2 (headroom 3, control 3) |  |" in line
     assert found["informative"] is True
     assert found["best"]["gain"] == pytest.approx(4.5)
 

@@ -38,12 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy.arguments import parse
 from accuracy.arms import ARMS, needed_arm
-from accuracy.methods_outcome import methods_table, plot_methods, rank
+from accuracy.methods_outcome import methods_table, plot_methods, rank, to_do
 from accuracy.methods_sheet import draw_sheet
 from accuracy.outcome import plot, report, summarize
 from accuracy.pace import Pace, paces
 from accuracy.plan import cheapest_first, plan, planned_hours
-from accuracy.record import content_digests, former_record, kept_runs
+from accuracy.record import OF_SEED, content_digests, former_record, kept_runs
 from accuracy.runs import (
     LISTS,
     Job,
@@ -84,7 +84,7 @@ def compare(options: argparse.Namespace) -> int:
         files[f"--names {path.stem}"] = [path]
     for seed in options.seeds if options.lists is not None else ():
         folder = list_folder(options.lists, seed)
-        files[f"--lists {options.shares} of seed {seed}"] = [folder / name for name in LISTS]
+        files[f"--lists {options.shares}{OF_SEED}{seed}"] = [folder / name for name in LISTS]
     jobs = [
         (arm, share, seed)
         for seed in options.seeds
@@ -104,9 +104,9 @@ def compare(options: argparse.Namespace) -> int:
     commands = [*former.commands, command_line("bench/accuracy/compare.py", options.command)]
     record = {"command": " ; ".join(dict.fromkeys(commands)), "digests": former.digests | digests}
     found, hours = dict(former.runs), former.hours
-    asked, kept = jobs, kept_runs(jobs, former, options)
+    asked, kept = jobs, kept_runs(jobs, former, digests, options)
     for arm, share, seed in kept:
-        print(f"{arm} {share} seed {seed}: no folder is left, its scores stay in the record")
+        print(f"{arm} {share} seed {seed}: not in {options.runs}, its scores stay in the record")
     jobs = [job for job in jobs if job not in kept]
     failures = []
     scored_on = options.names[0].stem if options.names else "test" if options.test else "val"
@@ -126,6 +126,8 @@ def compare(options: argparse.Namespace) -> int:
         parts = [report(ordered(), record["summary"])]
         if "methods" in record:
             parts.append(methods_table(record["methods"], options.sort_by))
+        elif missing := to_do([job for job in jobs if job not in found], known_paces()):
+            parts.append(missing)
         return "\n\n".join(parts)
 
     def write() -> None:
@@ -133,9 +135,7 @@ def compare(options: argparse.Namespace) -> int:
         others = dict(former.unfinished)
         others |= {job: run for job in jobs if (run := unfinished_run(job, options))}
         record["unfinished"] = [run for job, run in others.items() if job not in found]
-        record["planned_hours_a_run"] = {arm: each.whole for arm, each in hours.items()}
-        known = {arm: each.warm_up for arm, each in hours.items() if each.warm_up is not None}
-        record["planned_warm_up_hours_a_run"] = known
+        record["planned_hours"] = {arm: each._asdict() for arm, each in hours.items()}
         if results:
             record["summary"] = summarize(results, options.title, scored_on)
         missing = [job for job in jobs if job not in found]
@@ -153,11 +153,10 @@ def compare(options: argparse.Namespace) -> int:
     with programs.stopped_by_signals(), ThreadPoolExecutor(options.jobs) as pool:
         try:
             failed: dict[str, str] = {}  # arms whose settings no run can use
-            hours = hours | plan(jobs, options, failed)
+            hours = hours | plan(jobs, asked, options, failed)
             if options.methods:
-                # Of finished runs too, as the others' cost is told by them.
-                unknown = [job for job in asked if job[0] not in {**hours, **failed}]
-                hours = hours | planned_hours(unknown, options, failed)
+                if not {job[0] for job in asked} <= {*hours, *failed}:
+                    hours = hours | planned_hours(asked, options, failed)
                 jobs = cheapest_first(jobs, hours)
             # Behind all others, so that none waits for the run that it adapts.
             jobs.sort(key=lambda job: ARMS[job[0]].adapts is not None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy.arms import ARMS
-from accuracy.outcome import cell, chosen, draw, paired, panel_title
+from accuracy.outcome import cell, chosen, draw, headroom_share, paired, panel_title
 from accuracy.pace import Pace, val_at
 from accuracy.runs import Job
 from lib.measure import can_plot
@@ -53,13 +53,13 @@ def rank(
         left = [arm for arm, of_job, _ in missing if of_job == share]
         runs = {arm: chosen(results, share, arm) for arm in ARMS}
         reference = runs["supervised"]
-        room = paired(*(_last(runs[arm], scored_on) for arm in ("supervised", "supervised_all")))
+        points = {arm: _last(runs[arm], scored_on) for arm in ARMS}
         of_share = [
             {
                 "method": arm,
                 "setting": f"{data} {share}",
                 "scored_on": scored_on,
-                **_equal_steps(runs[arm], reference, scored_on, room["mean"]),
+                **_equal_steps(arm, points),
                 **_equal_time(runs[arm], reference, paces.get(arm), paces.get("supervised")),
                 "missing_seeds": left.count(arm),
             }
@@ -80,19 +80,16 @@ def _last(runs: list[dict], scored_on: str) -> dict[int, float]:
     return {run["seed"]: 100 * run["scores"][column] for run in runs if column in run["scores"]}
 
 
-def _equal_steps(
-    runs: list[dict], reference: list[dict], scored_on: str, room: float | None
-) -> dict[str, Any]:
-    points = _last(runs, scored_on)
-    gain = paired(_last(reference, scored_on), points)
-    if runs is reference:
+def _equal_steps(arm: str, points: Mapping[str, dict[int, float]]) -> dict[str, Any]:
+    of_arm, reference = points[arm], arm == "supervised"
+    gain = paired(points["supervised"], of_arm)
+    if reference:
         gain |= {"mean": None, "standard_error": None}
-    known = gain["mean"] is not None and room is not None and room > 0
     return {
-        "mean": statistics.mean(points.values()) if points else None,
+        "mean": statistics.mean(of_arm.values()) if of_arm else None,
         "gain": gain["mean"],
         "gain_standard_error": gain["standard_error"],
-        "share_of_headroom": gain["mean"] / room if known else None,
+        "share_of_headroom": None if reference else headroom_share(points, arm),
         "seeds": gain["seeds"],
     }
 
@@ -154,6 +151,17 @@ def _to_do(count: int, hours: float | None) -> str:
         return ""
     runs = f"{count} run{'s' if count > 1 else ''}"
     return runs if hours is None else f"{runs}, {count * hours:.2f} h"
+
+
+def to_do(missing: Sequence[Job], paces: Mapping[str, Pace]) -> str:
+    """A line on runs that are asked for and have no result, with the hours that are left; empty if
+    there is none."""
+    parts = []
+    for arm in dict.fromkeys(arm for arm, _, _ in missing):
+        count, pace = sum(job[0] == arm for job in missing), paces.get(arm)
+        hours = None if pace is None else pace.hours[-1] - pace.hours[0]
+        parts.append(f"{arm} {_to_do(count, hours)}")
+    return f"To do: {'; '.join(parts)}." if parts else ""
 
 
 def plot_methods(results: list[dict], path: Path, paces: Mapping[str, Pace]) -> None:

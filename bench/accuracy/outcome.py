@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,9 @@ def differences(points: dict[str, dict[int, float]]) -> dict[str, Any]:
     """What every arm gains over supervised: points by arm and seed.
 
     Of CAC `gain`, `gain_standard_error` and `seeds`, of all masks `headroom` and so on, of
-    any other arm `NAME_gain` and so on. `informative` says whether the headroom is
-    LEAST_HEADROOM points and LEAST_ERRORS standard errors; None as long as two seeds do not tell.
+    any other arm `NAME_gain` and so on. `share_of_headroom` is CAC's. `informative` says whether
+    the headroom is LEAST_HEADROOM points and LEAST_ERRORS standard errors; None as long as two
+    seeds do not tell.
     """
     found: dict[str, Any] = {}
     for arm in list(ARMS)[1:]:
@@ -97,14 +98,22 @@ def differences(points: dict[str, dict[int, float]]) -> dict[str, Any]:
         found[name] = gain["mean"]
         found[f"{name}_standard_error"] = gain["standard_error"]
         found[f"{name}_seeds".replace("gain_", "")] = gain["seeds"]
-    room, error, gain = found["headroom"], found["headroom_standard_error"], found["gain"]
+    room, error = found["headroom"], found["headroom_standard_error"]
     informative = None
     if room is not None and room < LEAST_HEADROOM:
         informative = False
     elif error is not None:
         informative = room >= LEAST_ERRORS * error
-    share = None if gain is None or room is None or room <= 0 else gain / room
-    return found | {"informative": informative, "share_of_headroom": share}
+    return found | {"informative": informative, "share_of_headroom": headroom_share(points, "cac")}
+
+
+def headroom_share(points: Mapping[str, dict[int, float]], arm: str) -> float | None:
+    """An arm's gain over supervised, as a share of that of all masks, over the seeds that the three
+    have; None without such a seed, or if all masks gain nothing."""
+    three = [points.get(name, {}) for name in ("supervised", "supervised_all", arm)]
+    seeds = set.intersection(*map(set, three))
+    base, room, other = (sum(each[seed] for seed in seeds) for each in three)
+    return (other - base) / (room - base) if room > base else None
 
 
 def summarize(results: list[dict], data: str, scored_on: str) -> list[dict[str, Any]]:
@@ -157,7 +166,14 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [cell(row[name], row[f"{name}_standard_error"]) for name in names]
         share = row["share_of_headroom"]
-        cells += ["" if share is None else f"{100 * share:.0f} %", str(row["seeds"])]
+        counts = {name: row[f"{name}_seeds".replace("gain_", "")] for name in names}
+        other = [
+            f"{head} {count}"
+            for head, count in zip(heads, counts.values(), strict=True)
+            if count not in (0, row["seeds"])
+        ]
+        seeds = f"{row['seeds']} ({', '.join(other)})" if other else str(row["seeds"])
+        cells += ["" if share is None else f"{100 * share:.0f} %", seeds]
         unknown = "no headroom yet" if row["headroom"] is None else "one seed: not judged"
         says = {True: "", False: "not informative", None: unknown}
         cells = [row["setting"], row["scored_on"], *cells, says[row["informative"]]]

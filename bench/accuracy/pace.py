@@ -38,7 +38,8 @@ def paces(
     """The paces of those arms whose hours are known; none before those of supervised are.
 
     hours: of a run of each arm, without those of the run that it begins with. Where those of the
-        warm-up are not known, its steps take as long as supervised's.
+        warm-up are not known, its steps take as long as supervised's. All paces are those of the
+        machine as it was when supervised was measured.
     """
     found: dict[str, Pace] = {}
     for arm in arms:
@@ -49,16 +50,24 @@ def paces(
         settings = config.parse(words)
         total = settings.optim.iterations
         first = 0 if is_alone(ARMS[arm].method) else min(settings.num_warmup, total)
-        whole, warm_up = hours[arm]
+        whole, warm_up = _at_one_speed(hours[arm], hours["supervised"])
         if warm_up is None:
             warm_up = min(hours["supervised"].whole * first / total, whole)
-        before = 0.0 if needed is None else hours[needed].whole
+        before = 0.0
+        if needed is not None:
+            before, _ = _at_one_speed(hours[needed], hours["supervised"])
         steps, times = [0], [before]
         if 0 < first < total:
             steps.append(first)
             times.append(before + warm_up)
         found[arm] = Pace((*steps, total), (*times, before + whole))
     return found
+
+
+def _at_one_speed(hours: Hours, supervised: Hours) -> tuple[float, float | None]:
+    # As if they had been measured in the same call as those of supervised.
+    factor = supervised.whole / hours.supervised if hours.supervised else 1.0
+    return factor * hours.whole, None if hours.warm_up is None else factor * hours.warm_up
 
 
 def val_at(curve: Sequence[Sequence[float]], iteration: float) -> float | None:

@@ -14,11 +14,16 @@ from lib.running import RunError, run
 
 
 class Hours(NamedTuple):
-    """Of a run without evaluations; warm_up: those of it before the unlabeled images take part,
-    None where they were not measured."""
+    """Of a run without evaluations.
+
+    warm_up: those of it before the unlabeled images take part. supervised: those of a supervised
+        run that were measured in the same call, as another call may find a busier machine. None
+        where they were not measured.
+    """
 
     whole: float
     warm_up: float | None = 0.0
+    supervised: float | None = None
 
 
 def is_alone(method: str) -> bool:
@@ -60,7 +65,8 @@ def planned_hours(
             if alone or method == "cac":
                 labeled = seconds
         hours[arm] = hours_of(config.parse(words), seconds, alone)
-    return hours
+    beside = hours["supervised"].whole if "supervised" in hours else None
+    return {arm: each._replace(supervised=beside) for arm, each in hours.items()}
 
 
 def step_seconds(words: list[str], options: argparse.Namespace) -> dict[str, float | None]:
@@ -97,20 +103,23 @@ def cheapest_first(jobs: list[Job], hours: dict[str, Hours]) -> list[Job]:
     return sorted(jobs, key=place)
 
 
-def plan(jobs: list[Job], options: argparse.Namespace, failed: dict[str, str]) -> dict[str, Hours]:
-    """Say how many hours the runs that are not finished will take; those of each arm's runs.
+def plan(
+    jobs: list[Job], asked: list[Job], options: argparse.Namespace, failed: dict[str, str]
+) -> dict[str, Hours]:
+    """Say how many hours those of `jobs` that are not finished will take.
 
-    failed: as of `planned_hours`, which it calls.
+    Returns the hours of all arms that are asked for, as their costs are compared; none if no job
+    is left. failed: as of `planned_hours`, which it calls.
     """
     left = [job for job in jobs if not is_finished(job, options)]
     if not left:
         return {}
-    hours = planned_hours(left, options, failed)
+    hours = planned_hours(asked, options, failed)
     total = sum(hours[arm].whole for arm, _, _ in left if arm in hours) / options.jobs
     parts = [
         f"{arm} {sum(job[0] == arm for job in left)} x {hours[arm].whole:.2f}"
         for arm in ARMS
-        if arm in hours
+        if arm in hours and any(job[0] == arm for job in left)
     ]
     print(f"planned: {total:.1f} hours without evaluations ({', '.join(parts)})", flush=True)
     return hours

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accuracy.arguments import split_arguments
+from accuracy.arms import ARMS
 from accuracy.plan import Hours
-from accuracy.runs import STATES, Job, needed_run, run_folder, scored_parts
+from accuracy.runs import STATES, Job, is_finished, needed_run, run_folder, scored_parts
 from cac_fast.train import config
 from cac_fast.train.config import Config
 from cac_fast.train.data.layouts import SegmentationData
@@ -21,6 +22,10 @@ from cac_fast.train.registry import LAYOUTS
 
 FACTS = ("device", "architecture", "cpu", "cpu_capability", "python", "torch", "triton")
 """Where an older record says, for all its runs, what each run's `machines` say now."""
+
+
+OF_SEED = " of seed "
+"""In the name of a digest: what follows is the seed whose runs it concerns."""
 
 
 class Former(NamedTuple):
@@ -73,31 +78,45 @@ def former_record(target: Path, options: Namespace, digests: dict[str, str]) -> 
             f"the record {path} is of runs with other settings or data "
             f"({'; '.join(dict.fromkeys(different))}): give another --name"
         )
-    warm_up = record.get("planned_warm_up_hours_a_run", {})  # older records have none
-    planned = record.get("planned_hours_a_run", {})
-    hours = {arm: Hours(whole, warm_up.get(arm)) for arm, whole in planned.items()}
+    older = record.get("planned_hours_a_run", {})  # those of the whole run alone
+    hours = {arm: Hours(whole, warm_up=None) for arm, whole in older.items()}
+    hours |= {arm: Hours(**each) for arm, each in record.get("planned_hours", {}).items()}
     return Former(commands, runs, known, hours, unfinished)
 
 
-def kept_runs(jobs: list[Job], former: Former, options: Namespace) -> list[Job]:
-    """Those of `jobs` that need no training: the record has their scores, and no folder is left
-    that could go on.
+def kept_runs(
+    jobs: list[Job], former: Former, digests: dict[str, str], options: Namespace
+) -> list[Job]:
+    """Those of `jobs` that need no training: the record has their scores, of the data and lists
+    that `digests` are of, and no folder is left that could go on.
 
-    Not among them: what lacks a score that is asked for, what begins a run that has to be trained,
-    and with `--restart` any.
+    Not among them: what lacks a score that is asked for, what another run has to begin with, an
+    adapted network whose source is there, and with `--restart` any.
     """
     if "--restart" in options.rest:
         return []
     scores = {f"{part}_{state}" for part in ("val", *scored_parts(options)) for state in STATES}
-    kept = [
-        job
+    kept: list[Job] = []
+    for job in sorted(jobs, key=lambda job: needed_run(job) is not None):
+        if job not in former.runs or not scores <= former.runs[job]["scores"].keys():
+            continue
+        of_job = {key for key in digests if key.partition(OF_SEED)[2] in ("", str(job[2]))}
+        needed = needed_run(job)
+        if ARMS[job[0]].adapts is not None:
+            gone = needed in kept
+        else:
+            gone = not (run_folder(job, options) / "last.pt").is_file()
+            gone = gone and (needed is None or needed in kept or is_finished(needed, options))
+        if gone and of_job <= former.digests.keys():
+            kept.append(job)
+    begun_with = {
+        needed_run(job)
         for job in jobs
-        if job in former.runs
-        and scores <= former.runs[job]["scores"].keys()
-        and not (run_folder(job, options) / "last.pt").is_file()
-    ]
-    needed = {needed_run(job) for job in jobs if job not in kept}
-    return [job for job in kept if job not in needed]
+        if job not in kept and (ARMS[job[0]].adapts is not None or not is_finished(job, options))
+    }
+    for job in begun_with.intersection(kept):
+        print(f"{' '.join(map(str, job))}: trained anew, as another run begins with it")
+    return [job for job in kept if job not in begun_with]
 
 
 def _job(run: dict) -> Job:

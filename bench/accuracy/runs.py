@@ -208,18 +208,18 @@ def val_scores(curve: list[list]) -> dict[str, float]:
 
 
 def unfinished_run(job: Job, options: argparse.Namespace) -> dict | None:
-    """How far a run has come that has no result yet; None where its folder says nothing."""
+    """How far a run has come that has no result yet; None where it has not begun."""
     arm, share, seed = job
     folder = run_folder(job, options)
     lines = read_metrics(folder / "metrics.jsonl")
-    if not lines:
+    if not lines and not (folder / "config.json").is_file():
         return None
     return {
         "method": arm,
         "share": share,
         "seed": seed,
         "commits": read_note(folder)["commits"],
-        "iteration": lines[-1]["iteration"],
+        "iteration": lines[-1]["iteration"] if lines else 0,
         "curve": val_curve(lines),
     }
 
