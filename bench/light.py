@@ -3,7 +3,9 @@
     python bench/light.py [--json FILE]
 
 Both networks have the same weights. The gradients of both are compared with float64 first; then
-both take turns at forward and backward of a batch, on the threads given. A turn gives one ratio.
+both take turns at forward and backward of a batch, on the threads given, and so does the backbone
+of the network with the kernels: what it does not take is the head's share, upsampling and loss
+included. A turn gives one ratio.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -54,6 +56,13 @@ def run(network: Segmenter, image: Tensor, label: Tensor, light: bool) -> Tensor
     return torch.cat([weight.grad.flatten() for weight in network.parameters()])
 
 
+def run_backbone(network: Segmenter, image: Tensor) -> None:
+    """A forward and a backward pass of the backbone alone, from gradients of its features."""
+    network.zero_grad(set_to_none=True)
+    features = network.backbone(image)
+    torch.autograd.backward(features, [torch.ones_like(each) for each in features])
+
+
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     """Geometric mean of ratios, and the bounds of its 95 % interval."""
     logs = [math.log(ratio) for ratio in ratios]
@@ -88,25 +97,33 @@ def main(arguments: list[str] | None = None) -> None:
     for name, network in both.items():
         found = run(network, image, label, name == "light")
         errors[name] = float((found - exact).norm() / exact.norm())
-    seconds: dict[str, list[float]] = {name: [] for name in both}
+    passes: dict[str, Callable[[], object]] = {
+        "plain": lambda: run(both["plain"], image, label, False),
+        "light": lambda: run(both["light"], image, label, True),
+        "light_backbone": lambda: run_backbone(both["light"], image),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
     for turn in range(options.turns):
-        for name, network in both.items():
+        for name, make in passes.items():
             begin = time.perf_counter()
-            run(network, image, label, name == "light")
+            make()
             seconds[name].append(time.perf_counter() - begin)
         progress(f"turn {turn + 1} of {options.turns}")
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    mean, low, high = interval(ratios)
-    for name, times in seconds.items():
+    plain, light, backbone = seconds.values()
+    mean, low, high = interval([a / b for a, b in zip(plain, light, strict=True)])
+    share = 1 - interval([a / b for a, b in zip(backbone, light, strict=True)])[0]
+    for name, error in errors.items():
         print(
-            f"{name}: {1000 * statistics.median(times):.0f} ms for forward and backward, gradients "
-            f"{errors[name]:.1e} off float64"
+            f"{name}: {1000 * statistics.median(seconds[name]):.0f} ms for forward and backward, "
+            f"gradients {error:.1e} off float64"
         )
     print(f"{mean:.2f} times as fast [{low:.2f}, {high:.2f}]")
+    print(f"head, upsampling and loss: {100 * share:.0f} % of the time with the kernels")
     record = {"command": command_line("bench/light.py", arguments or sys.argv[1:]), **facts(CPU)}
     record |= {name: vars(options)[name] for name in ("batch_size", "crop_size", "threads")}
     record |= {name: percentiles(times) for name, times in seconds.items()}
-    record |= {"speedup": mean, "speedup_95": [low, high], "gradient_errors": errors}
+    record |= {"speedup": mean, "speedup_95": [low, high], "head_share": share}
+    record |= {"gradient_errors": errors}
     write_record(options.json and Path(options.json), record)
 
 

@@ -27,7 +27,21 @@ def test_both_networks_are_compared_and_timed(tmp_path: Path, capsys, monkeypatc
     plain, other = (record["gradient_errors"][name] for name in ("plain", "light"))
     # The kernels are there, and right.
     assert plain != other and other < max(2 * plain, 1e-5)
-    assert "times as fast" in capsys.readouterr().out
+    assert -1 < record["head_share"] < 1 and record["light_backbone"]["median_ms"] > 0
+    out = capsys.readouterr().out
+    assert "times as fast" in out and "head, upsampling and loss:" in out
+
+
+@built
+def test_the_backbone_alone_reaches_its_own_weights() -> None:
+    _, network = light.networks()
+    light.run_backbone(network, torch.randn(2, 3, 32, 32))
+    reached = {
+        name.partition(".")[0]
+        for name, weight in network.named_parameters()
+        if weight.grad is not None
+    }
+    assert reached == {"backbone"}
 
 
 def test_the_extension_is_needed(monkeypatch) -> None:
