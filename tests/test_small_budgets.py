@@ -1,4 +1,4 @@
-"""CAC's settings for small budgets: labels of an averaged copy, a ramp of lambda."""
+"""CAC's settings for small budgets: labels of an averaged copy, a ramp of lambda, dropout."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from data_folders import one_line
 from small_training import assert_same_bits, losses
-from test_methods import SMOOTH, run, trainer, use_class
+from test_methods import SMOOTH, one_step, run, trainer, use_class
+from torch import nn
 
 from cac_fast.train import checkpoint
+from cac_fast.train.errors import InputError
 from cac_fast.train.methods.cac import CAC
 
 AVERAGED = "--averaged-labels"
@@ -79,6 +82,20 @@ def test_interrupted_run_ends_with_the_same_bits(folder_data: Path, tmp_path: Pa
     one, other = (checkpoint.read(tmp_path / at / "last.pt") for at in ("whole", "run"))
     assert_same_bits(one["method"], other["method"])
     assert any(name.startswith("teacher.") for name in one["method"])
+
+
+def test_dropout_of_labeled_images_alone(folder_data: Path, tmp_path: Path):
+    trained = trainer(folder_data, tmp_path / "run", "--warmup", "0", "--no-unlabeled-dropout")
+    drops = [layer for layer in trained.network.modules() if isinstance(layer, nn.Dropout)]
+    seen = {layer: [] for layer in drops}
+    for layer in drops:
+        layer.register_forward_hook(lambda layer, *_: seen[layer].append(layer.training))
+    one_step(trained, unlabeled=True)
+    assert list(seen.values()) == [[False, False, True]] * 2  # both crops, then the labeled images
+    assert all(layer.training for layer in drops)
+    with pytest.raises(InputError) as error:
+        trainer(folder_data, tmp_path / "run", "--no-unlabeled-dropout", "--forward", "joint")
+    one_line(error, "--no-unlabeled-dropout", "--forward separate")
 
 
 def test_a_ramp_of_lambda(folder_data: Path, tmp_path: Path):

@@ -134,7 +134,12 @@ def test_joint_forward_differs_in_batch_statistics_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--checkpoint-activations"], ["--checkpoint-activations", "--accumulate", "2"]]
+    "options",
+    [
+        ["--checkpoint-activations"],
+        ["--checkpoint-activations", "--accumulate", "2"],
+        ["--checkpoint-activations", "--accumulate", "2", "--no-unlabeled-dropout"],
+    ],
 )
 def test_recomputation_changes_nothing(options: list[str], monkeypatch) -> None:
     """Dropout falls as before, and the running statistics move once."""

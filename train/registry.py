@@ -237,7 +237,7 @@ METHODS = Registry(
         "cac": Entry(
             f"{_METHODS}.cac:CAC",
             "context-aware consistency",
-            uses=f"{CONTRASTIVE} averaged_labels ema_decay",
+            uses=f"{CONTRASTIVE} averaged_labels ema_decay unlabeled_dropout",
         ),
         "cct": Entry(
             f"{_METHODS}.cct:CCT",

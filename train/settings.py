@@ -160,6 +160,9 @@ class LossSettings:
         "cac: confidence and pseudo labels of the crops from an averaged copy of the network, in "
         "evaluation mode (--ema-decay)",
     )
+    unlabeled_dropout: bool = setting(
+        True, "cac: the network's dropout in the passes of the unlabeled crops (authors: on)"
+    )
     temperature: float = setting(0.1, "tau, by which the loss divides cosines")
     threshold: float = setting(
         0.75, "gamma, confidence that a positive must exceed", NOT_NEGATIVE, CONFIDENCE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch import Tensor
 from cac_fast.train.config import Config
 from cac_fast.train.data.views import PAIR
 from cac_fast.train.distributed import World
+from cac_fast.train.errors import InputError
 from cac_fast.train.methods.base import Batch, Networks, cross_entropy_sum, label_scalars
 from cac_fast.train.methods.contrastive import ContrastiveMethod, Finish, Projected, join
 from cac_fast.train.methods.teacher import Teacher
 from cac_fast.train.methods.weak_labels import WeakClassifier
 from cac_fast.train.networks import upsample_logits
+from cac_fast.train.networks.recompute import without_dropout
 from cac_fast.train.profiling import phase
 
 Seen = tuple[Tensor, ...]
@@ -35,6 +38,11 @@ class CAC(ContrastiveMethod):
         self, networks: Networks, world: World, config: Config, dtype: torch.dtype
     ) -> None:
         super().__init__(networks, world, config, dtype)
+        self.drops = config.loss.unlabeled_dropout
+        if not self.drops and self.joint:
+            raise InputError(
+                "--no-unlabeled-dropout needs passes of their own: use --forward separate"
+            )
         self.teacher: Teacher | None = None
         if config.loss.averaged_labels:
             self.teacher = Teacher(self.network, config.loss.ema_decay)
@@ -78,7 +86,8 @@ class CAC(ContrastiveMethod):
         The labeled images come last: meanwhile the negatives travel between the ranks.
         """
         labels, seen = self.labels(unlabeled), []
-        with phase("forward unlabeled"):
+        quiet = nullcontext() if self.drops else without_dropout(self.network)
+        with phase("forward unlabeled"), quiet:
             for place, name in enumerate(self.views):
                 images = unlabeled[f"image_{name}"]
                 told = labels[place : place + 1]

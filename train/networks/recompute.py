@@ -1,7 +1,8 @@
 """Less memory for more time: activations that are computed again when backward needs them.
 
-`torch.utils.checkpoint` restores autocast and the random state, so dropout falls as before. Batch
-norm it knows nothing of: the second forward would move the running statistics a second time.
+`torch.utils.checkpoint` restores autocast and the random state, so dropout falls as before. It
+knows nothing of batch norm, whose running statistics a second forward would move once more, and
+nothing of dropout that was off in the first forward and is on since.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -22,15 +24,29 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 def recompute(function: Callable[..., Any], module: nn.Module, *tensors: Tensor) -> Any:
     """`function(*tensors)`, keeping the tensors alone for backward, which calls it once more.
 
-    module: holds every batch norm that the function runs; its running statistics are moved by the
-        first call only. Gradients are those without recomputation; calls may be nested.
+    module: holds every batch norm and dropout that the function runs. The running statistics are
+        moved by the first call only, and dropout is on in the second one where it was in the first.
+        Gradients are those without recomputation; calls may be nested.
     """
     if not torch.is_grad_enabled():
         return function(*tensors)
-    again = partial(_spare_statistics, module)
+    off = [layer for layer in _dropouts(module) if not layer.training]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with _spare_statistics(module), _without(off):
+            yield
+
     return checkpoint(
         function, *tensors, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
     )
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Dropout of a module in training is off."""
+    with _without(_dropouts(module)):
+        yield
 
 
 def recompute_blocks(blocks: Sequence[nn.Module]) -> None:
@@ -59,6 +75,22 @@ def in_slices(
     kept = count - 1 if keep_last or count == 1 else count
     results = [recompute(function, module, *part) for part in slices[:kept]]
     return results + [function(*part) for part in slices[kept:]]
+
+
+def _dropouts(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if isinstance(layer, _DropoutNd)]
+
+
+@contextmanager
+def _without(layers: Sequence[nn.Module]) -> Iterator[None]:
+    on = [layer for layer in layers if layer.training]
+    for layer in on:
+        layer.train(False)
+    try:
+        yield
+    finally:
+        for layer in on:
+            layer.train()
 
 
 @contextmanager
