@@ -33,6 +33,7 @@ class Trainer:
         monkeypatch.setattr(runs, "run", self.run)
         monkeypatch.setattr(compare, "plot", lambda results, path: None)
         monkeypatch.setattr(compare, "plan", lambda jobs, asked, options, failed: {})
+        monkeypatch.setattr(compare, "planned_hours", lambda jobs, options, failed: {})
         monkeypatch.setattr(
             compare, "facts", lambda device: {"device": self.device, "commit": self.commit}
         )

@@ -243,6 +243,8 @@ def test_hours_of_finished_runs_are_measured_too(
 
     monkeypatch.setattr(compare, "plan", lambda *words: {"fixmatch": HOURS["fixmatch"]})
     monkeypatch.setattr(compare, "planned_hours", measured)
+    assert call(planned, "--arms", "supervised,cac") == 0
+    assert asked == []  # their summary names no cost
     assert call(planned, "--methods", "fixmatch") == 0
     assert asked == [["fixmatch", "supervised", "supervised_adapted", "supervised_all"]]
     planned.options.rest += ["--warmup", "2"]

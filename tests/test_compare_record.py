@@ -170,7 +170,6 @@ def test_runs_of_the_record_are_kept_without_their_folders(
 def test_a_student_needs_its_teacher_but_once(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "planned_hours", lambda *_: {})
     monkeypatch.setattr(compare, "plot_methods", lambda *_: None)
     monkeypatch.setattr(compare, "draw_sheet", lambda *_: None)
     words = [

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy.arguments import parse
 from accuracy.arms import ARMS, needed_arm
-from accuracy.methods_outcome import methods_table, plot_methods, rank, to_do
+from accuracy.methods_outcome import TWO_METHODS, methods_table, plot_methods, rank, to_do
 from accuracy.methods_sheet import draw_sheet
 from accuracy.outcome import plot, report, summarize
 from accuracy.pace import Pace, paces
@@ -154,9 +154,11 @@ def compare(options: argparse.Namespace) -> int:
         try:
             failed: dict[str, str] = {}  # arms whose settings no run can use
             hours = hours | plan(jobs, asked, options, failed)
+            # Finished runs have a cost in the table of the methods too.
+            unknown = {job[0] for job in asked} - {*hours, *failed}
+            if unknown and not {job[0] for job in [*asked, *found]} <= TWO_METHODS:
+                hours = hours | planned_hours(asked, options, failed)
             if options.methods:
-                if not {job[0] for job in asked} <= {*hours, *failed}:
-                    hours = hours | planned_hours(asked, options, failed)
                 jobs = cheapest_first(jobs, hours)
             # Behind all others, so that none waits for the run that it adapts.
             jobs.sort(key=lambda job: ARMS[job[0]].adapts is not None)
