@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,18 +20,21 @@ built = pytest.mark.skipif(not build_info()["built"], reason="the extension is n
 @built
 def test_both_networks_are_compared_and_timed(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    clock = accumulate([0, 4, 0, 2, 0, 1.5] * 2)  # begin and end of each pass, in two turns
+    monkeypatch.setattr(light, "time", SimpleNamespace(perf_counter=clock.__next__))
     sizes = ["--batch-size", "2", "--crop-size", "64", "--turns", "2"]
     light.main([*sizes, "--json", str(tmp_path / "light.json")])
     record = json.loads((tmp_path / "light.json").read_text())
     assert record["batch_size"] == 2 and {"device", "commit", "threads"} <= record.keys()
-    low, high = record["speedup_95"]
-    assert low <= record["speedup"] <= high
+    assert record["speedup"] == pytest.approx(2)
+    assert record["speedup_95"] == pytest.approx([2, 2])
+    assert record["head_share"] == pytest.approx(0.25)
     plain, other = (record["gradient_errors"][name] for name in ("plain", "light"))
     # The kernels are there, and right.
     assert plain != other and other < max(2 * plain, 1e-5)
-    assert -1 < record["head_share"] < 1 and record["light_backbone"]["median_ms"] > 0
+    assert record["light_backbone"]["median_ms"] == pytest.approx(1500)
     out = capsys.readouterr().out
-    assert "times as fast" in out and "head, upsampling and loss:" in out
+    assert "2.00 times as fast" in out and "head, upsampling and loss: 25 %" in out
 
 
 @built
