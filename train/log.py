@@ -7,7 +7,7 @@ import resource
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from operator import mul
@@ -155,13 +155,20 @@ class Meters:
 
     Adding never waits for the device; only `read` does. The first iteration whose loss was
     not finite is kept too.
+
+    Args:
+        device: where the scalars are.
+        reductions: of the method. A scalar that another one weights on the ranks is weighted so
+            over the steps too.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, reductions: Mapping[str, str] | None = None) -> None:
         self.device = device
+        kinds = (reductions or {}).items()
+        self.weight_of = {name: kind for name, kind in kinds if kind != "sum"}
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.sums: dict[str, torch.Tensor] = defaultdict(int)
-        self.counts: Counter[str] = Counter()
+        self.weights: dict[str, torch.Tensor | int] = defaultdict(int)
         self.steps, self.images = 0, 0
         self.waited, self.since = 0.0, time.perf_counter()
 
@@ -170,8 +177,9 @@ class Meters:
         bad = (self.first_bad < 0) & ~torch.isfinite(values["loss"].detach())
         self.first_bad = torch.where(bad, iteration, self.first_bad)
         for name, value in values.items():
-            self.sums[name] += value.detach().double()
-            self.counts[name] += 1
+            weight = values[self.weight_of[name]].detach() if name in self.weight_of else 1
+            self.sums[name] += value.detach().double() * weight
+            self.weights[name] += weight
         self.steps += 1
         self.images += step.images
         self.waited += step.waited
@@ -183,7 +191,10 @@ class Meters:
         `steps_per_s`, `peak_memory_mb` and `first_bad`, the first iteration whose loss was
         not finite or -1.
         """
-        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        means = {
+            name: total.item() / (float(self.weights[name]) or 1.0)
+            for name, total in self.sums.items()
+        }
         elapsed, steps = time.perf_counter() - self.since, max(1, self.steps)
         reading = {
             "means": means,
@@ -194,7 +205,7 @@ class Meters:
             "first_bad": int(self.first_bad.item()),
         }
         self.sums.clear()
-        self.counts.clear()
+        self.weights.clear()
         self.steps, self.images = 0, 0
         self.waited, self.since = 0.0, time.perf_counter()
         return reading
@@ -227,7 +238,8 @@ def train_line(
     """The values of a `"kind": "train"` line from the readings of all ranks.
 
     `images_per_s` counts the labeled and unlabeled images of all ranks; memory and waiting are
-    those of the worst rank. The method's scalars are reduced as its `reductions` say.
+    those of the worst rank. The method's scalars are reduced as its `reductions` say; a mean over
+    a rank's steps is already weighted (`Meters`).
     """
 
     def values(name: str) -> list[float]:

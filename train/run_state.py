@@ -90,7 +90,7 @@ class RunState:
         fp16 = self.autocast_dtype is torch.float16
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=fp16)
 
-        self.meters = Meters(world.device)
+        self.meters = Meters(world.device, self.method.reductions)
         self.log: RunLog | SilentLog = SilentLog()  # rank 0 opens its own when the run begins
         if former is None:
             torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks

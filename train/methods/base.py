@@ -73,7 +73,7 @@ class Method(nn.Module):
 
     reductions: Mapping[str, str] = {}
     """How a scalar's values on the ranks become one: "sum", or the name of the scalar that weights
-    their mean. Those not named here become their mean."""
+    their mean, over the steps of a line too. Those not named here become their mean."""
 
     def __init__(
         self, networks: Networks, world: World, config: Config, dtype: torch.dtype
