@@ -62,9 +62,11 @@ class SampleSheet:
         width = max(row.shape[1] for row in self.rows)
         rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in self.rows]
         pixels = np.concatenate(rows)
+        draft = path.with_suffix(".part")
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-            Image.fromarray(pixels).save(path)
+            Image.fromarray(pixels).save(draft, "PNG")
+            draft.replace(path)
         return pixels
 
 

@@ -18,7 +18,7 @@ from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IGNORE, read_image
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.pseudo import header_has_size, with_masks, write_mask
-from cac_fast.train.errors import InputError, writing
+from cac_fast.train.errors import InputError, fitting, writing
 from cac_fast.train.evaluation import ConfusionMatrix
 from cac_fast.train.pictures import SampleSheet, colorize
 from cac_fast.train.progress import show_progress, warn
@@ -69,16 +69,20 @@ class MaskWriter:
     def write(self) -> int:
         """Write what is missing or outdated; return how many images cannot be read.
 
+        Masks that it once wrote of other images are deleted: main.py would learn from them.
+
         Raises:
-            InputError: a file cannot be written, or no image can be read.
+            InputError: a file cannot be written, no image can be read, or one is too large for the
+                memory.
         """
         todo = list(zip(self.labels.samples, self.labels.labels, self.paths, strict=True))
         outdated = [not self._is_kept(*each) for each in todo]
-        sheet = self.folder / "sheet.png"
-        if not any(outdated) and sheet.is_file():
+        sheet, others = self.folder / "sheet.png", self._of_other_images()
+        if not any(outdated) and not others and sheet.is_file():
             return 0
         with writing(self.folder):
-            (self.folder / "pseudo.json").unlink(missing_ok=True)  # it is of other masks
+            for path in (sheet, self.folder / "pseudo.json", *others):  # they are of other masks
+                path.unlink(missing_ok=True)
         rows = SampleSheet(self.data.palette)
         shown = set(np.linspace(0, len(todo) - 1, min(SHEET_ROWS, len(todo))).round().astype(int))
         show, unreadable = show_progress("pseudo masks"), 0
@@ -89,8 +93,15 @@ class MaskWriter:
                 except InputError as error:
                     unreadable += 1
                     warn(f"skipped: {error}")
+                    if outdated[done]:
+                        with writing(path):
+                            path.unlink(missing_ok=True)
                     continue
-                made = self._make(sample, image, ids)
+                with fitting(
+                    f"the maps of {sample.image} ({image.width} x {image.height}) do not fit in "
+                    "memory: give smaller --cam-scales, or leave it out of the labels"
+                ):
+                    made = self._make(sample, image, ids)
                 if outdated[done]:
                     self._save(path, ids, made)
                 if done in shown:
@@ -115,6 +126,15 @@ class MaskWriter:
     def _key(self, ids: Labels) -> str:
         text = json.dumps([self.checkpoint, asdict(self.settings), self.data.classes, ids])
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _of_other_images(self) -> list[Path]:
+        """Masks below the folder that a writer made, but not of these images."""
+        known, found = set(self.paths), []
+        for path in sorted((self.folder / "masks").rglob("*.png")):
+            with suppress(OSError, SyntaxError, ValueError), Image.open(path) as mask:
+                if path not in known and "key" in mask.info:
+                    found.append(path)
+        return found
 
     def _is_kept(self, sample: Sample, ids: Labels, path: Path) -> bool:
         try:
