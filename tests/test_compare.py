@@ -232,7 +232,7 @@ def test_a_variant_is_an_arm_with_more_options(
         (["--", "--output", "x"], "--output: compare.py itself gives"),
         (["--", "--labeled-share", "full"], "--labeled-share: compare.py itself gives"),
         (["--variant", "same_seed=cac --seed 7"], "--seed: compare.py itself gives"),
-        (["--seeds", "0,0"], "--seeds"),
+        (["--seeds", "0,0"], "--seeds 0,0: give different whole numbers between commas"),
         (["--seeds", "x"], "--seeds"),
     ],
 )

@@ -121,6 +121,15 @@ def test_tsne_never_sees_what_it_cannot_take(bad: str, monkeypatch: pytest.Monke
     one_line(error, "not all finite" if bad in ("nan", "inf") else "all the same")
 
 
+def test_equal_points_land_near_each_other() -> None:
+    pytest.importorskip("sklearn")
+    points = np.random.default_rng(0).random((61, 8), np.float32)
+    points[:5] = points[0]
+    found = figure_tsne.embed(points)
+    apart = np.linalg.norm(found[:, None] - found, axis=2)
+    assert np.isfinite(found).all() and apart[:5, :5].max() < np.median(apart[:5, 5:]) / 3
+
+
 def test_too_few_cells() -> None:
     features, classes = torch.zeros(3, 500, 2), np.arange(500)
     features[0, :, 0] = torch.arange(500)
@@ -146,7 +155,13 @@ def test_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None
             write_mask(root / f"masks/{split}/{number}.png", 80, 88)
     (root / "classes.txt").write_text("0 a 0 0 0\n1 b 255 0 0\n2 c 0 255 0\n")
     runs = [run(name=name, data_dir=str(root)) for name in ("SupOnly", "C&A$C")]
-    monkeypatch.setattr(figure_tsne, "open_runs", lambda paths, captions: runs)
+    asked = []
+
+    def opened(paths: object, captions: object, state: str | None) -> list[figure_runs.Run]:
+        asked.append(state)
+        return runs
+
+    monkeypatch.setattr(figure_tsne, "open_runs", opened)
     words = [
         "--figure",
         "3",
@@ -170,3 +185,4 @@ def test_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None
     with pytest.raises(InputError) as error:
         figures.main([*words, "--features", "projected"])
     one_line(error, "last.pt")
+    assert asked == [None, None, "last.pt"]

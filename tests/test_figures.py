@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from data_folders import one_line, write_image, write_mask
 from PIL import Image
 from torch import Tensor, nn
 
-from accuracy import figure_curves, figure_gradcam, figure_runs, figure_sheet, figures
+from accuracy import figure_curves, figure_gradcam, figure_runs, figure_sheet, figure_tsne, figures
 from accuracy.figure_curves import WITH, WITHOUT
 from accuracy.figure_gradcam import Place, grad_cam
 from cac_fast.train.config import Config
@@ -183,6 +184,9 @@ def test_curves_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(InputError) as error:
         draw("--figure", 2, "--runs", runs[0])
     one_line(error, "--figure", "choose from")
+    with pytest.raises(InputError) as error:
+        draw("--runs", runs[0], "--figure")
+    one_line(error, "--figure", "expected one argument")
 
 
 def test_precision_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,6 +325,68 @@ def test_a_config_of_another_kind_is_one_line(settings: str, tmp_path: Path) -> 
     with pytest.raises(InputError) as error:
         draw("--figure", 7, "--runs", run)
     one_line(error, run / "config.json", "train/main.py")
+
+
+def test_settings_of_a_checkpoint_that_are_unknown_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figure_runs, "load", lambda path: Network(True))
+    monkeypatch.setattr(figure_runs.checkpoint, "read", lambda path: {"config": {"x": 1}})
+    with pytest.raises(InputError) as error:
+        figure_runs.open_runs([tmp_path / "best.pt"], None)
+    one_line(error, "best.pt holds no settings", "train/main.py")
+
+
+@pytest.mark.parametrize("given", ["cac", "cac/best.pt"])
+def test_another_state_can_be_asked_for(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cac").mkdir()
+    (tmp_path / "cac/best.pt").touch()
+    monkeypatch.setattr(figure_runs, "load", lambda path: Network(True))
+    monkeypatch.setattr(figure_runs.checkpoint, "read", lambda path: {"config": {}})
+    (run,) = figure_runs.open_runs([tmp_path / given], None)
+    assert (run.name, run.path) == ("cac", tmp_path / "cac/best.pt")
+    (run,) = figure_runs.open_runs([tmp_path / given], None, "last.pt")
+    assert (run.name, run.path) == ("cac", tmp_path / "cac/last.pt")
+
+
+def test_repetitions_begin_alike_and_have_as_many_masks(tmp_path: Path) -> None:
+    lists = {name: tmp_path / name for name in ("1/six.txt", "2/six.txt", "all.txt")}
+    for path in lists.values():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a\n" * (9 if path.name == "all.txt" else 6))
+    first = {"labeled": str(lists["1/six.txt"]), "weights": "here/resnet18.pth"}
+    second = {"labeled": str(lists["2/six.txt"]), "weights": "there/resnet18.pth"}
+    gone = second | {"labeled": "gone/six.txt"}
+    runs = [
+        write_run(tmp_path / f"cac-seed{seed}", {5: 0.25}, seed=seed, **settings)
+        for seed, settings in enumerate([first, second, gone])
+    ]
+    figure_runs.open_logs(runs, None)
+    for key, value in (("labeled", str(lists["all.txt"])), ("weights", None), ("labeled", None)):
+        other = write_run(tmp_path / f"{key}-{value is None}", {5: 0.5}, **first | {key: value})
+        with pytest.raises(InputError) as error:
+            figure_runs.open_logs([runs[0], other], ["CAC", "CAC"])
+        one_line(error, "both called CAC", f"differ in {key}")
+
+
+@pytest.mark.parametrize(
+    ("number", "module"), [(1, figure_gradcam), (3, figure_tsne), (8, figure_sheet)]
+)
+def test_a_mask_of_another_size_is_one_line(
+    number: int, module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "val"):
+        write_image(tmp_path / f"images/{split}/0.png", 80, 88)
+        write_mask(tmp_path / f"masks/{split}/0.png", 40, 44)
+    (tmp_path / "classes.txt").write_text("0 road 0 0 0\n1 sky 9 9 9\n2 car 99 9 9\n")
+    config = Config.of(dataset="folder", data_dir=str(tmp_path))
+    run = figure_runs.Run("x", tmp_path / "best.pt", config, Network(True))
+    monkeypatch.setattr(module, "open_runs", lambda *_: [run, run])
+    with pytest.raises(InputError) as error:
+        draw("--figure", number, "--runs", "x", "y", "--output", tmp_path / "f.png")
+    one_line(error, "is 44 x 40 but image", "88 x 80")
 
 
 def test_a_classification_has_no_curve(tmp_path: Path) -> None:

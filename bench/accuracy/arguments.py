@@ -22,12 +22,12 @@ def numbers(text: str) -> list[int]:
     """Integers between commas, none of them twice.
 
     Raises:
-        ValueError: they are not.
+        InputError: they are not.
     """
-    found = [int(word) for word in text.split(",")]
-    if len(set(found)) < len(found):
-        raise ValueError
-    return found
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len({*map(int, words)}) < len(words):
+        raise InputError(f"--seeds {text}: give different whole numbers between commas")
+    return [int(word) for word in words]
 
 
 def refuse(words: Sequence[str], own: Collection[str], program: str) -> None:

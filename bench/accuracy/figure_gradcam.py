@@ -24,7 +24,8 @@ from accuracy.figure_runs import (
     with_truth,
 )
 from accuracy.sheet import TILE, grid
-from cac_fast.train.data.images import IGNORE, read_image
+from cac_fast.train.data.cache import PixelReader
+from cac_fast.train.data.images import IGNORE
 from cac_fast.train.errors import InputError
 from cac_fast.train.inference import Predictor, pad_image
 from cac_fast.train.networks import upsample_logits
@@ -170,7 +171,7 @@ def make(options: argparse.Namespace) -> Drawn:
     rng = np.random.default_rng(options.seed)
     rows, numbers = [], []
     for sample in chosen:
-        image, truth = read_image(sample.image), data.read_mask(sample.mask)
+        image, truth = PixelReader(data).both(sample)
         place = options.at or draw_place(truth, rng)
         if not (0 <= place.y < image.height and 0 <= place.x < image.width):
             raise InputError(

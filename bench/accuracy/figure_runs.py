@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFont
 
 from cac_fast.train import checkpoint, load
-from cac_fast.train.config import Config
+from cac_fast.train.config import Config, compared
 from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.layouts import Sample, SegmentationData, open_data
 from cac_fast.train.errors import InputError
@@ -24,9 +25,9 @@ from cac_fast.train.pictures import shortened
 from cac_fast.train.registry import LAYOUTS
 
 REPEATED = frozenset(
-    "seed data_list data_dir labeled unlabeled output cache workers weights device".split()
+    "seed data_list data_dir labeled unlabeled output cache workers device".split()
 )
-"""Settings in which runs of one name may differ."""
+"""Settings in which runs of one name may differ; lists must be as long."""
 
 
 class Run(NamedTuple):
@@ -67,22 +68,42 @@ def names_of(paths: Sequence[Path], captions: Sequence[str] | None) -> list[str]
     return list(captions)
 
 
-def open_runs(paths: Sequence[Path], captions: Sequence[str] | None) -> list[Run]:
+def open_runs(
+    paths: Sequence[Path], captions: Sequence[str] | None, state: str | None = None
+) -> list[Run]:
     """The networks of run folders (their best state) or of checkpoints.
+
+    state: the file name of the checkpoint to take in place of these.
 
     Raises:
         InputError: one cannot be read, or they know other classes than the first.
     """
     runs = []
     for path, name in zip(paths, names_of(paths, captions), strict=True):
+        if state is not None:
+            path = (path if path.is_dir() else path.parent) / state
         predictor = load(path)
         if runs and predictor.classes != runs[0].predictor.classes:
             raise InputError(
                 f"{path} knows other classes than {paths[0]}: compare runs on one data set"
             )
         file = checkpoint.find(path)
-        runs.append(Run(name, file, Config.of(**checkpoint.read(file)["config"]), predictor))
+        with known_settings(file):
+            config = Config.of(**checkpoint.read(file)["config"])
+        runs.append(Run(name, file, config, predictor))
     return runs
+
+
+@contextmanager
+def known_settings(path: Path) -> Iterator[None]:
+    """Raise InputError where the settings in `path` cannot be taken."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path} holds no settings of this program ({type(error).__name__}: {error}): give a "
+            "run of train/main.py"
+        ) from error
 
 
 def open_logs(paths: Sequence[Path], captions: Sequence[str] | None) -> list[Log]:
@@ -100,13 +121,8 @@ def open_logs(paths: Sequence[Path], captions: Sequence[str] | None) -> list[Log
             raise InputError(f"{folder} holds no run that has trained: give its folder")
         if captions is None:
             name = re.sub(r"[-_]?seed\d+$", "", name) or name
-        try:
+        with known_settings(settings):
             config = Config.of(**json.loads(settings.read_text()))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"{settings} holds no settings of this program ({type(error).__name__}: {error}): "
-                "give a run of train/main.py"
-            ) from error
         for other in (log for log in logs if log.name == name):
             check_seeds_alone(other, folder, config)
         logs.append(Log(name, folder, config, lines))
@@ -116,12 +132,27 @@ def open_logs(paths: Sequence[Path], captions: Sequence[str] | None) -> list[Log
 def check_seeds_alone(other: Log, folder: Path, config: Config) -> None:
     """Raise InputError if two runs of one name have other settings than those of a repetition."""
     here, there = config.flat(), other.config.flat()
-    for key in sorted(here.keys() - REPEATED):
-        if here[key] != there[key]:
-            raise InputError(
-                f"{folder} and {other.folder} are both called {other.name}, but differ in {key} "
-                f"({here[key]!r}, {there[key]!r}): tell them apart by --captions"
-            )
+    different = [
+        key
+        for key in sorted(here.keys() - REPEATED)
+        if compared(key, here[key]) != compared(key, there[key])
+    ]
+    for key in ("labeled", "unlabeled"):
+        lengths = {list_length(here[key]), list_length(there[key])}
+        if len(lengths - {None}) == 2:
+            different.append(key)
+    for key in different:
+        raise InputError(
+            f"{folder} and {other.folder} are both called {other.name}, but differ in {key} "
+            f"({here[key]!r}, {there[key]!r}): tell them apart by --captions"
+        )
+
+
+def list_length(path: str | None) -> int | None:
+    """How many lines a list of images has, 0 where there was no list; None if it is gone."""
+    if path is None:
+        return 0
+    return len(Path(path).read_text().splitlines()) if Path(path).is_file() else None
 
 
 def by_name(logs: Sequence[Log]) -> dict[str, list[Log]]:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from accuracy.figure_runs import Drawn, data_of_run, open_runs, with_masks, with_truth
 from accuracy.sheet import grid, image_miou
-from cac_fast.train.data.images import read_image
+from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.layouts import SegmentationData
 from cac_fast.train.errors import InputError
 from cac_fast.train.options import Parser, at_least
@@ -55,7 +55,7 @@ def make(options: argparse.Namespace) -> Drawn:
     samples = with_truth(with_masks(data, options.split), data)
     scores = []
     for number, sample in enumerate(samples, start=1):
-        image, truth = read_image(sample.image), data.read_mask(sample.mask)
+        image, truth = PixelReader(data).both(sample)
         scores.append([image_miou(truth, run.predictor.predict(image)) for run in runs])
         progress(f"image {number} of {len(samples)}")
     names = [sample.name for sample in samples]
@@ -63,7 +63,7 @@ def make(options: argparse.Namespace) -> Drawn:
     rows, numbers = [], []
     for kind, places in zip(("chosen to differ", "drawn by seed"), chosen, strict=True):
         for place in places:
-            image, truth = read_image(samples[place].image), data.read_mask(samples[place].mask)
+            image, truth = PixelReader(data).both(samples[place])
             maps = [truth, *(run.predictor.predict(image) for run in runs)]
             tiles = [image, *(Image.fromarray(colorize(ids, data.palette)) for ids in maps)]
             found = ", ".join(

@@ -26,8 +26,9 @@ from accuracy.figure_runs import (
     with_masks,
 )
 from cac_fast.train import checkpoint
+from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.crops import CELL, CropPair, draw_pair
-from cac_fast.train.data.images import IGNORE, read_image
+from cac_fast.train.data.images import IGNORE
 from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.photometric import apply_photometric, no_change, set_place
 from cac_fast.train.data.views import COLORS
@@ -147,7 +148,8 @@ def views_of(samples: Sequence[Sample], data: SegmentationData, run: Run, seed: 
     rng = np.random.default_rng(seed)
     found = []
     for sample in samples:
-        image, truth = np.asarray(read_image(sample.image)), data.read_mask(sample.mask)
+        pixels, truth = PixelReader(data).both(sample)
+        image = np.asarray(pixels)
         crop = crop_side(*truth.shape, run.config.data.crop_size)
         found.append(Views(image, truth, crop, run.config.data.iou_range, rng))
     return found
@@ -159,18 +161,17 @@ def projector_of(run: Run) -> nn.Module:
     Raises:
         InputError: its last state has none.
     """
-    path = run.path.with_name("last.pt")
     weights = {
         name.removeprefix("projector."): value
-        for name, value in checkpoint.read(path).get("method", {}).items()
+        for name, value in checkpoint.read(run.path).get("method", {}).items()
         if name.startswith("projector.")
     }
     if not weights:
-        raise InputError(f"{path} holds no projector: use --features encoder, or runs of cac")
+        raise InputError(f"{run.path} holds no projector: use --features encoder, or runs of cac")
     channels = run.predictor.network.feature_channels
     layers = nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, PROJECTOR_CHANNELS, 1)
     projector = nn.Sequential(*layers)
-    checkpoint.load_model(projector, weights, path)
+    checkpoint.load_model(projector, weights, run.path)
     return projector
 
 
@@ -213,14 +214,16 @@ def make(options: argparse.Namespace) -> Drawn:
     Raises:
         InputError: a run, its data or its features cannot be used.
     """
-    runs = open_runs(options.runs, options.captions)
+    # The projector is in the last state alone, and belongs to that network.
+    projected = options.features == "projected"
+    runs = open_runs(options.runs, options.captions, "last.pt" if projected else None)
     data = data_of_run(runs[0], options.data_dir)
     samples = drawn_by_seed(with_masks(data, options.split), options.rows, options.seed)
     views = views_of(samples, data, runs[0], options.seed)
     all_classes = np.concatenate([one.classes for one in views])
     panels, numbers = [], []
     for run in runs:
-        projector = projector_of(run) if options.features == "projected" else None
+        projector = projector_of(run) if projected else None
         features = torch.cat([features_of(run, one, projector) for one in views], dim=1)
         features, classes = thinned(features, all_classes, options.seed)
         context, color = mean_cosines(features)

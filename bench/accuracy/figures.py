@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--figure")
+    first.add_argument("--figure", nargs="?")
     asked = first.parse_known_args(arguments)[0].figure or ""
     figure = int(asked) if asked.isdecimal() and int(asked) in FIGURES else None
     options = parser_of(figure).parse_args(arguments)

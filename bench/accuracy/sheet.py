@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy.figure_runs import fitted
 from cac_fast.train import load
+from cac_fast.train.data.cache import PixelReader
 from cac_fast.train.data.images import IGNORE, read_image
 from cac_fast.train.data.layouts import Sample, open_data
 from cac_fast.train.data.lists import named
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     networks = [load(path) for path in options.checkpoints]
     found = []
     for number, sample in enumerate(samples, start=1):
-        image, truth = read_image(sample.image), data.read_mask(sample.mask)
+        image, truth = PixelReader(data).both(sample)
         one, other = (network.predict(image) for network in networks)
         gain = image_miou(truth, other) - image_miou(truth, one)
         found.append(Row(sample, truth, (one, other), gain))
