@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from data_folders import write_image, write_mask
 from PIL import Image
 from torch import Tensor, nn
 
@@ -32,12 +33,15 @@ CASES = {
         ("labels", "lraspp", "vgg16_bn"),
         ("logits", "lraspp", "mobilenet_v2"),
         ("logits", "pspnet", "timm/test_resnet"),
+        ("labels", "pspnet", "vgg16_bn"),
+        ("labels", "deeplabv3plus", "mobilenet_v2"),
     ],
     "torch": [
         ("labels", "deeplabv3plus", "vgg16_bn"),
         ("logits", "pspnet", "mobilenet_v2"),
         ("logits", "deeplabv3plus", "timm/resnet18"),
         ("logits", "lraspp", "resnet18"),
+        ("labels", "pspnet", "resnet18"),
     ],
 }
 SIZES = [(3, 97, 61), (1, 9, 9), (2, 40, 72), (1, 20, 170)]
@@ -350,6 +354,44 @@ def test_what_the_predictor_is_given_is_compared_too(monkeypatch, tmp_path):
     about, image = {"result": "logits"}, images(1, 50, 60)[0]
     assert exporting.export(PREDICTOR, about, tmp_path / "net", "torch").is_rounding
     assert not exporting.export(PREDICTOR, about, tmp_path / "net", "torch", [image]).is_rounding
+
+
+def test_an_image_of_the_run_is_compared_unless_one_is_named(monkeypatch, tmp_path, capsys):
+    data, shown = tmp_path / "data", []
+    write_image(data / "images/val/a.png", 30, 1100)
+    write_image(data / "images/train/b.png", 20, 24)
+    write_mask(data / "masks/train/b.png", 20, 24)
+    (data / "classes.txt").write_text("0 a 0 0 0\n1 b 9 9 9\n2 c 99 9 9\n")
+
+    def exported(predictor, about, output, kind, pixels):
+        shown.append([tuple(image.shape) for image in pixels])
+        output.touch()
+        return exporting.Difference(0.0, 0, 0, 1)
+
+    monkeypatch.setattr(export, "export", exported)
+    run = write_run(tmp_path / "run", "lraspp", "mobilenet_v2")
+    state = checkpoint.read(run / "last.pt")
+    words = ["--checkpoint", str(run), "--format", "torch", "--output", str(tmp_path / "net")]
+
+    def printed(*more, **settings) -> str:
+        state["config"] |= settings
+        checkpoint.write(run / "last.pt", state)
+        assert export.main([*words, *more]) == 0
+        return capsys.readouterr().out
+
+    assert "made-up images alone (--image FILE" in printed()
+    own = {"dataset": "folder", "data_dir": str(data)}
+    assert str(data / "images/val/a.png") in printed(**own)
+    assert "b.png" in printed("--image", str(data / "images/train/b.png"))
+    (data / "images/val/a.png").unlink()
+    assert "b.png" in printed()
+    (data / "images/train/b.png").write_bytes(b"no image")
+    assert "made-up images alone" in printed()
+    assert "made-up images alone" in printed(dataset="json:loads")
+    gone = tmp_path / "gone"  # where the toy city would be drawn
+    assert "made-up images alone" in printed(dataset="toycity", data_dir=str(gone))
+    assert not gone.exists()
+    assert shown == [[], [(3, 30, 1024)], [(3, 20, 24)], [(3, 20, 24)], [], [], []]
 
 
 def test_the_command_ends_with_1_and_keeps_a_former_file(monkeypatch, tmp_path, capsys):

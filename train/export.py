@@ -5,16 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from cac_fast.train import distributed
+from cac_fast.train import checkpoint, distributed
 from cac_fast.train.data.images import read_image
+from cac_fast.train.data.layouts import open_data
 from cac_fast.train.errors import InputError
 from cac_fast.train.exporting import FORMATS, RESULTS, check_packages, describe, export
 from cac_fast.train.inference import load
 from cac_fast.train.options import Parser
+from cac_fast.train.registry import LAYOUTS
+
+MOST = 1024
+"""Pixels a side of an image that nobody named: a photograph may be too large for the memory."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_path("--output", "FILE", "file to write", required=True, writable=True)
     text = "labels: class ids (B, H, W) uint8; logits: (B, K, H, W) float32 [labels]"
     parser.add_argument("--result", choices=RESULTS, default="labels", help=text)
-    text = "an image to compare on as well as on made-up ones"
+    text = "an image to compare on as well as on made-up ones [one of the run's data]"
     parser.add_path("--image", "FILE", text)
     return distributed.run_command(lambda: _export(parser.parse_args(arguments)))
 
@@ -42,10 +50,11 @@ def _export(options: argparse.Namespace) -> int:
     if distributed.world_size() > 1:
         raise InputError("export is a single process: start it with python, not with torchrun")
     check_packages(options.format)
-    images = [] if options.image is None else [read_image(options.image)]
-    pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+    asked = None if options.image is None else (options.image, _pixels(options.image))
     predictor = load(options.checkpoint)
+    chosen = asked or _image_of_run(options.checkpoint)
     about = describe(options.checkpoint, predictor, options.result)
+    pixels = [] if chosen is None else [chosen[1]]
     difference = export(predictor, about, options.output, options.format, pixels)
     if not difference.is_rounding:
         print(
@@ -55,8 +64,30 @@ def _export(options: argparse.Namespace) -> int:
         )
         return 1
     size = options.output.stat().st_size / 1e6
-    print(f"{options.output}: {size:.1f} MB, run and compared with PyTorch: {difference}")
+    on = "made-up images alone (--image FILE adds one)" if chosen is None else chosen[0]
+    print(f"{options.output}: {size:.1f} MB, run and compared with PyTorch on {on}: {difference}")
     return 0
+
+
+def _pixels(path: Path) -> Tensor:
+    return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
+
+
+def _image_of_run(run: Path) -> tuple[Path, Tensor] | None:
+    """An image of the data that a run learned from, of val if there is one, and its pixels
+    (3, H, W), of a large one the middle; None where the data are gone or cannot be opened."""
+    config = checkpoint.read(checkpoint.find(run))["config"]
+    folder, dataset = config.get("data_dir"), config.get("dataset")
+    if folder is None or not Path(folder).is_dir():
+        return None
+    with suppress(InputError):
+        LAYOUTS.check_own(dataset)
+        splits = open_data(dataset, Path(folder)).splits
+        for sample in [*splits.get("val", ()), *splits["train"]][:1]:
+            pixels = _pixels(sample.image)
+            top, left = (max(0, side - MOST) // 2 for side in pixels.shape[1:])
+            return sample.image, pixels[:, top : top + MOST, left : left + MOST]
+    return None
 
 
 if __name__ == "__main__":

@@ -191,8 +191,8 @@ _TABLE3 = Table(
         "without a threshold; the student sees their images in strong colors without cutout, and "
         "their loss weighs as much as that of the masks. ST's iterations come on top of its "
         "teacher's.",
-        "The paper's VIII has the number of 19.2k in Table 4. VIII here has the authors' public "
-        "settings, which are 25.6k if past steps count.",
+        "The paper's VIII has the number of 19.2k in Table 4. The authors' public settings, which "
+        "VIII has here on VOC, are 25.6k if past steps count.",
     ),
 )
 
