@@ -306,6 +306,9 @@ def test_interrupted_run_ends_with_the_same_bits(
 
 
 def test_two_processes_give_the_course_of_one(tiny, folder_data, tmp_path, monkeypatch):
+    # Padding: the ranks have different numbers of pixels.
+    more = "--unlabeled-scale", "0.4,0.8"
+    monkeypatch.setattr(test_methods, "OPTIONS", [*test_methods.OPTIONS, *more])
     given = "fixmatch", folder_data, tmp_path, monkeypatch
     test_methods.test_two_processes_give_the_course_of_one(*given)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small_training import CPU, assert_same_bits, losses, stopped_after
+from small_training import CPU, assert_same_bits, losses, stopped_after, weights
 from toy_methods import TOYS, Adversarial, CrossSupervision, MeanTeacher, tiny_network
 
 from cac_fast.train import checkpoint, config, engine, run_state
@@ -249,6 +249,34 @@ def test_two_processes_give_the_course_of_one(name, folder_data, tmp_path, monke
     # Not forked: autograd may have threads by now, which a fork does not have.
     torch.multiprocessing.start_processes(as_rank, arguments, nprocs=2, start_method="spawn")
     assert_same_course(name, tmp_path / "one", tmp_path / "two")
+
+
+def as_rank_without_sync(rank: int, data: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    world = World(rank, 2, torch.device("cpu"))
+    options = "--method", "mean_teacher", "--no-sync-bn", "--unsupervised-weight", "5"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_state, "build_network", tiny_network)
+        run(data, folder / "whole", *options, world=world)
+        run(data, folder / "evaluated", *options, "--eval-every", "3", world=world)
+        with stopped_after(4):
+            run(data, folder / "stopped", *options, world=world)
+        run(data, folder / "stopped", *options, world=world)
+    dist.destroy_process_group()
+
+
+def test_statistics_of_each_rank_reach_no_teacher(folder_data, tmp_path):
+    """A checkpoint and an evaluation have rank 0's alone."""
+    arguments = folder_data, tmp_path
+    torch.multiprocessing.start_processes(
+        as_rank_without_sync, arguments, nprocs=2, start_method="spawn"
+    )
+    whole = weights(tmp_path / "whole" / "last.pt")
+    assert any(name.startswith("teacher") and "running" in name for name in whole)
+    for other in ("evaluated", "stopped"):
+        assert_same_bits(whole, weights(tmp_path / other / "last.pt"))
 
 
 def test_frozen_module_passes_gradients_on():

@@ -117,10 +117,10 @@ def test_recomputation_changes_nothing(ranks: list[dict]) -> None:
 def test_evaluation_uses_the_running_statistics() -> None:
     model = network()
     step(model, batch())
-    synchronized = copy.deepcopy(model)
+    synchronized = copy.deepcopy(model.eval())
     synchronize_batch_norm(synchronized, None)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in synchronized.modules())
-    assert torch.equal(synchronized.eval()(batch()), model.eval()(batch()))
+    assert torch.equal(synchronized(batch()), model(batch()))  # what was in that mode stays there
 
 
 def test_takes_over_the_very_tensors() -> None:

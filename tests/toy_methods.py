@@ -53,7 +53,7 @@ class MeanTeacher(Toy):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.teacher = Teacher(self.network, decay=0.8)
+        self.teacher = Teacher(self.network, 0.8, self.world)
 
     def unsupervised(self, labeled: Batch, unlabeled: Batch) -> tuple[Tensor, Batch]:
         weak, strong = unlabeled["image_weak"], unlabeled["image_strong"]

@@ -45,7 +45,7 @@ class CAC(ContrastiveMethod):
             )
         self.teacher: Teacher | None = None
         if config.loss.averaged_labels:
-            self.teacher = Teacher(self.network, config.loss.ema_decay)
+            self.teacher = Teacher(self.network, config.loss.ema_decay, world)
         self.weak: WeakClassifier | None = None
         if config.data.pseudo_labels is not None:
             self.weak = WeakClassifier(self.network, config.optim.iterations)

@@ -71,7 +71,7 @@ class FixMatch(ContrastiveMethod):
         # The contrastive loss's views come last: it leaves the draws of the others as they are.
         pair = {} if self.bank is None else PAIR
         self.views = {"weak": View(), **dict.fromkeys(self.strong, self.views["strong1"]), **pair}
-        self.teacher = Teacher(self.network, loss.ema_decay)
+        self.teacher = Teacher(self.network, loss.ema_decay, world)
 
     def after_step(self) -> None:
         self.teacher.update(self.network, self.iteration)

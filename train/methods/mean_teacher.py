@@ -43,7 +43,7 @@ class MeanTeacher(Method):
         self.unsupervised_weight = loss.unsupervised_weight
         self.joint = loss.forward == "joint"
         self.warmup, self.ramp_length = config.num_warmup, config.optim.iterations / 16
-        self.teacher = Teacher(self.network, loss.ema_decay)
+        self.teacher = Teacher(self.network, loss.ema_decay, world)
 
     def after_step(self) -> None:
         self.teacher.update(self.network, self.iteration)

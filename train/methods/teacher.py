@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cac_fast.train.distributed import World
 from cac_fast.train.networks import Segmenter
 
 
@@ -21,12 +22,14 @@ class Teacher(nn.Module):
 
     decay: share of the old value that a step keeps, at most; the t-th step keeps 1 - 1 / t, so that
         the first ones are forgotten.
+    world: the processes that train together. All have the same teacher, rank 0's batch statistics
+        included: a checkpoint holds no others.
     """
 
-    def __init__(self, network: Segmenter, decay: float) -> None:
+    def __init__(self, network: Segmenter, decay: float, world: World) -> None:
         super().__init__()
         self.copy = deepcopy(network).requires_grad_(False)
-        self.decay = decay
+        self.decay, self.world = decay, world
         self.eval()
 
     def train(self, mode: bool = True) -> Teacher:
@@ -46,6 +49,8 @@ class Teacher(nn.Module):
         """
         keep = min(1 - 1 / (iteration + 1), self.decay)
         torch._foreach_lerp_(_averaged(self.copy), _averaged(network), 1 - keep)
+        if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+            self.world.broadcast_buffers(self.copy)  # each rank's student has statistics of its own
 
 
 def frozen(module: nn.Module) -> Callable[..., Any]:

@@ -41,6 +41,7 @@ class SyncBatchNorm2d(_BatchNorm):
     def __init__(self, norm: nn.BatchNorm2d, group: dist.ProcessGroup | None) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum)
         self.group = group
+        self.training = norm.training  # a teacher stays in evaluation mode
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
