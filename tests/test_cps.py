@@ -303,7 +303,10 @@ def test_presets_and_views():
         return found.forward, found.warmup, found.unsupervised_weight, found.cutmix
 
     assert loss("--dataset", "folder", "--data-dir", "d") == ("separate", 0, 1.5, False)
-    assert loss("--dataset", "toycity", *MIXED) == ("separate", 60, 1.5, True)
+    assert loss("--dataset", "toycity", *MIXED) == ("separate", 60, 1, True)
+    street = "--dataset", "cityscapes", "--data-dir", "d"
+    assert [loss(*street, *more)[2] for more in ([], MIXED)] == [6, 5]
+    assert loss(*street, "--unsupervised-weight", "2") == ("separate", 0, 2, False)
     for options, boxes in (([], 0), (MIXED, 3)):
         (view,) = method(*options).views.values()
         assert (view.crop, view.color, view.boxes) == (1, None, boxes)

@@ -113,7 +113,7 @@ def test_padding_gets_no_gradient(name, forward, monkeypatch):
 
 @kinds
 def test_what_stands_on_padding_changes_nothing(name):
-    """Neither image nor prediction there is judged; the convolutions of the network see it."""
+    """No prediction there is judged."""
     model = method(name, frozen=True)
     _, unlabeled = batches()
     images, valid = unlabeled["image_weak"], unlabeled["on_image1"]

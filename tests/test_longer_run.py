@@ -18,6 +18,7 @@ def test_a_finished_run_goes_on(folder_data, tmp_path, capsys):
     lines = run(folder_data, tmp_path / "run", "--iterations", "14")
     said = capsys.readouterr().out
     assert "--iterations grew from 10 to 14: the learning rate follows the longer schedule" in said
+    assert "and so do ramps of the loss" in said
     assert [line["iteration"] for line in lines if line["kind"] == "train"] == list(range(1, 15))
     rates = losses(lines, "lr")
     # As a log line tells the rate of the step before it.

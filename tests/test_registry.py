@@ -31,6 +31,15 @@ def test_entries(registry: Registry) -> None:
 def test_presets_are_settings() -> None:
     for entry in (*LAYOUTS.entries.values(), *METHODS.entries.values()):
         assert entry.preset.keys() <= FIELDS.keys()
+        for where, more in entry.cases:
+            assert where.keys() | more.keys() <= FIELDS.keys()
+
+
+def test_later_cases_of_a_preset_win() -> None:
+    cases = ({"a": 1}, {"x": 2}), ({"a": 1, "b": 1}, {"x": 3}), ({"b": 2}, {"y": 4})
+    entry = Entry("m:f", "", preset={"x": 1}, cases=cases)
+    found = [entry.preset_for({"a": a, "b": b}) for a, b in ((0, 0), (1, 0), (1, 1), (0, 2))]
+    assert found == [{"x": 1}, {"x": 2}, {"x": 3}, {"x": 1, "y": 4}]
 
 
 def test_help_and_mistakes_come_without_what_is_named() -> None:

@@ -289,10 +289,12 @@ def test_the_discriminator_drops_channels():
 def test_presets_and_mistakes():
     def loss(*options: str) -> tuple[object, ...]:
         found = config.parse(["--method", "s4gan", *options]).loss
-        return found.warmup, found.unsupervised_weight, found.confidence
+        rate = found.discriminator_learning_rate
+        return found.warmup, found.unsupervised_weight, found.confidence, rate
 
-    assert loss("--dataset", "folder", "--data-dir", "d") == (0, 1, 0.6)
-    assert loss("--dataset", "toycity", "--confidence", "0.7") == (60, 1, 0.7)
+    assert loss("--dataset", "folder", "--data-dir", "d") == (0, 1, 0.6, 1e-4)
+    assert loss("--dataset", "cityscapes", "--data-dir", "d") == (0, 1, 0.7, 1e-5)
+    assert loss("--dataset", "toycity", "--confidence", "0.7") == (60, 1, 0.7, 1e-4)
     with pytest.raises(InputError) as error:
         method("--crop-size", "8")
     assert str(error.value) == "--crop-size 8: s4gan's discriminator needs at least 16"

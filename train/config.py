@@ -56,8 +56,9 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     if not values.get("dataset"):
         raise InputError(f"--dataset is needed: {', '.join(LAYOUTS.names)}")
     layout = LAYOUTS.entry(values["dataset"])
-    method = METHODS.entry(Config.of(**layout.preset | values).loss.method)
-    config = Config.of(**method.preset | layout.preset | values)
+    asked = Config.of(**layout.preset | values)
+    preset = METHODS.entry(asked.loss.method).preset_for(asked.flat())
+    config = Config.of(**preset | layout.preset | values)
     if layout.made_in is None and config.data.data_dir is None:
         raise InputError(f"--data-dir is needed for --dataset {config.data.dataset}")
     check_values(config.flat())
@@ -104,7 +105,7 @@ def unused(config: Config) -> list[str]:
         read.remove("confidence")
     defaults = [
         {name: field.default for name, field in FIELDS.items()},
-        method.preset,
+        method.preset_for(config.flat()),
         layout.preset,
     ]
     return [
@@ -161,11 +162,15 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 
 def _preset_text() -> str:
-    return "; ".join(
-        f"{key}: " + ", ".join(f"{name} {value}" for name, value in entry.preset.items())
-        for key, entry in (METHODS.entries | LAYOUTS.entries).items()
-        if entry.preset
-    )
+    def listed(settings: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+    texts = []
+    for key, entry in (METHODS.entries | LAYOUTS.entries).items():
+        if entry.preset:
+            texts.append(f"{key}: {listed(entry.preset)}")
+        texts += [f"{key} with {listed(where)}: {listed(more)}" for where, more in entry.cases]
+    return "; ".join(texts)
 
 
 def _metavar(field: dataclasses.Field[Any]) -> str:

@@ -28,6 +28,8 @@ class Entry:
     arguments: given to it before all others.
     preset: of a data layout or method: settings in place of the defaults, by their flat names; the
         layout's win.
+    cases: pairs of settings: where those of the first are so, the preset has those of the second
+        as well. Later ones win.
     made_in: of a data layout that the program makes itself: in this folder if no other is given.
     uses: of a method: the settings of the loss that it reads, between spaces. None where a run need
         not hear of the others.
@@ -37,8 +39,17 @@ class Entry:
     help: str
     arguments: tuple[str, ...] = ()
     preset: Mapping[str, Any] = field(default_factory=dict)
+    cases: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
     made_in: str | None = None
     uses: str | None = None
+
+    def preset_for(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The preset of a run with these settings, by their flat names."""
+        found = dict(self.preset)
+        for where, more in self.cases:
+            if all(settings[name] == value for name, value in where.items()):
+                found |= more
+        return found
 
 
 class Registry:
@@ -167,14 +178,22 @@ _TOYCITY = {
 _FIXMATCH = {"forward": "joint", "warmup": 0, "dc_weight": 0.0}
 # A sum over classes: with 21 the mean's 100 of the reference code is 4.8.
 _MEAN_TEACHER = {"warmup": 0, "unsupervised_weight": 5.0, "ema_decay": 0.99, "strong_views": 0}
-# For images that are not mixed; with --cutmix the authors have 1.
+# Of the authors, who have other weights for mixed images, and for Cityscapes.
 _CPS = {"warmup": 0, "unsupervised_weight": 1.5}
+_CPS_CASES = (
+    ({"cutmix": True}, {"unsupervised_weight": 1.0}),
+    ({"dataset": "cityscapes"}, {"unsupervised_weight": 6.0}),
+    ({"dataset": "cityscapes", "cutmix": True}, {"unsupervised_weight": 5.0}),
+)
 # Of the authors, whose weight is for the mean over the classes.
 _CCT = {"warmup": 0, "unsupervised_weight": 30.0}
 # Its teacher has learned already, and by default all that it says is believed.
 _SELF_TRAINING = {"forward": "joint", "warmup": 0, "confidence": 0.0}
-# That its discriminator needs of an image; its authors have 0.7 for Cityscapes.
+# Confidence is that of its discriminator in an image.
 _S4GAN = {"warmup": 0, "confidence": 0.6}
+_S4GAN_CASES = (
+    ({"dataset": "cityscapes"}, {"confidence": 0.7, "discriminator_learning_rate": 1e-5}),
+)
 # Its weight is that of a mean over classes; its authors have one pass over all images.
 _GCT = {"forward": "joint", "warmup": 0, "unsupervised_weight": 100.0}
 # Nothing of it is published: what GCT has.
@@ -249,6 +268,7 @@ METHODS = Registry(
             f"{_METHODS}.cps:CPS",
             "two networks label for each other",
             preset=_CPS,
+            cases=_CPS_CASES,
             uses=f"{_UNLABELED} cutmix",
         ),
         "ecs": Entry(
@@ -279,6 +299,7 @@ METHODS = Registry(
             f"{_METHODS}.s4gan:S4GAN",
             "by a discriminator",
             preset=_S4GAN,
+            cases=_S4GAN_CASES,
             uses=f"{_UNLABELED} confidence discriminator_learning_rate",
         ),
         "self_training": Entry(

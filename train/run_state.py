@@ -157,7 +157,8 @@ class RunState:
             )
             say(
                 f"--iterations grew from {self.grew_from} to {self.iterations}: the learning "
-                f"rate follows the longer schedule, here {now:.3g} in place of {before:.3g}"
+                f"rate follows the longer schedule, here {now:.3g} in place of {before:.3g}, and "
+                "so do ramps of the loss"
             )
         say(
             f"{config.data.dataset}: {len(self.inputs.labeled)} labeled, "

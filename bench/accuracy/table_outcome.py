@@ -130,7 +130,7 @@ def _unlike(row: Row, ours: Config, dataset: str) -> list[str]:
         for name, value in wanted.items()
         if flat[name] != value
     ]
-    preset = METHODS.entry(ours.loss.method).preset
+    preset = METHODS.entry(ours.loss.method).preset_for(flat)
     lines += [
         f"{name}: {_text(value)}, the default is {FIELDS[name].default}"
         for name, value in flat.items()
