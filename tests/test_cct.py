@@ -11,7 +11,6 @@ import pytest
 import test_methods
 import test_step
 import torch
-import two_ranks
 from small_training import CPU
 from test_methods import names, one_step, trainer
 from test_step import IMAGES, Backbone, Head
@@ -50,12 +49,6 @@ def method(
     result = kind(lambda: network, world, settings, torch.float64).double()
     result.iteration = MIDWAY
     return result.eval() if frozen else result
-
-
-def still_rank(world: World) -> CCT:
-    """For a process of its own."""
-    cct.PERTURBATIONS = STILL
-    return method(frozen=True, world=world)
 
 
 @functools.cache
@@ -209,16 +202,6 @@ def test_slices_change_nothing(still):
     torch.testing.assert_close(gradients2, gradients1)
     assert whole.network.backbone.calls == 2
     assert sliced.network.backbone.calls == 7  # the last one is not computed again
-
-
-def test_two_ranks_are_one(still, tmp_path):
-    """In float64; they differ in valid cells."""
-    losses, gradients = step(method(frozen=True))
-    of_ranks, found = two_ranks.step(still_rank, batches(), tmp_path)
-    for name, value in losses.items():
-        mean = sum(of_rank[name] for of_rank in of_ranks) / 2
-        torch.testing.assert_close(mean, value.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(found, gradients, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["deeplabv3plus", "lraspp", "pspnet"])

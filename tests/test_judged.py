@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import test_gct
 import test_methods
 import test_step
 import torch
-import torch.distributed as dist
-from small_training import CPU
 from test_ecs import SmallECS
 from test_gct import SmallGCT, batches
 from test_methods import names, one_step, trainer
 from test_step import IMAGES
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from toy_methods import TOYS, tiny_network
+from torch import Tensor
+from toy_methods import TOYS
 
 from cac_fast.train import config, optimizer
-from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
 from cac_fast.train.methods import base
 from cac_fast.train.methods.judged import JudgedMethod
-from cac_fast.train.networks import synchronize_batch_norm
 
 KINDS = {"gct": SmallGCT, "ecs": SmallECS}
 SCALARS = {
@@ -175,64 +169,6 @@ def test_autocast_starts_where_fp32_does(chosen, folder_data, tmp_path, monkeypa
 def test_a_step_that_overflows_changes_no_weight(chosen, folder_data, tmp_path, monkeypatch):
     given = chosen, folder_data, tmp_path, monkeypatch
     test_methods.test_a_step_that_overflows_changes_no_weight(*given)
-
-
-def still(name: str, world: World) -> JudgedMethod:
-    """In float64 and without dropout, but with statistics of batches."""
-    settings = config.parse(["--dataset", "toycity", "--method", name, "--crop-size", "32"])
-    torch.manual_seed(0)
-    networks = lambda: tiny_network("", "", 3, dropout=False)  # noqa: E731
-    model = KINDS[name](networks, world, settings, torch.float64).double()
-    with torch.no_grad():
-        model.judge.layers[-1].bias += 0.3
-    model.iteration = settings.optim.iterations
-    return model
-
-
-def part(batch: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    return {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
-
-
-def step_of(model: JudgedMethod, wrapped: nn.Module, rank: int | None) -> dict[str, object]:
-    labeled, unlabeled = batches()
-    if rank is not None:
-        labeled, unlabeled = part(labeled, rank), part(unlabeled, rank)
-    losses = wrapped(labeled, unlabeled)
-    losses["loss"].backward()
-    gradients = {name: weight.grad for name, weight in model.named_parameters()}
-    statistics = {name: value for name, value in model.named_buffers() if "running" in name}
-    scalars = {name: value.detach() for name, value in losses.items()}
-    return {"losses": scalars, "gradients": gradients, "statistics": statistics}
-
-
-def as_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    for name in KINDS:
-        model = still(name, World(rank, 2, torch.device("cpu")))
-        synchronize_batch_norm(model, None)
-        torch.save(step_of(model, DistributedDataParallel(model), rank), folder / f"{name}{rank}")
-    dist.destroy_process_group()
-
-
-def test_two_processes_take_the_step_of_one(tmp_path):
-    """In float64; of the four images the second process has one without any label."""
-    # Not forked: autograd may have threads by now, which a fork does not have.
-    torch.multiprocessing.start_processes(as_rank, (tmp_path,), nprocs=2, start_method="spawn")
-    for name in KINDS:
-        model = still(name, CPU)
-        one = step_of(model, model, None)
-        first, second = (torch.load(tmp_path / f"{name}{rank}") for rank in (0, 1))
-        assert first["losses"] != second["losses"]
-        for key, value in one["losses"].items():
-            mean = (first["losses"][key] + second["losses"][key]) / 2
-            rel = 1e-6 if key in ("flawed", "kept") else 1e-10
-            assert mean.item() == pytest.approx(value.item(), rel=rel), (name, key)
-            assert value > 0, (name, key)
-        for found in (first, second):
-            for of in ("gradients", "statistics"):
-                torch.testing.assert_close(found[of], one[of], rtol=1e-8, atol=1e-12)
 
 
 @kinds
