@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -388,10 +389,19 @@ def test_an_image_of_the_run_is_compared_unless_one_is_named(monkeypatch, tmp_pa
     (data / "images/train/b.png").write_bytes(b"no image")
     assert "made-up images alone" in printed()
     assert "made-up images alone" in printed(dataset="json:loads")
+    with monkeypatch.context() as patch:  # a folder that may not be entered
+        patch.setattr(Path, "is_dir", refuse)
+        assert "made-up images alone" in printed(**own)
     gone = tmp_path / "gone"  # where the toy city would be drawn
     assert "made-up images alone" in printed(dataset="toycity", data_dir=str(gone))
     assert not gone.exists()
-    assert shown == [[], [(3, 30, 1024)], [(3, 20, 24)], [(3, 20, 24)], [], [], []]
+    assert shown == [[], [(3, 30, 1024)], [(3, 20, 24)], [(3, 20, 24)], *[[]] * 4]
+
+
+def refuse(path: Path) -> bool:
+    if path.name == "data":
+        raise PermissionError(path)
+    return os.path.isdir(path)
 
 
 def test_the_command_ends_with_1_and_keeps_a_former_file(monkeypatch, tmp_path, capsys):

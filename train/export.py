@@ -78,9 +78,9 @@ def _image_of_run(run: Path) -> tuple[Path, Tensor] | None:
     (3, H, W), of a large one the middle; None where the data are gone or cannot be opened."""
     config = checkpoint.read(checkpoint.find(run))["config"]
     folder, dataset = config.get("data_dir"), config.get("dataset")
-    if folder is None or not Path(folder).is_dir():
-        return None
-    with suppress(InputError):
+    with suppress(InputError, OSError):  # a folder that may not be entered raises too
+        if folder is None or not Path(folder).is_dir():
+            return None
         LAYOUTS.check_own(dataset)
         splits = open_data(dataset, Path(folder)).splits
         for sample in [*splits.get("val", ()), *splits["train"]][:1]:
