@@ -9,25 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from red_network import red_network
+from test_classify import masks_of, times_of
 
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.errors import InputError
 from cac_fast.train.weak.labels import ImageLabels
 from cac_fast.train.weak.masks import CamSettings, MaskWriter, confusion
 from cac_fast.train.weak.report import as_table, describe_masks
-
-
-def masks_of(folder: Path) -> dict[str, np.ndarray]:
-    files = sorted((folder / "masks").rglob("*"))
-    return {
-        path.relative_to(folder / "masks").as_posix(): np.array(Image.open(path))
-        for path in files
-        if path.is_file()
-    }
-
-
-def times_of(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in (folder / "masks").rglob("*.png")}
 
 
 @pytest.fixture
