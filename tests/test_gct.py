@@ -15,6 +15,7 @@ from test_step import IMAGES, Backbone, Head
 from torch import Tensor
 
 from cac_fast.train import config
+from cac_fast.train.methods import Method
 from cac_fast.train.methods.flaws import DETECTOR, found_flaws, true_flaws
 from cac_fast.train.methods.flaws import blurred as blur
 from cac_fast.train.methods.gct import GCT, distances
@@ -31,15 +32,16 @@ class SmallGCT(GCT):
     layers = SMALL
 
 
-def method(*options: str, frozen: bool = False, kind: type[JudgedMethod] = SmallGCT) -> GCT:
+def method(*options: str, frozen: bool = False, kind: type[Method] = SmallGCT) -> GCT:
     """In float64, after the ramp; frozen: as `test_step.method`."""
     settings = config.parse([*"--dataset toycity --method gct --crop-size 32".split(), *options])
     torch.manual_seed(0)
     networks = lambda: Segmenter(Backbone(), Head(), CLASSES, dropout=0.5)  # noqa: E731
     result = kind(networks, CPU, settings, torch.float64).double()
     result.iteration = settings.optim.iterations
-    with torch.no_grad():  # answers large enough to find a flaw in both
-        result.judge.layers[-1].bias += 0.3
+    if isinstance(result, JudgedMethod):  # answers large enough to find a flaw in both
+        with torch.no_grad():
+            result.judge.layers[-1].bias += 0.3
     return result.eval() if frozen else result
 
 

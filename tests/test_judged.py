@@ -18,8 +18,9 @@ from toy_methods import TOYS
 
 from cac_fast.train import config, optimizer
 from cac_fast.train.errors import InputError
-from cac_fast.train.methods import base
+from cac_fast.train.methods import base, ecs, gct
 from cac_fast.train.methods.judged import JudgedMethod
+from cac_fast.train.methods.supervised import Supervised
 
 KINDS = {"gct": SmallGCT, "ecs": SmallECS}
 SCALARS = {
@@ -148,6 +149,18 @@ def test_the_weight_rises_after_the_warm_up(name):
     steps = (losses[1] - losses[0]) / (shares[25] - shares[20])
     assert steps == pytest.approx((losses[2] - losses[0]) / (1 - shares[20]), rel=1e-9)
     assert steps > 0
+
+
+@kinds
+def test_without_weights_the_supervised_gradient_stays(name, monkeypatch):
+    """To the bit, the dropout too, where no network learns from the judge."""
+    monkeypatch.setattr(ecs, "APPROVAL_WEIGHT", 0.0)
+    monkeypatch.setattr(gct, "FLAWED", math.inf)  # so nothing is corrected
+    options = "--forward", "separate", "--unsupervised-weight", "0"
+    _, found = test_step.step(method(name, *options))
+    _, of_labels = test_step.step(test_gct.method(*options, kind=Supervised))
+    for here, there in zip(found, of_labels, strict=False):
+        assert torch.equal(here, there) and here.abs().max() > 0
 
 
 @kinds

@@ -20,8 +20,9 @@ from cac_fast.train import checkpoint, config
 from cac_fast.train.data.stream import on_image
 from cac_fast.train.distributed import World
 from cac_fast.train.errors import InputError
-from cac_fast.train.methods import base, s4gan
+from cac_fast.train.methods import Method, base, s4gan
 from cac_fast.train.methods.s4gan import S4GAN, Discriminator
+from cac_fast.train.methods.supervised import Supervised
 from cac_fast.train.networks import Segmenter
 
 SIDE, CLASSES = 32, 3
@@ -29,15 +30,18 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WEIGHT = "--unsupervised-weight", "0.7"
 
 
-def method(*options: str, frozen: bool = False, world: World = CPU) -> S4GAN:
+def method(
+    *options: str, frozen: bool = False, world: World = CPU, kind: type[Method] = S4GAN
+) -> S4GAN:
     """In float64, past the first step with unlabeled images, with a D that has an opinion; frozen:
     as `test_step.method`."""
     settings = config.parse(["--dataset", "toycity", "--method", "s4gan", *WEIGHT, *options])
     torch.manual_seed(0)
     network = Segmenter(Backbone(), Head(), CLASSES, dropout=0.5)
-    result = S4GAN(lambda: network, world, settings, torch.float64).double()
-    with torch.no_grad():
-        result.discriminator.judge.weight *= 100
+    result = kind(lambda: network, world, settings, torch.float64).double()
+    if isinstance(result, S4GAN):
+        with torch.no_grad():
+            result.discriminator.judge.weight *= 100
     result.iteration = 61
     return result.eval() if frozen else result
 
@@ -169,6 +173,19 @@ def test_no_self_training(options, iteration, share):
     assert all(map(torch.equal, *found))
     model.iteration = 61
     assert (model(*batches())["loss_u"] > 0) == bool(share)
+
+
+def test_without_weights_the_supervised_gradient_stays(monkeypatch):
+    """To the bit, the dropout too."""
+    monkeypatch.setattr(s4gan, "FEATURE_MATCHING", 0.0)
+    found = []
+    for kind in (S4GAN, Supervised):
+        model = method("--unsupervised-weight", "0", kind=kind)
+        torch.manual_seed(2)
+        model(*batches())["loss"].backward()
+        found.append([weight.grad for weight in model.network.parameters()])
+    for here, there in zip(*found, strict=True):
+        assert torch.equal(here, there) and here.abs().max() > 0
 
 
 def test_padding_gets_no_gradient_and_shows_nothing(monkeypatch):
