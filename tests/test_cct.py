@@ -261,8 +261,9 @@ def test_as_all_methods(test, tiny, still, folder_data, tmp_path, monkeypatch):
 
 
 def still_process(*arguments) -> None:
-    cct.PERTURBATIONS = STILL
-    test_methods.as_rank(*arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cct, "PERTURBATIONS", STILL)
+        test_methods.as_rank(*arguments)
 
 
 def test_two_processes_give_the_course_of_one(tiny, still, folder_data, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+import two_ranks
 from small_training import CPU, assert_same_bits, losses, stopped_after, weights
 from toy_methods import TOYS, Adversarial, CrossSupervision, MeanTeacher, tiny_network
 
@@ -230,32 +230,22 @@ def test_a_step_that_overflows_changes_no_weight(name, folder_data, tmp_path, mo
     assert averages == any(item.startswith("teacher") for item in changed)
 
 
-def as_rank(rank: int, kind: type[Method], options: list[str], data: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def as_rank(world: World, kind: type[Method], options: list[str], data: Path, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         use_class(kind, patch)
         patch.setitem(globals(), "OPTIONS", options)
-        run(data, folder / "two", "--no-dropout", world=World(rank, 2, torch.device("cpu")))
-    dist.destroy_process_group()
+        run(data, folder / "two", "--no-dropout", world=world)
 
 
 @toys
 def test_two_processes_give_the_course_of_one(name, folder_data, tmp_path, monkeypatch):
     use(name, monkeypatch)
     run(folder_data, tmp_path / "one", "--no-dropout")
-    arguments = TOYS[name], OPTIONS, folder_data, tmp_path
-    # Not forked: autograd may have threads by now, which a fork does not have.
-    torch.multiprocessing.start_processes(as_rank, arguments, nprocs=2, start_method="spawn")
+    two_ranks.run(as_rank, TOYS[name], OPTIONS, folder_data, tmp_path)
     assert_same_course(name, tmp_path / "one", tmp_path / "two")
 
 
-def as_rank_without_sync(rank: int, data: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    world = World(rank, 2, torch.device("cpu"))
+def as_rank_without_sync(world: World, data: Path, folder: Path) -> None:
     options = "--method", "mean_teacher", "--no-sync-bn", "--unsupervised-weight", "5"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_state, "build_network", tiny_network)
@@ -264,15 +254,11 @@ def as_rank_without_sync(rank: int, data: Path, folder: Path) -> None:
         with stopped_after(4):
             run(data, folder / "stopped", *options, world=world)
         run(data, folder / "stopped", *options, world=world)
-    dist.destroy_process_group()
 
 
 def test_statistics_of_each_rank_reach_no_teacher(folder_data, tmp_path):
     """A checkpoint and an evaluation have rank 0's alone."""
-    arguments = folder_data, tmp_path
-    torch.multiprocessing.start_processes(
-        as_rank_without_sync, arguments, nprocs=2, start_method="spawn"
-    )
+    two_ranks.run(as_rank_without_sync, folder_data, tmp_path)
     whole = weights(tmp_path / "whole" / "last.pt")
     assert any(name.startswith("teacher") and "running" in name for name in whole)
     for other in ("evaluated", "stopped"):

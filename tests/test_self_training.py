@@ -12,6 +12,7 @@ import test_methods
 import test_step
 import torch
 import torch.nn.functional as F
+import two_ranks
 from PIL import Image
 from small_training import CPU, assert_same_bits, losses, stopped_after
 from test_methods import SMOOTH, one_step, trainer
@@ -373,10 +374,10 @@ def test_as_all_methods(test, tiny, teacher, folder_data, tmp_path, monkeypatch)
     test("self", folder_data, tmp_path, monkeypatch)
 
 
-def as_rank(rank: int, *arguments) -> None:
+def as_rank(*arguments) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "build_network", tiny_network)
-        test_methods.as_rank(rank, *arguments)
+        test_methods.as_rank(*arguments)
 
 
 def test_two_processes_give_the_course_of_one(tiny, teacher, folder_data, tmp_path, monkeypatch):
@@ -386,8 +387,7 @@ def test_two_processes_give_the_course_of_one(tiny, teacher, folder_data, tmp_pa
     options = [*test_methods.OPTIONS, *more]
     monkeypatch.setattr(test_methods, "OPTIONS", options)
     test_methods.run(folder_data, tmp_path / "one", "--no-dropout")
-    arguments = SelfTraining, options, folder_data, tmp_path
-    torch.multiprocessing.start_processes(as_rank, arguments, nprocs=2, start_method="spawn")
+    two_ranks.run(as_rank, SelfTraining, options, folder_data, tmp_path)
     test_methods.assert_same_course("self", tmp_path / "one", tmp_path / "two")
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import two_ranks
 from torch import Tensor, nn
 
+from cac_fast.train.distributed import World
 from cac_fast.train.networks import synchronize_batch_norm
 from cac_fast.train.networks.recompute import recompute
 
@@ -45,10 +47,8 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, x.grad, *(parameter.grad for parameter in model.parameters())]
 
 
-def as_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)  # a forked process must not use the threads of its parent
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = {}
+def as_rank(world: World, folder: Path) -> None:
+    rank, found = world.rank, {}
     for kind in KINDS:
         model = network()
         synchronize_batch_norm(model, dist.new_group())
@@ -74,15 +74,13 @@ def as_rank(rank: int, folder: Path) -> None:
     tensors = [[*(p.grad for p in model.parameters()), *model.buffers()] for model in models]
     found["recomputed"] = all(map(torch.equal, *tensors))
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two processes found of its half of the batch."""
     folder = tmp_path_factory.mktemp("ranks")
-    # Not forked: autograd may have threads by now, which a fork does not have.
-    torch.multiprocessing.start_processes(as_rank, (folder,), nprocs=2, start_method="spawn")
+    two_ranks.run(as_rank, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

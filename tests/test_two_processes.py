@@ -15,7 +15,7 @@ import test_mean_teacher
 import test_s4gan
 import test_self_training
 import torch
-import torch.distributed as dist
+import two_ranks
 from small_training import CPU
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -81,23 +81,18 @@ def part(batch: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     return {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
 
 
-def as_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def as_rank(world: World, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for number, name in enumerate(CASES):
-            model = still(name, World(rank, 2, torch.device("cpu")), patch)
+            model = still(name, world, patch)
             synchronize_batch_norm(model, None)
-            found = step_of(name, model, DistributedDataParallel(model), rank)
-            torch.save(found, folder / f"{number}-{rank}")
-    dist.destroy_process_group()
+            found = step_of(name, model, DistributedDataParallel(model), world.rank)
+            torch.save(found, folder / f"{number}-{world.rank}")
 
 
 def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch):
     """In float64; padding and missing labels are not shared equally."""
-    # Not forked: autograd may have threads by now, which a fork does not have.
-    torch.multiprocessing.start_processes(as_rank, (tmp_path,), nprocs=2, start_method="spawn")
+    two_ranks.run(as_rank, tmp_path)
     for number, name in enumerate(CASES):
         model = still(name, CPU, monkeypatch)
         one = step_of(name, model, model, None)
