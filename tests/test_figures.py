@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from accuracy import figure_curves, figure_gradcam, figure_runs, figure_sheet, figure_tsne, figures
 from accuracy.figure_curves import WITH, WITHOUT
 from accuracy.figure_gradcam import Place, grad_cam
+from cac_fast.train.batch import Step
 from cac_fast.train.config import Config
 from cac_fast.train.errors import InputError
+from cac_fast.train.log import Meters, train_line
+from cac_fast.train.methods.contrastive import ContrastiveMethod
 
 HEIGHT, WIDTH = 5, 6
 
@@ -112,17 +115,42 @@ def test_precision_is_weighted_by_the_pairs() -> None:
         # An older version measured this share alone.
         {"kind": "train", "iteration": 10, "false_negatives": 0.5},
         line(20, (0.5, 100), (0.6, 400)),
-        line(30, (0.1, 300), (0.2, 400)),
+        {"kind": "val", "iteration": 20},
+        line(22, (0.1, 300), (0.2, 400)),  # an evaluation makes a line shorter
         line(40, (0.0, 0), (0.25, 400)),
         line(50, (1.0, 20), (1.0, 30)),
     ]
-    # An epoch of 15 iterations ends in 15, 30, 45, 60.
-    assert figure_curves.precision(lines, WITH, 15) == {
-        2: pytest.approx(1 - (0.5 * 100 + 0.1 * 300) / 400),
+    # An epoch of 15 iterations ends in 15, 30, 45, 60. The warm-up ends in the second line.
+    assert figure_curves.precision(lines, WITH, 15, 14) == {
+        2: pytest.approx(1 - (0.5 * 100 * 6 + 0.1 * 300 * 2) / (100 * 6 + 300 * 2)),
         3: None,
         4: 0,
     }
-    assert figure_curves.precision(lines, WITHOUT, 15) == {2: pytest.approx(0.6), 3: 0.75, 4: 0}
+    assert figure_curves.precision(lines, WITHOUT, 15, 14) == {
+        2: pytest.approx(1 - (0.6 * 6 + 0.2 * 2) / 8),
+        3: 0.75,
+        4: 0,
+    }
+
+
+def test_precision_is_that_of_the_steps() -> None:
+    """Through the lines that a trainer writes, of 3 steps and of 1."""
+    meters = Meters(torch.device("cpu"), ContrastiveMethod.reductions)
+    shares, pairs, lines = (0.5, 0.2, 0.8, 0.1), (10, 30, 20, 40), []
+    for step, (share, count) in enumerate(zip(shares, pairs, strict=True), start=1):
+        both = {"false_negatives": share, "admitted_pairs": count}
+        both |= {"false_negatives_random": share, "random_pairs": count}
+        scalars = {name: torch.tensor(value) for name, value in both.items()}
+        step_of = Step({"image": torch.zeros(1)}, None, 0.0)
+        meters.add(step, {"loss": torch.tensor(1.0), **scalars}, step_of)
+        if step > 2:
+            reading = [meters.read() | {"skipped": 0}]
+            lines.append(
+                {"iteration": step, **train_line(reading, 0.1, ContrastiveMethod.reductions)}
+            )
+    wrong = sum(share * count for share, count in zip(shares, pairs, strict=True))
+    found = figure_curves.precision(lines, WITH, 10)
+    assert found == {1: pytest.approx(1 - wrong / sum(pairs))}
 
 
 def line(iteration: int, admitted: tuple[float, int], every: tuple[float, int]) -> dict:
@@ -195,15 +223,19 @@ def test_precision_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         write_image(data / f"images/train/{number}.png")
     write_mask(data / "masks/train/0.png")
     (data / "classes.txt").write_text("0 a 0 0 0\n1 b 9 9 9\n2 c 99 9 9\n")
-    run = write_run(tmp_path / "cac", {}, data_dir=str(data), batch_size=1)
-    found = [line(5, (0.2, 10), (0.8, 40)), line(10, (0.0, 0), (0.75, 40))]
+    run = write_run(tmp_path / "cac", {}, data_dir=str(data), batch_size=1, warmup=2)
+    found = [
+        line(4, (0.2, 10), (0.8, 40)),
+        line(5, (0.5, 10), (0.5, 40)),
+        line(10, (0.0, 0), (0.75, 40)),
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
     png, numbers = tmp_path / "f.png", tmp_path / "f.json"
     draw("--figure", 6, "--runs", run, "--output", png, "--json", numbers)
     # 5 unlabeled images, one a step: lines end epochs.
     found = json.loads(numbers.read_text())
-    assert found["cac, by pseudo labels"]["mean"] == {"1": 0.8, "2": None}
-    assert found["cac, at random"]["mean"] == {"1": pytest.approx(0.2), "2": 0.25}
+    assert found["cac, by pseudo labels"]["mean"] == {"1": pytest.approx(0.7), "2": None}
+    assert found["cac, at random"]["mean"] == {"1": pytest.approx(0.3), "2": 0.25}
     assert "cac, at random, 1 seed: 25.0 at epoch 2" in capsys.readouterr().out
 
 

@@ -49,19 +49,24 @@ def band(curves: Sequence[Curve]) -> dict[int, tuple[float, float, float]]:
     return found
 
 
-def precision(lines: Sequence[Mapping[str, Any]], kind: str, epoch: float) -> Curve:
+def precision(
+    lines: Sequence[Mapping[str, Any]], kind: str, epoch: float, warmup: int = 0
+) -> Curve:
     """Precision of the negatives by epoch: the lines' means, weighted by how many pairs they had.
 
-    kind: WITH or WITHOUT. epoch: iterations of one.
+    kind: WITH or WITHOUT. epoch: iterations of one. warmup: iterations that have no pairs.
     """
     share, count = COUNTS[kind]
     sums: dict[int, list[float]] = {}
+    before = warmup
     for line in lines:
         if count in line:
-            # A line is of the iterations up to its own.
+            # A line is of the iterations up to its own, and has the pairs of a step.
+            pairs = line[count] * (line["iteration"] - before)
             of_epoch = sums.setdefault(math.ceil(line["iteration"] / epoch), [0.0, 0.0])
-            of_epoch[0] += line[count] * (1 - line[share])
-            of_epoch[1] += line[count]
+            of_epoch[0] += pairs * (1 - line[share])
+            of_epoch[1] += pairs
+            before = line["iteration"]
     return {number: right / pairs if pairs else None for number, (right, pairs) in sums.items()}
 
 
@@ -90,7 +95,7 @@ def make_negatives(options: argparse.Namespace) -> Drawn:
         lengths = [epoch_length(log, options.data_dir) for log in of_name]
         for kind in COUNTS:
             curves[f"{name}, {kind}"] = [
-                precision(log.lines, kind, length)
+                precision(log.lines, kind, length, log.config.num_warmup)
                 for log, length in zip(of_name, lengths, strict=True)
             ]
     image, numbers = drawn(curves, "epoch of the unlabeled images", "precision of the negatives")
