@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import test_gct
 import test_methods
 import test_step
 import torch
+import torch.nn.functional as F
 from test_ecs import SmallECS
 from test_gct import SmallGCT, batches
 from test_methods import names, one_step, trainer
@@ -104,6 +106,44 @@ def test_padding_gets_no_gradient(name, forward, monkeypatch):
         assert not (learns & ~valid).any() and not valid.all()
         assert torch.equal(learns[:IMAGES], valid[:IMAGES])
         assert learns[IMAGES:].sum() > valid[IMAGES:].sum() / 20
+
+
+def judged(model: JudgedMethod, images: Tensor, predicted: Tensor, valid: Tensor) -> Tensor:
+    """What the judge says, step by step, with the running statistics of batches."""
+    parts = list(model.judge.modules())
+    convolutions = [part for part in parts if isinstance(part, torch.nn.Conv2d)]
+    norms = [None, *(part for part in parts if isinstance(part, torch.nn.BatchNorm2d))]
+    x = torch.cat((images, predicted.where(valid.unsqueeze(1), 0)), 1)
+    for convolution, norm in zip(convolutions, norms, strict=True):
+        if norm is not None:
+            half = x.shape[1] // 2
+            of_batch, of_image = x[:, :half], x[:, half:]
+            mean, variance = norm.running_mean, norm.running_var
+            scale = norm.weight / (variance + 1e-5).sqrt()
+            of_batch = (of_batch - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1)
+            of_batch = of_batch + norm.bias.view(-1, 1, 1)
+            variance, mean = torch.var_mean(of_image, (2, 3), correction=0, keepdim=True)
+            x = torch.cat((of_batch, (of_image - mean) / (variance + 1e-5).sqrt()), 1)
+            x = torch.where(x > 0, x, 0.2 * x)
+        after = 1 if convolution.stride == (2, 2) else 2
+        x = F.pad(x, (1, after, 1, after))
+        x = F.conv2d(x, convolution.weight, convolution.bias, convolution.stride)
+    return F.interpolate(x, images.shape[-2:], mode="bilinear", align_corners=True)
+
+
+@kinds
+def test_a_judge_is_its_layers_written_out(name):
+    model = method(name, frozen=True)
+    _, unlabeled = batches()
+    images, valid = unlabeled["image_weak"], unlabeled["on_image1"]
+    predicted = torch.rand(IMAGES, 3, 32, 32, dtype=torch.float64)
+    for norm in model.judge.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            for values in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+                values.uniform_(0.5, 1.5)
+    found, expected = (of(images, predicted, valid) for of in (model.judge, partial(judged, model)))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert found.std() > 1e-3
 
 
 @kinds
