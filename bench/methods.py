@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from accuracy.arms import method_names
+from accuracy.arms import footnote, method_names
 from cac_fast.train import config
 from cac_fast.train.batch import Step
 from cac_fast.train.distributed import World, pick_device, run_command
@@ -70,7 +70,11 @@ class Contender:
         self.steps: Iterator[Step] = iter(())
 
     def attempt(self, action: Callable[[], None]) -> None:
-        """Do something unless the GPU's memory did not suffice for something before."""
+        """Do something unless something before was refused or did not fit into the GPU's memory.
+
+        Raises:
+            InputError: supervised, with which all are compared, does not take the options.
+        """
         if self.status != "ok":
             return
         try:
@@ -78,6 +82,10 @@ class Contender:
             return
         except torch.cuda.OutOfMemoryError as error:
             self.status = f"failed: {str(error).splitlines()[0]}"
+        except InputError as error:
+            if self.name == "supervised":
+                raise
+            self.status = f"refused: {error}"
         progress(f"{self.name} {self.status}")
         # Only here, as the error held the tensors of the frames that it came through.
         self.release()
@@ -88,10 +96,7 @@ class Contender:
         Raises:
             InputError: as a training with these settings would.
         """
-        try:
-            self.trainer = make_trainer(self.words)
-        except InputError as error:
-            raise InputError(f"{self.name}: {error}") from error
+        self.trainer = make_trainer(self.words)
         self.steps = steps_of(self.trainer)
         for _ in range(WARM_UPS):
             self.trainer.optimize(next(self.steps))
@@ -186,7 +191,7 @@ def table(found: list[dict[str, Any]]) -> str:
     for row in found:
         lines.append([row["method"], str(row["runs"]), *(three_digits(row[n]) for n in names)])
     problems = [f"- {row['method']} {row['status']}\n" for row in found if row["status"] != "ok"]
-    return aligned(lines) + "".join(problems)
+    return aligned(lines) + "".join(problems) + footnote(row["method"] for row in found)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -92,7 +92,7 @@ def test_a_step_is_of_the_end_and_of_all_classes(folder_data: Path, tmp_path: Pa
     assert (logits.std((0, 2, 3)) > 1.5).all()
     assert methods.peak_bytes(words) > 1e6
     wrong = methods.Contender("fixmatch", [*words, "--data-dir", "nowhere"])
-    with pytest.raises(InputError, match=r"fixmatch: .*nowhere"):
+    with pytest.raises(InputError, match="nowhere"):
         wrong.prepare()
 
 
@@ -114,7 +114,24 @@ def test_a_step_that_does_not_fit_gets_a_row_that_says_so() -> None:
     one.attempt(full)
     one.attempt(lambda: pytest.fail("it goes on"))
     text = methods.table(methods.rows([contender("supervised", 1.0), one]))
-    assert "- dear failed: CUDA out of memory.\n" in text
+    assert "- dear failed: CUDA out of memory.\n" in text and "our reading" not in text
+    assert methods.table(methods.rows([contender("supervised"), contender("ecs")])).endswith(
+        "ecs: our reading of its paper, whose authors published neither code nor settings."
+    )
+
+
+def test_what_refuses_the_options_gets_a_row_that_says_so(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(methods, "side_by_side", lambda calls, seconds: [(1, "")])
+    file = tmp_path / "rows.json"
+    words = f"--methods cct --turns 1 --json {file} -- {SMALL} --forward joint"
+    assert methods.main(words.split()) == 0
+    rows = {row["method"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["supervised"]["status"] == "ok" and rows["supervised"]["runs"] == 1
+    assert rows["cct"]["status"].startswith("refused: --forward joint")
+    assert "- cct refused: --forward joint" in capsys.readouterr().out
+    words = f"--methods cct --turns 1 -- {SMALL} --crop-size 1"
+    with pytest.raises(InputError, match="--crop-size 1"):
+        methods.main(words.split())
 
 
 def test_a_method_that_is_not_there_is_named() -> None:

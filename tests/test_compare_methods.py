@@ -61,6 +61,8 @@ def test_a_method_is_an_arm_of_its_name(trainer: Trainer, monkeypatch: pytest.Mo
     everything = compare.parse([*trainer.words, "--methods", "all"]).arms
     assert set(everything) == {*with_them, "control", *METHODS.entries}
     assert len(everything) == len(METHODS.entries) + 3
+    of_all = compare.parse([*trainer.words, "--methods", "fixmatch", "--shares", "full"]).arms
+    assert sorted(of_all) == ["fixmatch", "supervised", "supervised_adapted"]
     assert {name: ARMS[name] for name in before} == before
     colors = [ARMS[name].color for name in everything]
     assert len(set(colors)) == len(colors)
@@ -346,6 +348,8 @@ def test_the_table_names_what_is_missing(rows: list[dict]) -> None:
     assert lines[6] == "| camvid dusk | control |  |  |  |  | 2.50 |  |  | 2 runs, 5.00 h |"
     assert "learning rate has not decayed" in "\n".join(lines[7:])
     assert "Sorted by the gain after equal steps." in lines[8]
+    assert "our reading" not in lines[-1]
+    assert "ecs: our reading" in methods_outcome.methods_table([rows[0] | {"method": "ecs"}])
 
 
 def test_hours_are_a_line_with_a_knee(trainer: Trainer) -> None:

@@ -110,7 +110,8 @@ def split_arguments(
         type=add_methods,
         metavar="all|LIST",
         help="in place of --arms: methods of train/main.py between commas, or all of them; "
-        "supervised, supervised_all, supervised_adapted and, for cac, control come with them",
+        "supervised, supervised_all (not for share full), supervised_adapted and, for cac, control "
+        "come with them",
     )
     parser.add_argument(
         "--sort-by",
@@ -167,6 +168,8 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
     if options.arms and options.methods:
         raise InputError("--methods names the arms itself: leave out --arms")
     chosen = options.methods or options.arms or list(METHODS)
+    if options.methods and options.lists is None and options.shares == "full":
+        chosen.remove("supervised_all")  # supervised has all masks already
     options.arms = [*chosen, *options.variants]
     for arm in options.arms:
         needed = needed_arm(arm)

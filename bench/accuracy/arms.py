@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from cac_fast.train import registry
@@ -10,6 +11,8 @@ from cac_fast.train.errors import InputError, did_you_mean
 
 METHODS = ("supervised", "cac")
 """The arms of a comparison that asks for no others."""
+
+_READING = "ecs: our reading of its paper, whose authors published neither code nor settings."
 
 # Of variants, and of methods without a line in ARMS, in the registry's order.
 _PALETTE = "tab:brown tab:pink tab:olive tab:cyan black gold navy lime magenta teal".split()
@@ -50,6 +53,12 @@ def needs_teacher(method: str) -> bool:
     """Whether a method learns from what a trained network says of the unlabeled images."""
     kind = registry.METHODS.load(method)
     return kind.needs_labels and "teacher" in kind.label_sources
+
+
+def footnote(names: Iterable[str]) -> str:
+    """What a table with rows of these methods or arms has to say below it, maybe nothing."""
+    with_ecs = any(arm.method == "ecs" for arm in map(_arm, names) if arm is not None)
+    return f"\n\n{_READING}" if with_ecs else ""
 
 
 def needed_arm(arm: str) -> str | None:

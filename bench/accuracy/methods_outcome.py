@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accuracy.arms import ARMS
+from accuracy.arms import ARMS, footnote
 from accuracy.outcome import cell, chosen, draw, headroom_share, paired, panel_title
 from accuracy.pace import Pace, val_at
 from accuracy.runs import Job
@@ -139,7 +139,8 @@ def methods_table(rows: list[dict[str, Any]], sort_by: str = "steps") -> str:
             _to_do(row["missing_seeds"], row["planned_hours"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + f"\n\n{LEGEND.format(of=sort_by)}"
+    note = footnote(row["method"] for row in rows)
+    return "\n".join(lines) + f"\n\n{LEGEND.format(of=sort_by)}{note}"
 
 
 def _number(value: float | None) -> str:
