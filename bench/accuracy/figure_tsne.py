@@ -80,7 +80,7 @@ def embed(points: np.ndarray) -> np.ndarray:
     """
     checked(points)
     if importlib.util.find_spec("sklearn") is None:
-        raise InputError("--figure 3 needs scikit-learn: pip install 'cac_fast[figures]'")
+        raise InputError("--figure 3 needs scikit-learn: pip install scikit-learn")
     from sklearn.manifold import TSNE
 
     return TSNE(

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figure = int(asked) if asked.isdecimal() and int(asked) in FIGURES else None
     options = parser_of(figure).parse_args(arguments)
     if not can_plot():
-        raise InputError("the figures need matplotlib: pip install 'cac_fast[figures]'")
+        raise InputError("the figures need matplotlib: pip install matplotlib")
     output = options.output or Path(f"figure{figure}.png")
     drawn = FIGURES[options.figure].make(options)
     with writing(output):
