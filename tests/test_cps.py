@@ -204,7 +204,7 @@ def test_a_box_of_the_whole_crop_makes_the_partner(monkeypatch):
 @variants
 def test_padding_gets_no_gradient(variant, monkeypatch):
     """Nor do, with CutMix, labeled pixels whose class is unknown, nor logits that make labels."""
-    kept = kept_logits(monkeypatch, base)
+    kept = kept_logits(monkeypatch)
     labeled, unlabeled = batches()
     model = method(*variant)
     model(labeled, unlabeled)["loss"].backward()

@@ -71,6 +71,11 @@ class Judge(nn.Module):
         return upsample_logits(self.layers(inputs), images.shape[-2:])
 
 
+def judge_optimizer(judge: nn.Module, rate: float) -> Optimizer:
+    """Adam, as the authors of S4GAN and GCT have it, at the learning rate `rate`."""
+    return torch.optim.Adam(judge.parameters(), rate, (0.9, 0.99), fused=True)
+
+
 class JudgedMethod(Method):
     """A method whose `judge` learns by Adam in the same backward as the networks.
 
@@ -97,8 +102,7 @@ class JudgedMethod(Method):
         return self.full_weight * sigmoid_ramp(max(0, self.iteration - self.warmup), self.ramp)
 
     def more_optimizers(self) -> list[Optimizer]:
-        weights = self.judge.parameters()
-        return [torch.optim.Adam(weights, self.judge_rate, (0.9, 0.99), fused=True)]
+        return [judge_optimizer(self.judge, self.judge_rate)]
 
     def set_unlabeled(self, used: bool) -> None:
         self.judge.requires_grad_(used)

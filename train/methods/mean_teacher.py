@@ -13,7 +13,7 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.methods.base import Batch, Method, Networks, View, cross_entropy_sum
 from cac_fast.train.methods.ramp import sigmoid_ramp
 from cac_fast.train.methods.teacher import Teacher
-from cac_fast.train.networks import Segmenter, upsample_logits
+from cac_fast.train.networks import Segmenter
 from cac_fast.train.profiling import phase
 
 
@@ -92,9 +92,8 @@ class MeanTeacher(Method):
         def of_slice(
             first: Tensor, labels: Tensor, second: Tensor, targets: Tensor, valid: Tensor
         ) -> tuple[Tensor, Tensor]:
-            parts = self.features(torch.cat((first, second))).chunk(2)
-            logits = [upsample_logits(self.network.classify(x), labels.shape[-2:]) for x in parts]
-            return cross_entropy_sum(logits[0], labels), distance_sum(logits[1], targets, valid)
+            of_labeled, of_unlabeled = self.logits(torch.cat((first, second))).chunk(2)
+            return cross_entropy_sum(of_labeled, labels), distance_sum(of_unlabeled, targets, valid)
 
         batch = labeled["image"], labeled["label"], images, targets, valid
         with phase("forward"):

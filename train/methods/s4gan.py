@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from cac_fast.train.config import Config
 from cac_fast.train.data.stream import on_image
@@ -22,6 +22,7 @@ from cac_fast.train.methods.base import (
     check_separate,
     cross_entropy_sum,
 )
+from cac_fast.train.methods.judged import judge_optimizer
 from cac_fast.train.methods.teacher import frozen
 from cac_fast.train.profiling import phase
 
@@ -83,8 +84,7 @@ class S4GAN(Method):
         self.discriminator = Discriminator(self.num_classes)
 
     def more_optimizers(self) -> list[Optimizer]:
-        weights = self.discriminator.parameters()
-        return [Adam(weights, lr=self.rate, betas=(0.9, 0.99), fused=True)]
+        return [judge_optimizer(self.discriminator, self.rate)]
 
     def set_unlabeled(self, used: bool) -> None:
         self.discriminator.requires_grad_(used)

@@ -17,7 +17,6 @@ from cac_fast.train.methods.base import (
     cross_entropy_sum,
     label_scalars,
 )
-from cac_fast.train.networks import upsample_logits
 from cac_fast.train.profiling import phase
 
 DECAY = 0.99
@@ -69,10 +68,7 @@ class SelfTraining(Method):
 
         def of_slice(*tensors: Tensor) -> list[Tensor]:
             images, labels = tensors[:2], tensors[2:]
-            parts = self.features(torch.cat(images)).chunk(2)
-            size = labels[0].shape[-2:]
-            logits = (upsample_logits(self.network.classify(part), size) for part in parts)
-            return list(map(cross_entropy_sum, logits, labels))
+            return list(map(cross_entropy_sum, self.logits(torch.cat(images)).chunk(2), labels))
 
         batch = labeled["image"], pseudo["image"], labeled["label"], pseudo["label"]
         with phase("forward"):
