@@ -21,7 +21,7 @@ from toy_methods import TOYS
 from cac_fast.train import checkpoint, config
 from cac_fast.train.data.stream import on_image
 from cac_fast.train.errors import InputError
-from cac_fast.train.methods import Method, base
+from cac_fast.train.methods import Method
 from cac_fast.train.methods.cps import CPS
 from cac_fast.train.methods.supervised import Supervised
 from cac_fast.train.networks import Segmenter
