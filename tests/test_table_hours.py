@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tabled import Programs
 
-from accuracy import table_plan
+from accuracy import table_hours
 from lib.running import RunError
 
 
@@ -20,7 +20,7 @@ def test_a_dry_run_starts_nothing(
     programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        table_plan, "step_seconds", lambda words, options: {"labeled": 360.0, "both": 720.0}
+        table_hours, "step_seconds", lambda words, options: {"labeled": 360.0, "both": 720.0}
     )
     assert programs.fill(3, "--dry-run", "--rows", "SupOnly,VIII", "--seeds", "0,1") == 0
     assert programs.calls == []
@@ -36,15 +36,26 @@ def test_a_dry_run_starts_nothing(
     assert "planned: 0.8 hours without evaluations, 3 of 4 runs left" in out
 
 
-def test_a_dry_run_that_cannot_measure_says_why(
+def test_steps_that_fail_leave_the_rest_of_the_plan(
     programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(words: list[str], options: object) -> dict[str, float]:
-        raise RunError("ten steps ended with code 2: boom")
+    measured = []
 
-    monkeypatch.setattr(table_plan, "step_seconds", fail)
-    assert programs.fill(3, "--dry-run", "--rows", "SupOnly", "--seeds", "0") == 1
-    assert capsys.readouterr().err == "error: ten steps ended with code 2: boom\n"
+    def step_seconds(words: list[str], options: object) -> dict[str, float]:
+        measured.append(words)
+        if "supervised" in words:
+            raise RunError("ten steps ended with code 2: boom")
+        return {"labeled": 360.0, "both": 720.0}
+
+    monkeypatch.setattr(table_hours, "step_seconds", step_seconds)
+    assert programs.fill(3, "--dry-run", "--rows", "SupOnly,VIII", "--seeds", "0,1") == 1
+    assert len(measured) == 2  # one of each kind, though two seeds of one fail
+    out = capsys.readouterr().out
+    said = "new, not estimated: ten steps ended with code 2: boom (supervised-seed"
+    for seed in (0, 1):
+        assert f"SupOnly mIoU seed {seed}: {said}{seed}-" in out
+        assert f"VIII mIoU seed {seed}: new, 0.60 h (cac-" in out
+    assert "planned: 1.2 hours without evaluations and without 2 not estimated, 4 of 4 runs" in out
 
 
 def test_self_training_is_measured_with_made_up_labels(
@@ -56,7 +67,7 @@ def test_self_training_is_measured_with_made_up_labels(
         measured.append(words)
         return {"labeled": 360.0, "both": 540.0 if "self_training" in words else 720.0}
 
-    monkeypatch.setattr(table_plan, "step_seconds", step_seconds)
+    monkeypatch.setattr(table_hours, "step_seconds", step_seconds)
     assert programs.fill(3, "--dry-run", "--rows", "ST", "--seeds", "0") == 0
     assert len(measured) == 2 and not any("--teacher" in words for words in measured)
     out = capsys.readouterr().out
@@ -68,7 +79,7 @@ def test_classifications_are_told_beside_the_hours(
     programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        table_plan, "step_seconds", lambda words, options: {"labeled": 360.0, "both": 720.0}
+        table_hours, "step_seconds", lambda words, options: {"labeled": 360.0, "both": 720.0}
     )
     words = ["--dry-run", "--seeds", "0", "--image-labels", "from-masks"]
     assert programs.fill(5, *words) == 0

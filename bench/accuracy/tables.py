@@ -5,10 +5,11 @@
         --iterations 1500 -- --backbone mobilenet_v2 --weights FILE
 
 What follows `--` goes to `train/main.py` and wins over a table's network and backbone, but not
-over what makes a row that row. A run is known by a hash of its settings, so that tables share runs:
-one that is over is not repeated, and one that was interrupted goes on where it stopped. All runs
-that are over are shown, whatever `--rows` and `--columns` ask to train. `--dry-run` trains nothing:
-it measures ten steps of each kind and says how long the rest will take.
+over what makes a row that row. In `--weights`, {backbone} stands for the row's backbone. A run is
+known by a hash of its settings, so that tables share runs: one that is over is not repeated, and
+one that was interrupted goes on where it stopped. All runs that are over are shown, whatever
+`--rows` and `--columns` ask to train. `--dry-run` trains nothing: it measures ten steps of each
+kind and says how long the rest will take; the exit status is 1 if the steps of some kind fail.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy import runs as folders
 from accuracy.arguments import add_shared, data_options, find_data, refuse
 from accuracy.paper_tables import TABLES, Table
+from accuracy.table_hours import show_plan
 from accuracy.table_outcome import differences, markdown, orderings, plot, result_of, summary_of
 from accuracy.table_plan import (
     Cell,
     Run,
     cells,
+    check_weights,
     is_done,
-    iteration_of,
     labels,
     ordered,
-    training_hours,
 )
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
@@ -107,26 +108,6 @@ def _chosen(all_cells: list[Cell], options: argparse.Namespace) -> list[Cell]:
     return all_cells
 
 
-def _show_plan(runs: dict[str, Run], names: dict[str, str], options: argparse.Namespace) -> None:
-    """Print each run, how far it is, and the hours that are left."""
-    left = {key: run for key, run in runs.items() if not is_done(run, options)}
-    hours = training_hours(left, options)
-    for key, run in runs.items():
-        state = "finished"
-        if key in left:
-            at = iteration_of(run, options)
-            state = f"at iteration {at}" if at else "new"
-            state += f", {hours[key]:.2f} h" if key in hours else ", not estimated"
-        print(f"{names[key]}: {state} ({run.folder(options).name})")
-    total = sum(hours.values()) / options.jobs
-    others = len(left) - len(hours)
-    more = f" and without {others} of train/classify.py" if others else ""
-    print(
-        f"planned: {total:.1f} hours without evaluations{more}, {len(left)} of {len(runs)} runs "
-        "left"
-    )
-
-
 def _do(each: Run, name: str, before: list[Future], options: argparse.Namespace) -> None:
     """One run, behind those that it needs."""
     folders.wait_for(before, name)
@@ -161,12 +142,8 @@ def fill(options: argparse.Namespace) -> int:
             print(f"{cell.row} {cell.column}: {cell.note}")
     with programs.stopped_by_signals():
         if options.dry_run:
-            try:
-                _show_plan(runs, names, options)
-            except RunError as error:  # of settings that no run could use
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                return 1
-            return 0
+            return show_plan(runs, names, options)
+        check_weights(runs, names, options)
         return _fill(table, all_cells, runs, names, options)
 
 
