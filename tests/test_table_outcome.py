@@ -1,13 +1,22 @@
-"""Which neighbors of the paper's ranking a table compares."""
+"""What a table says of its runs: neighbors in the paper's ranking, settings that differ."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tabled import Programs
 
+from accuracy import table_outcome, tables
 from accuracy.paper_tables import TABLES
 from accuracy.table_outcome import orderings
+from lib.measure import ROOT
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Programs:
+    return Programs(monkeypatch, tmp_path)
 
 
 def row(name: str, paper: float | None, values: dict[int, float], folder: str) -> dict[str, Any]:
@@ -37,3 +46,19 @@ def test_rows_with_the_same_runs_are_not_compared() -> None:
     assert orderings(TABLES[4], capped) == []
     (found,) = orderings(TABLES[4], [capped[0], row("12.8k", 71.9, {0: 50.0}, "b")])
     assert found["mean"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("lists/{share}/{list}", "lists/{share}/{list}"),
+        ("sets/voc/{share}", "voc/{share}"),
+        ("sets/voc/list{list}", "voc/list{list}"),
+        ("sets/mine", "mine"),
+    ],
+)
+def test_lists_are_told_by_the_end_of_what_was_given(
+    programs: Programs, given: str, said: str
+) -> None:
+    options = tables.parse(["--table", "1", *programs.words, "--lists", str(ROOT / given)])
+    assert table_outcome._lists_text([], options) == f"lists: {said} of the call"

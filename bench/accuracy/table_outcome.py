@@ -152,7 +152,11 @@ def _text(value: Any) -> str:
 
 def _lists_text(all_cells: list[Cell], options: argparse.Namespace) -> str:
     if options.lists is not None:
-        return f"lists: {Path(options.lists).name} of the call"
+        # Of a pattern the folder around all lists too, as `{list}` alone names nothing.
+        parts = Path(options.lists).parts
+        braces = [index for index, part in enumerate(parts) if "{" in part]
+        first = min(braces, default=len(parts))
+        return f"lists: {Path(*parts[max(0, first - 1) :])} of the call"
     runs = [run.settings for cell in all_cells for run in cell.runs.values() if run.settings]
     if any(settings.data.labeled is not None for settings in runs):
         return "lists: those that --labeled names"
