@@ -11,6 +11,7 @@ from tabled import Programs
 from accuracy import table_outcome, tables
 from accuracy.paper_tables import TABLES, Row
 from accuracy.table_outcome import orderings
+from accuracy.table_plan import all_rows
 from cac_fast.train import config
 from cac_fast.train.registry import METHODS
 from lib.measure import ROOT
@@ -89,6 +90,15 @@ def test_the_preset_is_no_difference(tmp_path: Path) -> None:
         ours = config.parse([*words, method])
         lines = table_outcome._unlike(Row("one", (None,), method), ours, "voc")
         assert not any(line.startswith("warmup") for line in lines), method
+
+
+@pytest.mark.parametrize("number", sorted(TABLES))
+def test_runs_of_ecs_are_called_a_reading(number: int) -> None:
+    table = TABLES[number]
+    record = {"data": "voc", "title": "x", "cells": [], "orderings": [], "differences": []}
+    text = table_outcome.markdown(number, table, record)
+    assert any(row.method == "ecs" for row in all_rows(table)) == (number in (1, 2))
+    assert ("\n- ECS's authors published neither code nor settings: " in text) == (number in (1, 2))
 
 
 @pytest.mark.parametrize(
