@@ -14,6 +14,7 @@ from accuracy.arms import needs_teacher
 from accuracy.paper_tables import NEGATIVES, Row, Settings, Table
 from accuracy.record import content_digests
 from accuracy.runs import list_folder, val_curve
+from accuracy.table_classify import SEEN, described, settings_of
 from cac_fast.train import checkpoint, config, registry
 from cac_fast.train.config import FREE, Config, compared
 from cac_fast.train.data.layouts import SegmentationData
@@ -21,18 +22,6 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.log import read_metrics
 from cac_fast.train.settings import FIELDS
 from cac_fast.train.weak.labels import FROM_MASKS, read_labels
-
-SEEN = (
-    "labeled",
-    "unlabeled",
-    "labeled_share",
-    "data_list",
-    "workers",
-    "backbone",
-    "weights",
-    "device",
-)
-"""Settings that a classification for pseudo masks has of the training that learns them."""
 
 BACKBONE = "{backbone}"
 """In `--weights`: the backbone of a row."""
@@ -210,19 +199,27 @@ def _after(run: Run, data: SegmentationData, option: str, first: Run, part: str 
     return Run(run.program, run.words, run.settings, key, ((option, first, part),))
 
 
-def _classification(settings: Config, options: argparse.Namespace, data: SegmentationData) -> Run:
-    """What writes the pseudo masks of a training: of its images, with its backbone."""
+def _classification(
+    settings: Config, options: argparse.Namespace, data: SegmentationData
+) -> tuple[Run, str]:
+    """What writes the pseudo masks of a training, of its images and with its backbone; and what
+    its table must say of it."""
     flat = settings.flat()
     chosen = {name: flat[name] for name in SEEN if flat[name] is not None}
-    words = [*options.data, *flags(chosen)]
+    plain = [*options.data, *flags(chosen)]
+    words = [*plain, *options.classify]
+    asked, default = settings_of(words), settings_of(plain)
     told = options.image_labels
     if told is not None:
         words += ["--image-labels", told]
     if told not in (None, FROM_MASKS):
         labels = read_labels(Path(told), data)
         told = sorted((image.name, of_image) for image, of_image in labels.items())
-    key = key_of(Config.of(dataset=settings.data.dataset, **chosen), data, "classify", str(told))
-    return Run("train/classify.py", tuple(words), None, key)
+    # As in `key_of`: what is the default has no part in the key.
+    own = {name: asked[name] for name in asked if name not in FREE and asked[name] != default[name]}
+    more = ["classify", str(told), *([json.dumps(own, sort_keys=True)] if own else [])]
+    key = key_of(Config.of(dataset=settings.data.dataset, **chosen), data, *more)
+    return Run("train/classify.py", tuple(words), None, key), described(asked)
 
 
 def cells(table: Table, options: argparse.Namespace, data: SegmentationData) -> list[Cell]:
@@ -253,7 +250,8 @@ def cells(table: Table, options: argparse.Namespace, data: SegmentationData) -> 
                     note = "; ".join(filter(None, [note, f"behind {steps} steps of its teacher"]))
                 if column in table.weakly:
                     assert run.settings is not None
-                    masks = _classification(run.settings, options, data)
+                    masks, said = _classification(run.settings, options, data)
+                    note = "; ".join(filter(None, [note, said]))
                     run = _after(run, data, "--pseudo-labels", masks, "masks")
                 runs[seed] = run
             found.append(Cell(*place, runs, note))

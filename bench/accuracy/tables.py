@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy import runs as folders
 from accuracy.arguments import add_shared, data_options, find_data, refuse
 from accuracy.paper_tables import TABLES, Table
+from accuracy.table_classify import words_of
 from accuracy.table_hours import show_plan
 from accuracy.table_outcome import differences, markdown, orderings, plot, result_of, summary_of
 from accuracy.table_plan import (
@@ -71,6 +72,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "{list} for the number of the data list",
     )
     parser.add_argument("--image-labels", metavar="FILE", help="of Table 5, as train/classify.py's")
+    parser.add_argument(
+        "--classify",
+        metavar="OPTIONS",
+        help="of Table 5: options of train/classify.py as one text, as '--learning-rate 0.001 "
+        "--epochs 20'",
+    )
     parser.add_argument("--dry-run", action="store_true", help="plan, and train nothing")
     parser.add_argument("--name", help="of the result files (default: tableN-DATA)")
     options = parser.parse_args(arguments[:cut])
@@ -80,6 +87,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     refuse(options.rest, FIXED, "tables.py")
     find_data(options)
     options.data = data_options(options)
+    if options.classify is not None and not TABLES[options.table].weakly:
+        raise InputError(f"--classify is of Table 5: leave it out with --table {options.table}")
+    options.classify = [] if options.classify is None else words_of(options.classify, options.data)
     options.name = options.name or f"table{options.table}-{options.title}"
     options.runs = (options.runs or ROOT / "runs" / "tables").resolve()
     if options.lists is not None:
