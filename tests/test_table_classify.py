@@ -75,8 +75,8 @@ def test_without_options_a_classification_is_known_as_before_there_were_any(
 def test_a_plan_says_what_is_not_of_the_iterations(
     programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    times = {"labeled": 360.0, "both": 720.0}
-    monkeypatch.setattr(table_hours, "step_seconds", lambda words, options: times)
+    times = {"labeled": 360.0, "both": 720.0, "step": 1.0, "steps": 9}
+    monkeypatch.setattr(table_hours, "step_seconds", lambda *words: times)
     assert programs.fill(5, *MASKS, "--dry-run", "--iterations", "3") == 0
     said = "weakly: masks of a classification: 5 epochs, batches of 16, crops of 512, base size 640"
     out = capsys.readouterr().out
