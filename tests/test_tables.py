@@ -93,7 +93,7 @@ def test_what_is_no_default_is_told(programs: Programs, monkeypatch: pytest.Monk
     programs.fill(3, "--rows", "SupOnly", "--seeds", "0", rest=rest)
     found = programs.record(3)["differences"]
     assert "base_size: 400, the default is None" in found
-    assert "ema_decay: 0.5, the default is 0.996" in found
+    assert f"ema_decay: 0.5, the default is 0.996 (rows {', '.join(OFF)})" in found
     assert not any(text.startswith("precision") for text in found)
     monkeypatch.setattr(table_outcome, "pick_precision", lambda settings, world: "bf16")
     programs.fill(3, "--rows", "SupOnly", "--seeds", "0", rest=rest)
@@ -150,8 +150,9 @@ def test_values_are_those_of_metrics(programs: Programs) -> None:
     assert "| ST | mIoU | 66.3 | - | - | - | behind 4 steps of its teacher |" in text
     assert "| VIII - IV | +0.8 | +0.2 ± 0.0 | 2 |" in text
     assert "- crop_size: 32, the paper's 320\n" in text
-    # The paper states a warm-up of its own method alone.
-    assert "- warmup: 2, the paper's 1/16 of the iterations (rows I, II, III," in text
+    # The paper states a warm-up of its own method alone; that of another one is its preset's.
+    assert f"- warmup: 2, the paper's 1/16 of the iterations (rows {', '.join(OFF)})\n" in text
+    assert "- warmup: 2, the method's preset is 0 (rows ST)\n" in text
     programs.fails = ""
     programs.calls.clear()
     assert programs.fill(3, "--rows", "VIII,IV", "--seeds", "0,1,2") == 0

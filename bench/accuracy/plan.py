@@ -69,15 +69,18 @@ def planned_hours(
     return {arm: each._replace(supervised=beside) for arm, each in hours.items()}
 
 
-def step_seconds(words: list[str], options: argparse.Namespace) -> dict[str, float | None]:
-    """Seconds of a step of `train/main.py` with the options `words`, as `step_time.py` has them.
+def step_seconds(
+    words: list[str], options: argparse.Namespace, program: str = "step_time.py"
+) -> dict[str, float | None]:
+    """Seconds of a step of `train/main.py` with the options `words`, as `step_time.py` has them, or
+    what another such program of `bench/lib` finds.
 
     Raises:
         RunError: the steps could not be made.
     """
     file = options.runs / "step_time.json"
     options.runs.mkdir(parents=True, exist_ok=True)
-    run(["bench/lib/step_time.py", str(file), *words], options.threads, "ten steps")
+    run([f"bench/lib/{program}", str(file), *words], options.threads, "ten steps")
     return json.loads(file.read_text())
 
 

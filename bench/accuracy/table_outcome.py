@@ -14,8 +14,8 @@ from accuracy.outcome import paired
 from accuracy.paper_tables import CAC, GPUS, NEGATIVES, PAPER, Row, Table
 from accuracy.plan import is_alone
 from accuracy.runs import val_curve, val_scores
-from accuracy.table_plan import Cell, Run, all_rows, is_done
-from cac_fast.train.config import FREE, Config
+from accuracy.table_plan import Cell, Run, all_rows, flags, is_done
+from cac_fast.train.config import FREE, Config, unused
 from cac_fast.train.distributed import World
 from cac_fast.train.log import read_metrics
 from cac_fast.train.registry import METHODS
@@ -132,27 +132,60 @@ def _unlike(row: Row, ours: Config, dataset: str) -> list[str]:
     ]
     preset = METHODS.entry(ours.loss.method).preset_for(flat)
     lines += [
-        f"{name}: {_text(value)}, the default is {FIELDS[name].default}"
+        f"{name}: {_text(value)}, the default is {_text(FIELDS[name].default, 'None')}"
         for name, value in flat.items()
-        if name not in {*wanted, *_NO_DIFFERENCE, *FREE}
+        if name not in {*wanted, *_NO_DIFFERENCE, *FREE, *_unread(ours)}
         and value not in (FIELDS[name].default, preset.get(name))
     ]
-    if row.method == "cac" and ours.num_warmup != ours.optim.iterations // 16:
-        lines.append(f"warmup: {ours.num_warmup}, the paper's 1/16 of the iterations")
+    lines += _warmup_lines(ours, preset.get("warmup"))
     if ours.model.weights is None:
         lines.append("weights: random, the paper's ImageNet")
     return lines
 
 
-def _text(value: Any) -> str:
+def _unread(ours: Config) -> set[str]:
+    """Settings that the method of a run does not read."""
+    method = ours.loss.method
+    # A row's teacher is no setting of its run, and what the data's preset sets may be unread too.
+    asked = ours.changed(teacher="the row's", dataset="folder")
+    given = {flag.split()[0] for flag in unused(asked)}
+    found = {name for name, value in vars(ours.loss).items() if flags({name: value})[0] in given}
+    if method == "supervised":
+        found |= vars(ours.loss).keys()
+    if is_alone(method):
+        found |= {"unlabeled_scale", "iou_range"}
+    uses = METHODS.entry(method).uses
+    if uses is not None and "context" not in uses.split():
+        found.add("iou_range")
+    return found
+
+
+def _warmup_lines(ours: Config, preset: int | None) -> list[str]:
+    """What to say of the iterations before the unlabeled images take part; preset: the method's,
+    None where it has none."""
+    sixteenth = ours.optim.iterations // 16
+    if is_alone(ours.loss.method) or ours.num_warmup == (sixteenth if preset is None else preset):
+        return []
+    if preset is not None:
+        return [f"warmup: {ours.num_warmup}, the method's preset is {preset}"]
+    whose = "the paper's" if ours.loss.method == "cac" else "the default is"
+    return [f"warmup: {ours.num_warmup}, {whose} 1/16 of the iterations"]
+
+
+def _text(value: Any, none: str = "all") -> str:
+    """A value as the options take it, but for None."""
     if isinstance(value, tuple | list):
-        return "-".join(map(str, value))
-    return "all" if value is None else str(value)
+        return ",".join(map(str, value))
+    return none if value is None else str(value)
 
 
 def _lists_text(all_cells: list[Cell], options: argparse.Namespace) -> str:
     if options.lists is not None:
-        return f"lists: {Path(options.lists).name} of the call"
+        # Of a pattern the folder around all lists too, as `{list}` alone names nothing.
+        parts = Path(options.lists).parts
+        braces = [index for index, part in enumerate(parts) if "{" in part]
+        first = min(braces, default=len(parts))
+        return f"lists: {Path(*parts[max(0, first - 1) :])} of the call"
     runs = [run.settings for cell in all_cells for run in cell.runs.values() if run.settings]
     if any(settings.data.labeled is not None for settings in runs):
         return "lists: those that --labeled names"

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from accuracy.arms import needs_teacher
 from accuracy.paper_tables import NEGATIVES, Row, Settings, Table
-from accuracy.plan import hours_of, is_alone, step_seconds
 from accuracy.record import content_digests
 from accuracy.runs import list_folder, val_curve
-from cac_fast.train import config, registry
+from accuracy.table_classify import SEEN, described, settings_of
+from cac_fast.train import checkpoint, config, registry
 from cac_fast.train.config import FREE, Config, compared
 from cac_fast.train.data.layouts import SegmentationData
 from cac_fast.train.errors import InputError
@@ -23,17 +23,8 @@ from cac_fast.train.log import read_metrics
 from cac_fast.train.settings import FIELDS
 from cac_fast.train.weak.labels import FROM_MASKS, read_labels
 
-SEEN = (
-    "labeled",
-    "unlabeled",
-    "labeled_share",
-    "data_list",
-    "workers",
-    "backbone",
-    "weights",
-    "device",
-)
-"""Settings that a classification for pseudo masks has of the training that learns them."""
+BACKBONE = "{backbone}"
+"""In `--weights`: the backbone of a row."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +159,14 @@ def _base(table: Table, row: Row, dataset: str) -> dict[str, Any]:
     return base
 
 
+def _own_weights(asked: Config) -> list[str]:
+    """The option for the row's own file, where `--weights` has a place for its backbone."""
+    weights = asked.model.weights
+    if weights is None or BACKBONE not in weights:
+        return []
+    return ["--weights", weights.replace(BACKBONE, asked.model.backbone.replace("/", "_"))]
+
+
 def training(
     table: Table,
     row: Row,
@@ -185,7 +184,9 @@ def training(
         "--method",
         str(row.method),
     ]
-    own, note = _capped(row.own, config.parse(first))
+    asked = config.parse(first)
+    first += _own_weights(asked)
+    own, note = _capped(row.own, asked)
     words = [*first, *flags(own), "--seed", str(seed)]
     settings = config.parse(words)
     return Run("train/main.py", tuple(words), settings, key_of(settings, data)), note
@@ -198,19 +199,27 @@ def _after(run: Run, data: SegmentationData, option: str, first: Run, part: str 
     return Run(run.program, run.words, run.settings, key, ((option, first, part),))
 
 
-def _classification(settings: Config, options: argparse.Namespace, data: SegmentationData) -> Run:
-    """What writes the pseudo masks of a training: of its images, with its backbone."""
+def _classification(
+    settings: Config, options: argparse.Namespace, data: SegmentationData
+) -> tuple[Run, str]:
+    """What writes the pseudo masks of a training, of its images and with its backbone; and what
+    its table must say of it."""
     flat = settings.flat()
     chosen = {name: flat[name] for name in SEEN if flat[name] is not None}
-    words = [*options.data, *flags(chosen)]
+    plain = [*options.data, *flags(chosen)]
+    words = [*plain, *options.classify]
+    asked, default = settings_of(words), settings_of(plain)
     told = options.image_labels
     if told is not None:
         words += ["--image-labels", told]
     if told not in (None, FROM_MASKS):
         labels = read_labels(Path(told), data)
         told = sorted((image.name, of_image) for image, of_image in labels.items())
-    key = key_of(Config.of(dataset=settings.data.dataset, **chosen), data, "classify", str(told))
-    return Run("train/classify.py", tuple(words), None, key)
+    # As in `key_of`: what is the default has no part in the key.
+    own = {name: asked[name] for name in asked if name not in FREE and asked[name] != default[name]}
+    more = ["classify", str(told), *([json.dumps(own, sort_keys=True)] if own else [])]
+    key = key_of(Config.of(dataset=settings.data.dataset, **chosen), data, *more)
+    return Run("train/classify.py", tuple(words), None, key), described(asked)
 
 
 def cells(table: Table, options: argparse.Namespace, data: SegmentationData) -> list[Cell]:
@@ -241,7 +250,8 @@ def cells(table: Table, options: argparse.Namespace, data: SegmentationData) -> 
                     note = "; ".join(filter(None, [note, f"behind {steps} steps of its teacher"]))
                 if column in table.weakly:
                     assert run.settings is not None
-                    masks = _classification(run.settings, options, data)
+                    masks, said = _classification(run.settings, options, data)
+                    note = "; ".join(filter(None, [note, said]))
                     run = _after(run, data, "--pseudo-labels", masks, "masks")
                 runs[seed] = run
             found.append(Cell(*place, runs, note))
@@ -291,6 +301,25 @@ def labels(all_cells: list[Cell]) -> dict[str, str]:
     return {key: " = ".join(names) for key, names in (needed | own).items()}
 
 
+def check_weights(
+    runs: Mapping[str, Run], names: Mapping[str, str], options: argparse.Namespace
+) -> None:
+    """Raise InputError if the weights that a run begins with are not there.
+
+    runs: by their keys; names: what each is called.
+    """
+    for key, run in runs.items():
+        path = None if run.settings is None else run.settings.model.weights
+        # A run that has begun goes on from its own state.
+        if path in (None, "timm") or (run.folder(options) / "last.pt").is_file():
+            continue
+        if not checkpoint.find(Path(path)).is_file():
+            raise InputError(
+                f"--weights {path} of {names[key]} does not exist: put the file there, correct "
+                "--weights, or choose other rows with --rows"
+            )
+
+
 def iteration_of(run: Run, options: argparse.Namespace) -> int:
     """The last iteration that a training has noted; 0 of one that has not begun."""
     lines = read_metrics(run.folder(options) / "metrics.jsonl")
@@ -318,34 +347,3 @@ def is_done(run: Run, options: argparse.Namespace) -> bool:
             "folder of --runs"
         )
     return True
-
-
-def training_hours(runs: Mapping[str, Run], options: argparse.Namespace) -> dict[str, float]:
-    """Hours of each training without evaluations, from ten steps of each kind of them.
-
-    What needs another run that is not over is measured without it, self-training with labels that
-    are made up.
-
-    Raises:
-        RunError: the steps could not be made.
-    """
-    seconds: dict[str, dict[str, float | None]] = {}
-
-    def of_kind(run: Run) -> dict[str, float | None]:
-        assert run.settings is not None
-        over = all(is_done(first, options) for _, first, _ in run.needs)
-        flat: dict[str, Any] = {**run.settings.flat(), "iterations": 1, "seed": 0, "data_list": 0}
-        flat |= dict.fromkeys(("labeled", "unlabeled", "labeled_share", "warmup"))
-        kind = json.dumps([flat, [option for option, _, _ in run.needs], over], default=str)
-        if kind not in seconds:
-            words = run.command(options)[:-2] if over else list(run.words)
-            seconds[kind] = step_seconds(words, options)
-        return seconds[kind]
-
-    hours = {}
-    for key, run in runs.items():
-        if run.settings is None:
-            continue
-        found = hours_of(run.settings, of_kind(run), is_alone(run.settings.loss.method))
-        hours[key] = found.whole
-    return hours

@@ -5,10 +5,11 @@
         --iterations 1500 -- --backbone mobilenet_v2 --weights FILE
 
 What follows `--` goes to `train/main.py` and wins over a table's network and backbone, but not
-over what makes a row that row. A run is known by a hash of its settings, so that tables share runs:
-one that is over is not repeated, and one that was interrupted goes on where it stopped. All runs
-that are over are shown, whatever `--rows` and `--columns` ask to train. `--dry-run` trains nothing:
-it measures ten steps of each kind and says how long the rest will take.
+over what makes a row that row. In `--weights`, {backbone} stands for the row's backbone. A run is
+known by a hash of its settings, so that tables share runs: one that is over is not repeated, and
+one that was interrupted goes on where it stopped. All runs that are over are shown, whatever
+`--rows` and `--columns` ask to train. `--dry-run` trains nothing: it measures ten steps of each
+kind and says how long the rest will take; the exit status is 1 if the steps of some kind fail.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy import runs as folders
 from accuracy.arguments import add_shared, data_options, find_data, refuse
 from accuracy.paper_tables import TABLES, Table
+from accuracy.table_classify import words_of
+from accuracy.table_hours import show_plan
 from accuracy.table_outcome import differences, markdown, orderings, plot, result_of, summary_of
 from accuracy.table_plan import (
     Cell,
     Run,
     cells,
+    check_weights,
     is_done,
-    iteration_of,
     labels,
     ordered,
-    training_hours,
 )
 from cac_fast.train.data.layouts import open_data
 from cac_fast.train.distributed import run_command
@@ -70,6 +72,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "{list} for the number of the data list",
     )
     parser.add_argument("--image-labels", metavar="FILE", help="of Table 5, as train/classify.py's")
+    parser.add_argument(
+        "--classify",
+        metavar="OPTIONS",
+        help="of Table 5: options of train/classify.py as one text, as '--learning-rate 0.001 "
+        "--epochs 20'",
+    )
     parser.add_argument("--dry-run", action="store_true", help="plan, and train nothing")
     parser.add_argument("--name", help="of the result files (default: tableN-DATA)")
     options = parser.parse_args(arguments[:cut])
@@ -79,6 +87,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     refuse(options.rest, FIXED, "tables.py")
     find_data(options)
     options.data = data_options(options)
+    if options.classify is not None and not TABLES[options.table].weakly:
+        raise InputError(f"--classify is of Table 5: leave it out with --table {options.table}")
+    options.classify = [] if options.classify is None else words_of(options.classify, options.data)
     options.name = options.name or f"table{options.table}-{options.title}"
     options.runs = (options.runs or ROOT / "runs" / "tables").resolve()
     if options.lists is not None:
@@ -105,26 +116,6 @@ def _chosen(all_cells: list[Cell], options: argparse.Namespace) -> list[Cell]:
                 )
         all_cells = [cell for cell in all_cells if getattr(cell, kind) in names]
     return all_cells
-
-
-def _show_plan(runs: dict[str, Run], names: dict[str, str], options: argparse.Namespace) -> None:
-    """Print each run, how far it is, and the hours that are left."""
-    left = {key: run for key, run in runs.items() if not is_done(run, options)}
-    hours = training_hours(left, options)
-    for key, run in runs.items():
-        state = "finished"
-        if key in left:
-            at = iteration_of(run, options)
-            state = f"at iteration {at}" if at else "new"
-            state += f", {hours[key]:.2f} h" if key in hours else ", not estimated"
-        print(f"{names[key]}: {state} ({run.folder(options).name})")
-    total = sum(hours.values()) / options.jobs
-    others = len(left) - len(hours)
-    more = f" and without {others} of train/classify.py" if others else ""
-    print(
-        f"planned: {total:.1f} hours without evaluations{more}, {len(left)} of {len(runs)} runs "
-        "left"
-    )
 
 
 def _do(each: Run, name: str, before: list[Future], options: argparse.Namespace) -> None:
@@ -161,12 +152,8 @@ def fill(options: argparse.Namespace) -> int:
             print(f"{cell.row} {cell.column}: {cell.note}")
     with programs.stopped_by_signals():
         if options.dry_run:
-            try:
-                _show_plan(runs, names, options)
-            except RunError as error:  # of settings that no run could use
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                return 1
-            return 0
+            return show_plan(runs, names, options)
+        check_weights(runs, names, options)
         return _fill(table, all_cells, runs, names, options)
 
 

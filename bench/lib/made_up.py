@@ -18,21 +18,23 @@ from cac_fast.train.errors import InputError
 from cac_fast.train.methods import method_class
 from cac_fast.train.pseudo_labels import SOURCES
 
+MADE_UP = "made-up"
+"""As `--pseudo-labels`: some that are made up."""
 MOST_LABELED = 64
 """Images that get labels; the others count as unlabeled everywhere, which costs a step the same."""
 _BLOCK = 32
 
 
 def with_labels(words: list[str], folder: Path) -> list[str]:
-    """Options of `train/main.py`, with labels made up in `folder` if their method needs some and
-    they name none.
+    """Options of `train/main.py`, with labels made up in `folder` if they ask for MADE_UP ones, or
+    their method needs some and they name none.
 
     Raises:
         InputError: as `config.parse`, or the data cannot be opened.
     """
     settings = config.parse(words)
-    given = any(getattr(settings.data, name) is not None for name in SOURCES)
-    if given or not method_class(settings).needs_labels:
+    given = {getattr(settings.data, name) for name in SOURCES} - {None}
+    if given != {MADE_UP} and (given or not method_class(settings).needs_labels):
         return words
     data, _, unlabeled = open_lists(settings)
     write_labels(folder, unlabeled, data)

@@ -4,7 +4,8 @@
 
 Nothing of it is kept but the FILE: {"labeled": seconds, "both": seconds, or None where the method
 has no views of them}. The steps are those at the end of a run, when every loss takes part. A method
-that needs labels of the unlabeled images gets made-up ones unless the arguments name some.
+that needs labels of the unlabeled images gets made-up ones unless the arguments name some; any
+method gets them with `--pseudo-labels made-up`.
 """
 
 from __future__ import annotations
