@@ -13,13 +13,13 @@ from typing import Any
 
 from cac_fast.train import distributed
 from cac_fast.train.config import FIELDS, Config, add_settings, check_values
-from cac_fast.train.data.layouts import Sample
+from cac_fast.train.data.layouts import Sample, SegmentationData
 from cac_fast.train.data.opening import open_lists
 from cac_fast.train.data.pseudo import with_masks, write_about
 from cac_fast.train.errors import InputError, check_crop
 from cac_fast.train.options import Parser, add_data_options, at_least
 from cac_fast.train.weak import cam
-from cac_fast.train.weak.labels import FROM_MASKS, find_labels
+from cac_fast.train.weak.labels import FROM_MASKS, ImageLabels, find_labels
 from cac_fast.train.weak.masks import CamSettings, MaskWriter
 from cac_fast.train.weak.report import as_table, describe_masks
 from cac_fast.train.weak.training import ClassifierRun
@@ -57,10 +57,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and write masks; 0 at the end, 2 after one line about bad input."""
-    return distributed.run_command(lambda: _classify(_parser().parse_args(arguments)))
+    return distributed.run_command(lambda: _classify(parse(arguments)))
 
 
-def _parser() -> Parser:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the options; settings that are not given are not there.
+
+    Raises:
+        InputError: an option is not there or its value cannot be used.
+    """
     parser = Parser(
         prog="train/classify.py",
         description="Train a classification network on image-level labels; write pseudo masks of "
@@ -94,27 +99,14 @@ def _parser() -> Parser:
         "--cam-scales", type=_scales, default=cam.SCALES, metavar="S,S,...", help=text
     )
     add_settings(parser, SETTINGS)
-    return parser
+    return parser.parse_args(arguments)
 
 
 def _classify(options: argparse.Namespace) -> None:
     if distributed.world_size() > 1:
         raise InputError("classify is a single process: start it with python, not with torchrun")
-    limits = CamSettings(options.cam_foreground, options.cam_background, options.cam_scales)
-    if limits.background > limits.foreground:
-        raise InputError(
-            f"--cam-background {limits.background} is above --cam-foreground {limits.foreground}: "
-            "lower it"
-        )
-    config, iterations = _settings(options)
-    data, labeled, unlabeled = open_lists(config)
-    samples = _distinct([*labeled, *unlabeled])
-    with_masks(options.output / "masks", samples)  # before hours of training
-    labels = find_labels(options.image_labels, samples, data)
-    if iterations is None:
-        epochs = EPOCHS if options.epochs is None else options.epochs
-        iterations = math.ceil(epochs * len(labels.samples) / config.optim.batch_size)
-    config = config.changed(iterations=iterations)
+    limits = limits_of(options)
+    config, data, labels = open_all(options)
     with distributed.world(config.run.device) as world:
         run = ClassifierRun(config, world, data, labels)
         network, digest = run.train(), run.digest()
@@ -135,8 +127,44 @@ def _classify(options: argparse.Namespace) -> None:
     print(f"pseudo masks of {len(labels.samples) - unreadable} images: {options.output / 'masks'}")
 
 
-def _settings(options: argparse.Namespace) -> tuple[Config, int | None]:
-    """The settings, and how many iterations if it is said."""
+def limits_of(options: argparse.Namespace) -> CamSettings:
+    """How maps become masks.
+
+    Raises:
+        InputError: the limits exclude each other.
+    """
+    limits = CamSettings(options.cam_foreground, options.cam_background, options.cam_scales)
+    if limits.background > limits.foreground:
+        raise InputError(
+            f"--cam-background {limits.background} is above --cam-foreground {limits.foreground}: "
+            "lower it"
+        )
+    return limits
+
+
+def open_all(options: argparse.Namespace) -> tuple[Config, SegmentationData, ImageLabels]:
+    """What a training needs: settings, iterations among them, data, and labels of its images.
+
+    Raises:
+        InputError: as `settings_of`, or data, lists or labels cannot be used.
+    """
+    config, iterations = settings_of(options)
+    data, labeled, unlabeled = open_lists(config)
+    samples = _distinct([*labeled, *unlabeled])
+    with_masks(options.output / "masks", samples)  # before hours of training
+    labels = find_labels(options.image_labels, samples, data)
+    if iterations is None:
+        epochs = EPOCHS if options.epochs is None else options.epochs
+        iterations = math.ceil(epochs * len(labels.samples) / config.optim.batch_size)
+    return config.changed(iterations=iterations), data, labels
+
+
+def settings_of(options: argparse.Namespace) -> tuple[Config, int | None]:
+    """The settings, and how many iterations if it is said.
+
+    Raises:
+        InputError: settings exclude each other or have values that cannot be used.
+    """
     given = {name: value for name, value in vars(options).items() if name in FIELDS}
     if options.epochs is not None and given.get("iterations") is not None:
         raise InputError("both --epochs and --iterations are given: give one of them")

@@ -50,15 +50,11 @@ def settings_of(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: an option that it has not, or a value that cannot be used.
     """
-    options = classify._parser().parse_args([*words, "--output", "."])
-    config, iterations = classify._settings(options)
+    options = classify.parse([*words, "--output", "."])
+    config, iterations = classify.settings_of(options)
+    classify.limits_of(options)
     epochs = classify.EPOCHS if options.epochs is None else options.epochs
     maps = {name: value for name, value in vars(options).items() if name.startswith("cam_")}
-    if maps["cam_background"] > maps["cam_foreground"]:
-        raise InputError(
-            f"--cam-background {maps['cam_background']} is above --cam-foreground "
-            f"{maps['cam_foreground']}: lower it"
-        )
     length = {"iterations": iterations, "epochs": epochs if iterations is None else None}
     return {**config.flat(), **maps, **length}
 

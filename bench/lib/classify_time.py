@@ -8,7 +8,6 @@ Nothing of it is kept but the FILE: {"step": seconds, "steps": number}. No mask 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -18,9 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cac_fast.train import classify, distributed
-from cac_fast.train.data.opening import open_lists
 from cac_fast.train.log import read_metrics
-from cac_fast.train.weak.labels import find_labels
 from cac_fast.train.weak.training import ClassifierRun
 
 STEPS, WARM_UP = 10, 2
@@ -34,14 +31,8 @@ def main() -> None:
     """
     file, *arguments = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
-        options = classify._parser().parse_args([*arguments, "--output", folder])
-        config, iterations = classify._settings(options)
-        data, labeled, unlabeled = open_lists(config)
-        samples = classify._distinct([*labeled, *unlabeled])
-        labels = find_labels(options.image_labels, samples, data)
-        if iterations is None:
-            epochs = classify.EPOCHS if options.epochs is None else options.epochs
-            iterations = math.ceil(epochs * len(labels.samples) / config.optim.batch_size)
+        config, data, labels = classify.open_all(classify.parse([*arguments, "--output", folder]))
+        steps = config.optim.iterations
         total = WARM_UP + STEPS
         every = {"iterations": total, "eval_every": total, "save_every": total}
         config = config.changed(**every, log_every=WARM_UP)
@@ -51,7 +42,7 @@ def main() -> None:
             ClassifierRun(config, world, data, labels).train()
         _, *lines = read_metrics(Path(folder) / "metrics.jsonl")
     step = statistics.mean(config.optim.batch_size / line["images_per_s"] for line in lines)
-    Path(file).write_text(json.dumps({"step": step, "steps": iterations}) + "\n")
+    Path(file).write_text(json.dumps({"step": step, "steps": steps}) + "\n")
 
 
 if __name__ == "__main__":
