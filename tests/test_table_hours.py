@@ -60,7 +60,9 @@ def test_steps_that_fail_leave_the_rest_of_the_plan(
     for seed in (0, 1):
         assert f"SupOnly mIoU seed {seed}: {said}{seed}-" in out
         assert f"VIII mIoU seed {seed}: new, 0.60 h (cac-" in out
-    assert "planned: 1.2 hours without evaluations and without 2 not estimated, 4 of 4 runs" in out
+    assert (
+        "planned: 1.2 hours without evaluations and without 2 that are not estimated, 4 of 4" in out
+    )
 
 
 def test_self_training_is_measured_with_made_up_labels(

@@ -85,7 +85,7 @@ def show_plan(
     if any(run.settings is None for run in left.values()):
         missing.append("the pseudo masks")
     if failed:
-        missing.append(f"{len(failed)} not estimated")
+        missing.append(f"{len(failed)} that are not estimated")
     print(
         f"planned: {total:.1f} hours without {' and without '.join(missing)}, {len(left)} of "
         f"{len(runs)} runs left"
