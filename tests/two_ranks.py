@@ -7,6 +7,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ Build = Callable[..., Method]
 
 def run(function: Callable[..., None], *arguments: Any) -> None:
     """`function(world, *arguments)` in each, which must leave its process as it was."""
-    pool = processes()
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "store", function, arguments
-        calls = [pool.submit(in_group, rank, *given) for rank in (0, 1)]
+        try:
+            calls = [processes().submit(in_group, rank, *given) for rank in (0, 1)]
+        except BrokenProcessPool:  # another test has killed all that its process had started
+            processes.cache_clear()
+            calls = [processes().submit(in_group, rank, *given) for rank in (0, 1)]
         try:
             for call in wait(calls, return_when=FIRST_EXCEPTION).done:
                 call.result()
